@@ -1,25 +1,465 @@
-"""The method (being written)."""
+"""The method of LLM-TRSR (Zheng et al., WWW 2024): text in, text out.
 
+Read this file first, top to bottom; it follows section 4 of the paper:
+
+    items    -> text                      item_text                              (4.1.1)
+    history  -> blocks -> one summary     hierarchical | recurrent, run_rounds   (4.1, 4.2)
+    summary, recent items, candidate      recommendation_prompts                 (4.3)
+    logits of Yes and No -> probability   yes_probability                        (equations 2 and 3)
+    scores   -> Recall, MRR, NDCG         rank_of_positive, metrics_at           (5.2.1)
+
+It knows neither the model nor torch. A language model enters as two functions: `generate`, prompts to texts, and
+`encode`, texts to token ids. The last part holds what every script needs around the method: reading the dataset,
+writing a file whole or not at all, and turning a user's mistake into one line.
+"""
+
+import fcntl
+import hashlib
+import json
 import os
+import re
 import sys
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+
+SUMMARIZED = ("hierarchical", "recurrent")  # paradigms that need summarize.py first
+PARADIGMS = (*SUMMARIZED, "recent-only", "whole-history", "none")  # the others are ablations and TALLRec's prompt
+ANSWERS = ("Yes", "No")
 
 
 class InputError(ValueError):
     """Something a user can mend: one line that names the file, line or field, and the way out."""
 
 
-def run_main(main):
-    """Run a script's main; an InputError or a missing file ends it with one line and exit status 2."""
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"{Path(sys.argv[0]).stem}: {error}")
+@dataclass(frozen=True)
+class Example:
+    """One user: `history` oldest first, the item that came next, and items that the user did not choose."""
+
+    user: str
+    history: list[str]
+    positive: str
+    negatives: list[str]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Items as text (section 4.1.1)
+
+HEADERS = (
+    "Historical Purchase Data",
+    "News Reading Data",
+    "User Preferences Summaries",
+    "Previous Preference Summary",
+    "Recent Purchase Data",
+    "Recent News Reading Data",
+    "Preference Summary",
+    "Historical Items",
+    "Next Item",
+)
+_HEADER = re.compile(rf"\[\s*({'|'.join(HEADERS)})\s*\]", re.IGNORECASE)
+_CONTROL_TOKEN = re.compile(r"<(/?s|unk|pad|\|[^<>]*?\|)>", re.IGNORECASE)
+
+
+def clean(text: str) -> str:
+    """Return text on one line with nothing in it that could pass for the prompt's own structure.
+
+    Control characters and runs of white space become one blank; `###`, a bracketed section header and a control
+    token such as `</s>` lose the signs that make them one.
+    """
+    text = " ".join("".join(" " if ord(c) < 32 or 127 <= ord(c) < 160 else c for c in text).split())
+    text = _CONTROL_TOKEN.sub(r"(\1)", _HEADER.sub(r"(\1)", text))
+    return re.sub(r"#{3,}", "#", text)
+
+
+def item_text(attributes: dict[str, str]) -> str:
+    """Return `Title: ...; Brand: ...`: the item's attributes that have a text, in their order."""
+    pairs = ((clean(name), clean(value)) for name, value in attributes.items())
+    return "; ".join(f"{name}: {value}" for name, value in pairs if value) or "(no description)"
+
+
+def numbered(texts: Iterable[str]) -> str:
+    """Return texts as a numbered list, a line each."""
+    return "\n".join(f"{i}. {text}" for i, text in enumerate(texts, 1)) or "(none)"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts: the paper's section headers, instructions in our own words
+
+
+@dataclass(frozen=True)
+class Domain:
+    """The words of one domain: what is summarized, and how the tasks are put."""
+
+    history: str  # header above a block's items
+    recent: str  # header above the next block's items in recurrent summarization
+    summarize: str
+    merge: str
+    update: str
+    recommend: str  # the question that every recommendation prompt opens with
+
+
+DOMAINS = {
+    "products": Domain(
+        history="Historical Purchase Data",
+        recent="Recent Purchase Data",
+        summarize="Below are products that a user bought, oldest first, with their titles and attributes. Describe in "
+        "a few sentences what this user likes: the kinds of product, the qualities and brands that recur, and how the "
+        "user shops.",
+        merge="Below are several summaries of one user's preferences, in order of time. Condense them into a single "
+        "short summary of the user's preferences as a whole, in the style of the summaries given.",
+        update="Below are an earlier summary of a user's shopping preferences and the products that the user bought "
+        "since, oldest first. Judge whether the preferences have changed and write an updated summary in the style of "
+        "the earlier one. It must stand on its own: describe the user as a whole and do not compare before and after.",
+        recommend="Decide whether the user will buy the next product.",
+    ),
+    "news": Domain(
+        history="News Reading Data",
+        recent="Recent News Reading Data",
+        summarize="Below are news articles that a user read, oldest first, with their categories and titles. Describe "
+        "in a few sentences what this user likes to read about: the topics that recur and what draws the user to them.",
+        merge="Below are several summaries of one user's reading preferences, in order of time. Condense them into a "
+        "single short summary of what the user likes to read as a whole, in the style of the summaries given.",
+        update="Below are an earlier summary of a user's reading preferences and the news articles that the user read "
+        "since, oldest first. Judge whether the preferences have changed and write an updated summary in the style of "
+        "the earlier one. It must stand on its own: describe the user as a whole and do not compare before and after.",
+        recommend="Decide whether the user will read the next news article.",
+    ),
+}
+
+_SUMMARY_NOTE = "The preference summary tells what the user likes in the long run."
+_RECENT_NOTE = "The historical items, oldest first, tell what the user is after now."
+_BOTH_NOTE = "Weigh both."
+_ANSWER_NOTE = "Answer 'Yes' or 'No'."
+
+
+def build_prompt(instruction: str, *sections: tuple[str, str]) -> str:
+    """Return the instruction, each section under its bracketed header, and the cue after which the model writes."""
+    parts = [f"### User:\n{instruction}", *(f"[{header}]\n{body}" for header, body in sections)]
+    return "\n\n".join([*parts, "### Assistant:\n"])
+
+
+def cut_to_fit(texts: Sequence[str], fits: Callable[[list[str]], bool]) -> list[str]:
+    """Return texts with the longest ones cut at their end to the greatest common length (in characters) that fits."""
+
+    def cut(limit: int) -> list[str]:
+        return [text if len(text) <= limit else text[:limit].rstrip() for text in texts]
+
+    low, high = 0, max(map(len, texts), default=0)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(cut(middle)) else (low, middle - 1)
+    return cut(low)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Summarization (sections 4.1 and 4.2). Each paradigm is a generator for one user: it yields the prompts that it needs
+# answered now, receives the answers, and returns the root of the tree of summaries. run_rounds drives many users.
+
+Node = dict  # {"summary": str, and "items": [first, last + 1], "children": [Node, ...] or "previous": Node}
+Summarization = Generator[list[str], list[str], Node]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many tokens a prompt may have, how to count them, and what had to be trimmed so far."""
+
+    tokens: int
+    encode: Callable[[list[str]], list[list[int]]]
+    trimmed: Counter
+
+    def fits(self, prompts: list[str]) -> bool:
+        """Tell whether every one of prompts keeps to the budget."""
+        return all(len(ids) <= self.tokens for ids in self.encode(prompts))
+
+    def fill(self, texts: list[str], build: Callable[[list[str]], str], what: str) -> str:
+        """Return build(texts), with the longest texts cut where the whole would exceed the budget."""
+        if self.fits([build(texts)]):
+            return build(texts)
+        self.trimmed[what] += 1
+        prompt = build(cut_to_fit(texts, lambda cut: self.fits([build(cut)])))
+        if not self.fits([prompt]):
+            raise InputError(f"a context of {self.tokens} tokens has no room for the instruction; raise --max-length")
+        return prompt
+
+
+def split_blocks(n_items: int, block_size: int) -> list[tuple[int, int]]:
+    """Return the (first, last + 1) of consecutive blocks of block_size items; the last one may be shorter."""
+    return [(start, min(start + block_size, n_items)) for start in range(0, n_items, block_size)]
+
+
+def _block_prompt(texts: list[str], domain: Domain, budget: Budget) -> str:
+    return budget.fill(
+        texts, lambda t: build_prompt(domain.summarize, (domain.history, numbered(t))), "blocks with items cut"
+    )
+
+
+def _merge_prompt(texts: list[str], domain: Domain) -> str:
+    return build_prompt(domain.merge, ("User Preferences Summaries", numbered(texts)))
+
+
+def hierarchical(items: list[str], domain: Domain, budget: Budget, block_size: int) -> Summarization:
+    """Summarize each block alone, then the summaries, layer upon layer, until one is left (section 4.1, figure 2).
+
+    A layer's summaries are merged in as few groups as the budget allows, so two layers do where the context is large
+    and a history of any length ends in one summary where it is small.
+    """
+    blocks = split_blocks(len(items), block_size)
+    summaries = yield [_block_prompt(items[start:end], domain, budget) for start, end in blocks]
+    layer = [{"summary": clean(s), "items": list(block)} for s, block in zip(summaries, blocks, strict=True)]
+    while len(layer) > 1:
+        groups = [[layer[0]]]
+        for node in layer[1:]:
+            group = [*groups[-1], node]
+            # Two always go together, cut if need be: otherwise a layer might be no smaller than the one below.
+            if len(group) <= 2 or budget.fits([_merge_prompt([n["summary"] for n in group], domain)]):
+                groups[-1] = group
+            else:
+                groups.append([node])
+        merged = [group for group in groups if len(group) > 1]
+        summaries = yield [
+            budget.fill([n["summary"] for n in group], lambda t: _merge_prompt(t, domain), "merges with summaries cut")
+            for group in merged
+        ]
+        answers = iter(summaries)
+        layer = [g[0] if len(g) == 1 else {"summary": clean(next(answers)), "children": g} for g in groups]
+    return layer[0] if layer else {"summary": "", "items": [0, 0]}
+
+
+def recurrent(items: list[str], domain: Domain, budget: Budget, block_size: int) -> Summarization:
+    """Summarize the first block, then update the summary with one block after the other (section 4.2, figure 5)."""
+    node: Node = {"summary": "", "items": [0, 0]}
+    for start, end in split_blocks(len(items), block_size):
+        if start == 0:
+            prompt = _block_prompt(items[start:end], domain, budget)
+        else:
+            prompt = budget.fill(
+                [node["summary"], *items[start:end]],
+                lambda t: build_prompt(
+                    domain.update, ("Previous Preference Summary", t[0]), (domain.recent, numbered(t[1:]))
+                ),
+                "updates with items cut",
+            )
+        summary = clean((yield [prompt])[0])
+        node = {"summary": summary, "items": [start, end]} | ({"previous": node} if start else {})
+    return node
+
+
+def run_rounds(
+    tasks: dict[str, Summarization], generate: Callable[[list[str]], list[str]]
+) -> Iterator[tuple[str, Node]]:
+    """Yield (user, root) as users finish. A round hands all pending prompts of all users to generate at once."""
+    answers: dict[str, list[str] | None] = dict.fromkeys(tasks)
+    while answers:
+        pending = {}
+        for user, answer in answers.items():
+            try:
+                pending[user] = tasks[user].send(answer)
+            except StopIteration as finished:
+                yield user, finished.value
+        texts = iter(generate([prompt for prompts in pending.values() for prompt in prompts]) if pending else [])
+        answers = {user: [next(texts) for _ in prompts] for user, prompts in pending.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recommendation (section 4.3)
+
+
+def recommendation_prompts(
+    paradigm: str, domain: Domain, summary: str, recent: list[str], candidates: list[str]
+) -> list[str]:
+    """Return one prompt for each candidate text: instruction, summary, recent items, candidate, cue (figure 8).
+
+    All of them agree up to the candidate. `recent` holds the item texts to show, oldest first; a section that the
+    paradigm has no use for, or that has no items to show, is left out together with its part of the instruction.
+    """
+    notes, sections = [domain.recommend], []
+    if paradigm in SUMMARIZED:
+        notes.append(_SUMMARY_NOTE)
+        sections.append(("Preference Summary", summary or "(none)"))
+    if recent:
+        notes += [_RECENT_NOTE, _BOTH_NOTE] if sections else [_RECENT_NOTE]
+        sections.append(("Historical Items", numbered(recent)))
+    instruction = " ".join([*notes, _ANSWER_NOTE])
+    return [build_prompt(instruction, *sections, ("Next Item", candidate)) for candidate in candidates]
+
+
+def recommendation_ids(
+    paradigm: str,
+    domain: Domain,
+    summary: str,
+    recent: list[str],
+    candidates: list[str],
+    budget: Budget,
+) -> list[list[int]]:
+    """Return the token ids of each candidate's prompt, all within the budget and alike up to the candidate.
+
+    Instruction and cue are never cut. What is too much goes in this order: the oldest recent items, the end of the
+    summary, and only if a candidate alone exceeds the context, the end of the candidates' texts. The longest
+    candidate decides for all of the user's candidates, so that they keep one prefix.
+    """
+
+    def encode(summary: str, recent: list[str], candidates: list[str]) -> list[list[int]]:
+        return budget.encode(recommendation_prompts(paradigm, domain, summary, recent, candidates))
+
+    def fit(ids: list[list[int]]) -> bool:
+        return max(map(len, ids)) <= budget.tokens
+
+    ids = encode(summary, recent, candidates)
+    if fit(ids):
+        return ids
+    longest = [candidates[max(range(len(ids)), key=lambda i: len(ids[i]))]]
+    while recent and not fit(encode(summary, recent, longest)):
+        recent = recent[1:]
+        budget.trimmed["recent items dropped"] += 1
+    if summary and not fit(encode(summary, recent, longest)):
+        summary = cut_to_fit([summary], lambda cut: fit(encode(cut[0], recent, longest)))[0]
+        budget.trimmed["summaries cut"] += 1
+    # A text with fewer characters can have more tokens, so the first choice of `longest` is not the last word.
+    if not fit(encode(summary, recent, candidates)):
+        candidates = cut_to_fit(candidates, lambda cut: fit(encode(summary, recent, cut)))
+        budget.trimmed["candidate lists cut"] += 1
+    ids = encode(summary, recent, candidates)
+    if not fit(ids):
+        raise InputError(f"a context of {budget.tokens} tokens has no room for the instruction; raise --max-length")
+    return ids
+
+
+def answer_ids(encode: Callable[[list[str]], list[list[int]]], domain: Domain) -> tuple[int, int]:
+    """Return the token ids of Yes and No as they continue the cue (equation 2).
+
+    Raises InputError where an answer is not exactly one token there, or both are the same.
+    """
+    cue = recommendation_prompts("none", domain, "", [], ["x"])[0]
+    prompt, *answered = encode([cue, *(cue + answer for answer in ANSWERS)])
+    found = [ids[len(prompt) :] for ids in answered if ids[: len(prompt)] == prompt]
+    if len(found) != 2 or any(len(ids) != 1 for ids in found) or found[0] == found[1]:
+        raise InputError(f"the tokenizer does not write {ANSWERS[0]} and {ANSWERS[1]} as one token each after the cue")
+    return found[0][0], found[1][0]
+
+
+def yes_probability(yes_logits: np.ndarray, no_logits: np.ndarray) -> np.ndarray:
+    """Return the softmax over the two answers' logits, the share of Yes (equation 3).
+
+    Equation 3 as printed takes the softmax of probabilities, which would not even keep the order of two prompts.
+    """
+    difference = np.asarray(yes_logits, np.float64) - np.asarray(no_logits, np.float64)
+    return np.exp(-np.logaddexp(0.0, -difference))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ranking (section 5.2.1)
+
+
+def rank_of_positive(positive: float, negatives: Sequence[float]) -> int:
+    """Return the positive's rank, from 1; a negative with the same score stands before it. Refuses NaN."""
+    if not np.isfinite([positive, *negatives]).all():
+        raise InputError("a score is not finite: the model or its adapter is broken, nothing was ranked")
+    return 1 + sum(score >= positive for score in negatives)
+
+
+def metrics_at(ranks: Sequence[int], ks: Sequence[int]) -> dict[str, np.ndarray]:
+    """Return Recall, MRR and NDCG at each k, named like `Recall@3`, each as an array with one value a user."""
+    ranks = np.asarray(ranks)
+    gains = {"Recall": np.ones(len(ranks)), "MRR": 1 / ranks, "NDCG": 1 / np.log2(ranks + 1)}
+    return {f"{name}@{k}": np.where(ranks <= k, gain, 0.0) for name, gain in gains.items() for k in ks}
+
+
+def random_metrics(n_candidates: int, ks: Sequence[int]) -> dict[str, float]:
+    """Return what a random order of n_candidates scores on average: the mean over all equally likely ranks."""
+    return {name: float(values.mean()) for name, values in metrics_at(range(1, n_candidates + 1), ks).items()}
+
+
+def bootstrap_intervals(
+    metrics: dict[str, np.ndarray], resamples: int = 2000, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """Return the 95 % percentile interval of each metric's mean over users, by resampling users with replacement."""
+    n = len(next(iter(metrics.values())))
+    rng = np.random.default_rng(seed)
+    table = np.stack(list(metrics.values()))  # (metrics, users)
+    weights = (rng.multinomial(n, np.full(n, 1 / n)) / n for _ in range(resamples))
+    means = np.stack([table @ w for w in weights])
+    low, high = np.quantile(means, [0.025, 0.975], axis=0)
+    return {name: (float(a), float(b)) for name, a, b in zip(metrics, low, high, strict=True)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Around the method: the dataset, files that are whole or absent, and errors in one line
+
+
+def read_jsonl(path: Path, fields: dict[str, type]) -> Iterator[tuple[str, dict]]:
+    """Yield (`file:line`, object) for each line; InputError where a line is no JSON object with these fields."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file")
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            where = f"{path}:{number}"
+            try:
+                record = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError:
+                raise InputError(f"{where}: not UTF-8 text") from None
+            except ValueError as error:
+                raise InputError(f"{where}: not JSON ({error})") from None
+            for name, kind in fields.items():
+                value = record.get(name) if isinstance(record, dict) else None
+                if not isinstance(value, kind):
+                    found = "is missing" if value is None else f"is a {type(value).__name__}"
+                    raise InputError(f"{where}: field {name!r} {found}, expected {kind.__name__}")
+                parts = value.items() if kind is dict else [("", v) for v in value] if kind is list else []
+                if any(not isinstance(v, str) for _, v in parts):
+                    raise InputError(f"{where}: field {name!r} holds something that is not a text")
+            yield where, record
+
+
+def load_dataset(folder: Path, splits: Iterable[str]) -> tuple[Domain, dict[str, str], dict[str, list[Example]]]:
+    """Return (the domain, item texts by id, examples by split) of a folder that `prepare` wrote."""
+    folder = Path(folder)
+    if not (folder / "meta.json").is_file():
+        raise InputError(f"{folder}: no dataset (no meta.json); make one with python -m prepare.demo --out {folder}")
+    domain = read_json(folder / "meta.json").get("domain")
+    if domain not in DOMAINS:
+        raise InputError(f"{folder / 'meta.json'}: field 'domain' is {domain!r}, expected one of {sorted(DOMAINS)}")
+    items: dict[str, str] = {}
+    for where, record in read_jsonl(folder / "items.jsonl", {"id": str, "attributes": dict}):
+        if record["id"] in items:
+            raise InputError(f"{where}: field 'id': item {record['id']!r} is there twice")
+        items[record["id"]] = item_text(record["attributes"])
+    users: set[str] = set()
+    examples = {split: list(_load_examples(folder / f"{split}.jsonl", items, users)) for split in splits}
+    return DOMAINS[domain], items, examples
+
+
+def _load_examples(path: Path, items: dict[str, str], users: set[str]) -> Iterator[Example]:
+    for where, record in read_jsonl(path, {"user": str, "history": list, "positive": str, "negatives": list}):
+        example = Example(record["user"], record["history"], record["positive"], record["negatives"])
+        if example.user in users:
+            raise InputError(f"{where}: field 'user': {example.user!r} is there twice")
+        users.add(example.user)
+        candidates = [example.positive, *example.negatives]
+        if unknown := next((i for i in [*example.history, *candidates] if i not in items), None):
+            raise InputError(f"{where}: item {unknown!r} is not in items.jsonl")
+        if example.positive in example.history:
+            raise InputError(f"{where}: field 'history' holds the target {example.positive!r}")
+        if not example.negatives or len(set(candidates)) < len(candidates):
+            raise InputError(f"{where}: field 'negatives' is empty, repeats an item or holds the target")
+        yield example
+
+
+def popularity(examples: Iterable[Example]) -> Counter:
+    """Return how often each item was chosen, in histories and as target."""
+    return Counter(item for example in examples for item in [*example.history, example.positive])
+
+
+def digest(*parts: object) -> str:
+    """Return a hash of everything in parts (anything JSON can write)."""
+    return hashlib.sha256(json.dumps(parts, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:32]
 
 
 @contextmanager
-def atomic_write(path, mode="w"):
+def atomic_write(path: Path, mode: str = "w"):
     """Open a temporary sibling of path for writing; on success it replaces path, on failure path is untouched."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -31,3 +471,43 @@ def atomic_write(path, mode="w"):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict:
+    """Return the JSON object in path; InputError where there is none."""
+    try:
+        value = json.loads(Path(path).read_text("utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: not a JSON object")
+    return value
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write value to path, whole or not at all."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+@contextmanager
+def locked(run: Path):
+    """Make the run folder and hold its lock; InputError where another process holds it."""
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{run}: another process is working in this run folder; wait, or choose --run") from None
+        yield
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run a script's main; what a user can mend ends it with one line and exit status 2, without a traceback."""
+    try:
+        main()
+    except InputError as error:
+        print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
+        sys.exit(2)

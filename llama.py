@@ -1,0 +1,679 @@
+"""Llama in PyTorch: token ids in, logits out. It knows nothing of recommendation, adapters or processes.
+
+Reads any checkpoint of the Llama architecture in Hugging Face layout (Llama 1, 2, 3.x, TinyLlama, SmolLM2, ...); module
+and tensor names are the checkpoint's own, so nothing is renamed or permuted on the way in.
+
+    config, layers      Config, Llama               the model, with one attention for two kinds of batch:
+    packed attention    Tree, pack_trees, Pack      many texts that share beginnings in one row (training, scoring)
+    cached attention    KVCache, generate           greedy generation
+    files               find_model, load_model, Tokenizer
+
+Shapes: B rows, T tokens of a row, S cache slots of a row, H heads, K key-value heads, D head size, C hidden size,
+V vocabulary. Positions count from 0 in tokens.
+"""
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from huggingface_hub import errors as hub
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
+
+
+class CheckpointError(ValueError):
+    """A model folder that cannot be used: one line that names the file or field, and the way out."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+
+@dataclass(frozen=True)
+class Config:
+    """The fields of a Llama's config.json under their own names; rope_theta and rope_scaling from either layout."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    attention_bias: bool
+    mlp_bias: bool
+    rope_theta: float
+    rope_scaling: dict  # {"rope_type": "default" | "linear" | "llama3", ...}
+    eos_token_ids: tuple[int, ...]
+
+
+def load_config(folder: Path) -> Config:
+    """Return the configuration of a model folder; CheckpointError for an architecture or feature not built here."""
+    path = Path(folder) / "config.json"
+    raw = _read_json(path)
+    if raw.get("model_type") != "llama":
+        raise CheckpointError(f"{path}: model_type is {raw.get('model_type')!r}, only 'llama' checkpoints are read")
+    for field, supported in (("hidden_act", "silu"), ("quantization_config", None)):
+        if raw.get(field, supported) != supported:
+            raise CheckpointError(f"{path}: {field} {raw[field]!r} is not supported, only {supported!r}")
+    try:
+        heads = raw["num_attention_heads"]
+        rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})  # new layout, then old
+        rope["rope_type"] = kind = rope.get("rope_type", rope.get("type", "default"))
+        needed = {"default": (), "linear": ("factor",), "llama3": _LLAMA3_ROPE}.get(kind)
+        if needed is None:
+            raise CheckpointError(f"{path}: rope_type {kind!r} is not supported (default, linear, llama3 are)")
+        rope |= {name: float(rope[name]) for name in needed}
+        generation = folder / "generation_config.json"
+        eos = (_read_json(generation) if generation.is_file() else {}).get("eos_token_id", raw.get("eos_token_id"))
+        return Config(
+            **{f.name: raw[f.name] for f in fields(Config)[:5]},
+            num_key_value_heads=raw.get("num_key_value_heads") or heads,
+            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+            max_position_embeddings=raw.get("max_position_embeddings", 2048),
+            tie_word_embeddings=raw.get("tie_word_embeddings", False),
+            attention_bias=raw.get("attention_bias", False),
+            mlp_bias=raw.get("mlp_bias", False),
+            rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
+            rope_scaling=rope,
+            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        )
+    except KeyError as missing:
+        raise CheckpointError(f"{path}: field {missing} is missing") from None
+
+
+_LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers, from leaf to root
+
+
+def rotary_tables(config: Config, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine of the rotary angles at positions (B, T), each (B, 1, T, D)."""
+    exponents = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    rope = config.rope_scaling
+    if rope["rope_type"] == "linear":
+        frequencies = frequencies / rope["factor"]
+    elif rope["rope_type"] == "llama3":
+        # Waves that turn often within the original context stay, the slowest are stretched, with a ramp between.
+        _, low, high, original = (rope[name] for name in _LLAMA3_ROPE)
+        turns = original * frequencies / (2 * math.pi)
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = keep * frequencies + (1 - keep) * frequencies / rope["factor"]
+    angles = (positions[:, None, :, None].float() * frequencies).repeat(1, 1, 1, 2)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Return x (B, H, T, D) turned by its position; the two halves of D are the two coordinates, as in the files."""
+    first, second = x.chunk(2, dim=-1)
+    return x * rotary[0] + torch.cat((-second, first), dim=-1) * rotary[1]
+
+
+_compiled_flex_attention = torch.compile(flex_attention)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | BlockMask | None") -> Tensor:
+    """Return softmax(q k^T / sqrt(D)) v (B, H, T, D) for q (B, H, T, D) and k, v (B, K, S, D).
+
+    mask: a BlockMask (FlexAttention), a boolean tensor that is True where a query sees a key, or None for causal.
+    """
+    grouped = q.shape[1] != k.shape[1]
+    if isinstance(mask, BlockMask):
+        return _compiled_flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+
+
+class KVCache:
+    """Keys and values of every layer, (B, K, S, D) each, written at the tokens' own positions."""
+
+    def __init__(self, config: Config, batch: int, slots: int, device: torch.device, dtype: torch.dtype):
+        shape = (config.num_hidden_layers, 2, batch, config.num_key_value_heads, slots, config.head_dim)
+        self.store = torch.zeros(shape, device=device, dtype=dtype)
+        self.rows = torch.arange(batch, device=device)[:, None]
+
+    def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor, visible: int) -> tuple[Tensor, Tensor]:
+        """Write k, v (B, K, T, D) at positions (B, T); return the first `visible` slots of the layer's keys, values."""
+        for cached, new in zip(self.store[layer], (k, v), strict=True):
+            cached[self.rows, :, positions] = new.transpose(1, 2)
+        keys, values = self.store[layer]
+        return keys[:, :, :visible], values[:, :, :visible]
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the mean square in fp32."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        x32 = x.float()
+        return self.weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention over the batch's own tokens or over a cache."""
+
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        c, d, bias = config.hidden_size, config.head_dim, config.attention_bias
+        self.layer, self.head_dim = layer, d
+        self.q_proj = nn.Linear(c, config.num_attention_heads * d, bias=bias)
+        self.k_proj = nn.Linear(c, config.num_key_value_heads * d, bias=bias)
+        self.v_proj = nn.Linear(c, config.num_key_value_heads * d, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * d, c, bias=bias)
+
+    def forward(self, x: Tensor, rotary, positions: Tensor, mask, cache: KVCache | None) -> Tensor:  # noqa: D102
+        B, T, _ = x.shape
+        q, k, v = (p(x).view(B, T, -1, self.head_dim).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, rotary), rotate(k, rotary)  # (B, H, T, D), (B, K, T, D)
+        if cache is not None:
+            k, v = cache.update(self.layer, positions, k, v, visible=mask.shape[-1])  # (B, K, S, D)
+        y = attend(q, k, v, mask)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        c, i, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(c, i, bias=bias)
+        self.up_proj = nn.Linear(c, i, bias=bias)
+        self.down_proj = nn.Linear(i, c, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """One transformer block, normalized before attention and before the MLP."""
+
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rotary, positions: Tensor, mask, cache: KVCache | None) -> Tensor:  # noqa: D102
+        x = x + self.self_attn(self.input_layernorm(x), rotary, positions, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm: what checkpoints call `model`."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, ids: Tensor, positions: Tensor | None, mask, cache: KVCache | None) -> Tensor:
+        """Return hidden states (B, T, C) for ids (B, T)."""
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        x = self.embed_tokens(ids)
+        rotary = rotary_tables(self.config, positions, x.dtype)
+        for layer in self.layers:
+            x = layer(x, rotary, positions, mask, cache)
+        return self.norm(x)
+
+
+class Llama(nn.Module):
+    """The causal language model. Without positions and mask, rows are plain texts: positions from 0, causal."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self,
+        ids: Tensor,
+        positions: Tensor | None = None,
+        mask: "Tensor | BlockMask | None" = None,
+        cache: KVCache | None = None,
+        select: tuple | None = None,
+        vocabulary: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Return logits for ids (B, T): (B, T, V), or (N, V) at the N places (rows, tokens) that select names.
+
+        vocabulary: token ids, to compute only their columns of the logits.
+        """
+        x = self.model(ids, positions, mask, cache)
+        x = x if select is None else x[select]
+        return self.lm_head(x) if vocabulary is None else F.linear(x, self.lm_head.weight[list(vocabulary)])
+
+    def loss(self, ids: Tensor, positions: Tensor, mask, targets: "Targets", chunk: int = 1024) -> Tensor:
+        """Return the sum of weight * cross-entropy over targets, in fp32 (equation 1 of the paper, summed).
+
+        The logits of `chunk` targets at a time exist, and are computed again in the backward pass: over a whole pack
+        they would take more memory than the rest of the model's activations.
+        """
+        x = self.model(ids, positions, mask, None)[0, targets.rows]
+        total = x.new_zeros((), dtype=torch.float32)
+        for part in range(0, len(x), chunk):
+            s = slice(part, part + chunk)
+            total = total + checkpoint(self._chunk_loss, x[s], targets.ids[s], targets.weights[s], use_reentrant=False)
+        return total
+
+    def _chunk_loss(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return (F.cross_entropy(self.lm_head(x).float(), ids, reduction="none") * weights).sum()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packing: texts that share a beginning, computed once. A tree is a prefix and its branches; a pack is one row with
+# many trees, whose common first tokens (the trunk) stand in it once. Plain text is a tree of one branch.
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Token sequences prefix + branch, for each branch. Branches are not empty."""
+
+    prefix: list[int]
+    branches: list[list[int]]
+
+    @property
+    def size(self) -> int:
+        """Tokens that it takes in a pack without a trunk."""
+        return len(self.prefix) + sum(map(len, self.branches))
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Next-token targets of a pack: at row rows[i] token ids[i] is due and counts weights[i] times, each (N,).
+
+    A row may have several: the last token of a prefix predicts the first token of every branch. A token that n
+    sequences share has weight n, so that the loss is that of the sequences apart.
+    """
+
+    rows: Tensor
+    ids: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A row of T tokens. ids, positions, documents and branches are (T,); the rest tells what stands where."""
+
+    ids: Tensor
+    positions: Tensor
+    documents: Tensor  # 0 the trunk, then 1, 2, ... a tree each; -1 padding
+    branches: Tensor  # 0 a prefix, then 1, 2, ...
+    leaves: dict[tuple[int, int], int]  # (tree, branch) as given to pack_trees -> row of the branch's last token
+    targets: Targets
+    tokens: int  # without padding
+
+    def to(self, device: torch.device) -> "Pack":
+        """Return the pack with its tensors on device."""
+        move = {
+            f: getattr(self, f).to(device, non_blocking=True) for f in ("ids", "positions", "documents", "branches")
+        }
+        parts = (self.targets.rows, self.targets.ids, self.targets.weights)
+        return replace(self, **move, targets=Targets(*(t.to(device, non_blocking=True) for t in parts)))
+
+    def mask(self) -> "Tensor | BlockMask":
+        """Return who sees whom: a BlockMask on CUDA, a boolean (1, 1, T, T) tensor elsewhere, from the same rule."""
+        rule, length = tree_rule(self.documents, self.branches), len(self.ids)
+        if self.ids.is_cuda:
+            return create_block_mask(rule, None, None, length, length, device=self.ids.device)
+        rows = torch.arange(length, device=self.ids.device)
+        return rule(None, None, rows[:, None], rows[None, :])[None, None]
+
+
+def tree_rule(documents: Tensor, branches: Tensor) -> Callable:
+    """Return the attention rule of a pack: (batch, head, query row, key row) -> whether the query sees the key."""
+
+    def rule(_batch, _head, query, key):
+        same_path = (branches[key] == 0) | (branches[key] == branches[query])
+        return (key <= query) & ((documents[key] == 0) | ((documents[key] == documents[query]) & same_path))
+
+    return rule
+
+
+def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    """Return the number of leading tokens that all sequences share."""
+    # The least and the greatest sequence differ first where any two do.
+    low, high = min(sequences), max(sequences)
+    return next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
+
+
+def make_tree(sequences: list[list[int]]) -> Tree:
+    """Return the tree of token sequences that begin alike; every branch keeps one token at least."""
+    shared = min(common_prefix(sequences), min(map(len, sequences)) - 1)
+    return Tree(sequences[0][:shared], [ids[shared:] for ids in sequences])
+
+
+def pack_trees(trees: list[Tree], max_tokens: int, pad_to: int = 1) -> list[Pack]:
+    """Return packs of up to max_tokens tokens that hold all trees, best fit first, padded to a multiple of pad_to.
+
+    A tree larger than a pack is split between its branches; a single sequence larger than that makes a pack larger.
+    """
+    trunk = common_prefix([tree.prefix for tree in trees]) if trees else 0
+    pieces: list[tuple[int, int, list[int]]] = []  # (size without the trunk, tree, its branches)
+    for t, tree in enumerate(trees):
+        start = len(tree.prefix) - trunk
+        group, size = [], start
+        for b, branch in enumerate(tree.branches):
+            if group and trunk + size + len(branch) > max_tokens:
+                pieces.append((size, t, group))
+                group, size = [], start
+            group, size = [*group, b], size + len(branch)
+        pieces.append((size, t, group))
+    bins: list[tuple[int, list]] = []
+    for piece in sorted(pieces, key=lambda p: -p[0]):
+        room = [(max_tokens - used - piece[0], i) for i, (used, _) in enumerate(bins)]
+        _, best = min((r for r in room if r[0] >= 0), default=(0, None))
+        if best is None:
+            bins.append((trunk + piece[0], [piece]))
+        else:
+            bins[best] = (bins[best][0] + piece[0], [*bins[best][1], piece])
+    return [_build_pack(trees, trunk, [(t, group) for _, t, group in held], pad_to) for _, held in bins]
+
+
+def _build_pack(trees: list[Tree], trunk: int, held: list[tuple[int, list[int]]], pad_to: int) -> Pack:
+    ids, positions, documents, branches, leaves = [], [], [], [], {}
+    targets: list[tuple[int, int, float]] = []  # (row, next id, weight)
+
+    def add(tokens: list[int], document: int, branch: int, parent: int | None, weight: int) -> int | None:
+        """Append a segment that continues row `parent`; return the row of its last token."""
+        start = positions[parent] + 1 if parent is not None else 0
+        for i, token in enumerate(tokens):
+            if parent is not None:
+                targets.append((parent, token, weight))
+            parent = len(ids)
+            ids.append(token)
+            positions.append(start + i)
+            documents.append(document)
+            branches.append(branch)
+        return parent
+
+    root = add(trees[held[0][0]].prefix[:trunk], 0, 0, None, sum(len(group) for _, group in held))
+    for document, (t, group) in enumerate(held, 1):
+        stem = add(trees[t].prefix[trunk:], document, 0, root, len(group))
+        for branch, b in enumerate(group, 1):
+            leaves[t, b] = add(trees[t].branches[b], document, branch, stem, 1)
+    padding = -len(ids) % pad_to
+    rows, next_ids, weights = zip(*targets, strict=True) if targets else ((), (), ())
+    return Pack(
+        ids=torch.tensor(ids + [0] * padding),
+        positions=torch.tensor(positions + [0] * padding),
+        documents=torch.tensor(documents + [-1] * padding),
+        branches=torch.tensor(branches + [0] * padding),
+        leaves=leaves,
+        targets=Targets(
+            torch.tensor(rows, dtype=torch.long),
+            torch.tensor(next_ids, dtype=torch.long),
+            torch.tensor(weights, dtype=torch.float32),
+        ),
+        tokens=len(ids),
+    )
+
+
+@torch.no_grad()
+def leaf_logits(model: Llama, pack: Pack, vocabulary: Sequence[int], device: torch.device) -> Tensor:
+    """Return the logits (leaves, len(vocabulary)) of the tokens in vocabulary after each branch of the pack, fp32."""
+    pack = pack.to(device)
+    rows = torch.tensor(list(pack.leaves.values()), device=device)
+    select = (torch.zeros_like(rows), rows)
+    return model(pack.ids[None], pack.positions[None], pack.mask(), select=select, vocabulary=vocabulary).float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Greedy generation with a cache. Every row has its own length: tokens are written to the cache at their own position
+# and a query sees the slots up to its own, so what padding wrote is overwritten before anybody looks at it.
+
+
+def prefill(model: Llama, prompts: list[list[int]], cache: KVCache) -> tuple[Tensor, Tensor]:
+    """Read prompts into the cache; return the next token of each row and its position, both (B,)."""
+    device = cache.store.device
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    T = max(map(len, prompts))
+    ids = torch.tensor([p + [0] * (T - len(p)) for p in prompts], device=device)  # (B, T)
+    positions = torch.arange(T, device=device).expand_as(ids)
+    mask = positions[:1, None, None, :] <= positions[:1, None, :, None]  # (1, 1, T, T)
+    last = (cache.rows[:, 0], lengths - 1)
+    return model(ids, positions, mask, cache, select=last).argmax(-1), lengths
+
+
+def decode(model: Llama, tokens: Tensor, positions: Tensor, cache: KVCache, visible: int) -> Tensor:
+    """Read one token a row, (B,), at positions (B,), seeing `visible` slots at most; return the next tokens (B,)."""
+    slots = torch.arange(visible, device=tokens.device)
+    mask = slots <= positions[:, None, None, None]  # (B, 1, 1, S)
+    return model(tokens[:, None], positions[:, None], mask, cache)[:, -1].argmax(-1)
+
+
+@torch.inference_mode()
+def generate(
+    model: Llama,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    eos_ids: Iterable[int],
+    batch_size: int = 16,
+    progress: Callable[[int, int], None] = lambda prompts, tokens: None,
+) -> list[list[int]]:
+    """Return the greedy continuation of each prompt, up to and without its end token, max_new_tokens at most.
+
+    Prompts run in batches of similar length, longest first. progress is told of finished prompts and new tokens.
+    """
+    device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
+    stop = set(eos_ids)
+    outputs: list[list[int]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        longest = len(prompts[rows[0]])
+        cache = KVCache(model.config, len(rows), longest + max_new_tokens, device, dtype)
+        tokens, positions = prefill(model, [prompts[i] for i in rows], cache)
+        open_rows = set(rows)
+        for step in range(max_new_tokens):
+            for i, token in zip(rows, tokens.tolist(), strict=True):
+                if i in open_rows:
+                    open_rows -= {i} if token in stop else set()
+                    outputs[i] += [] if token in stop else [token]
+            if not open_rows or step == max_new_tokens - 1:
+                break
+            tokens = decode(model, tokens, positions, cache, visible=longest + step + 1)
+            positions = positions + 1
+        progress(len(rows), sum(len(outputs[i]) for i in rows))
+    return outputs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+HUB_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*")
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; --model takes a folder with a Llama checkpoint") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: not a JSON object")
+    return value
+
+
+def find_model(name: str, revision: str | None = None) -> Path:
+    """Return the folder of a model: a local folder as it is, a hub id (`owner/name`) downloaded or from the cache."""
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).is_absolute() or name.startswith(".") or name.count("/") != 1:
+        raise CheckpointError(f"{name}: no such model folder")
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+    except hub.GatedRepoError:
+        why = "access is gated: accept its licence on the hub, then run `hf auth login`"
+    except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError):
+        why = f"neither a folder here nor a model on the hub (revision {revision or 'main'})"
+    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, OSError):
+        why = "not a folder here, and the hub cannot be reached; download the model and pass its folder"
+    raise CheckpointError(f"{name}: {why}") from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a model folder; CheckpointError for missing shards and unsafe names."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        names = ["model.safetensors"]
+    else:
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index}: field 'weight_map' is missing")
+        names = sorted(set(map(str, weight_map.values())))
+    if unsafe := [n for n in names if Path(n).name != n or not n.endswith(".safetensors")]:
+        raise CheckpointError(f"{index}: {unsafe[0]!r} is not the plain name of a safetensors file")
+    if missing := [n for n in names if not (folder / n).is_file()]:
+        raise CheckpointError(f"{folder}: missing {', '.join(missing)} (weights are read from safetensors only)")
+    return [folder / n for n in names]
+
+
+def fingerprint(folder: Path) -> str:
+    """Return a hash that tells models apart: config, tokenizer, and of every shard its header and 4 KiB a tensor."""
+    state = hashlib.sha256()
+    for name in ("config.json", "generation_config.json", "tokenizer.model", "tokenizer.json"):
+        state.update((folder / name).read_bytes() if (folder / name).is_file() else b"-")
+    for path in weight_files(folder):
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if size > path.stat().st_size:
+                raise CheckpointError(f"{path}: not a safetensors file, or cut short; fetch it again")
+            header = file.read(size)
+            state.update(header)
+            for entry in json.loads(header).values():
+                if "data_offsets" in entry:
+                    file.seek(8 + size + entry["data_offsets"][0])
+                    state.update(file.read(4096))
+    return state.hexdigest()[:32]
+
+
+def load_model(
+    folder: Path, device: torch.device, dtype: torch.dtype, int8: bool = False, int8_threshold: float = 6.0
+) -> Llama:
+    """Return the model of a folder on device, in dtype, frozen nowhere and in eval mode.
+
+    The files are mapped into memory: on a CPU, and where dtype is the files' own, the weights are the mapping itself.
+    int8: the layers' matrices as bitsandbytes LLM.int8. CheckpointError names files, tensors and shapes that are off.
+    """
+    folder = Path(folder)
+    with torch.device("meta"):
+        model = Llama(load_config(folder))
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}  # tied weights once, as embed_tokens
+    found: dict[str, Tensor] = {}
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="pt", device="cpu" if int8 else str(device)) as file:
+                for name in file.keys():  # noqa: SIM118
+                    shape = tuple(file.get_slice(name).get_shape())
+                    if name == "lm_head.weight" and model.config.tie_word_embeddings:
+                        continue
+                    if name.endswith("rotary_emb.inv_freq"):
+                        continue
+                    if name not in wanted or shape != wanted[name]:
+                        expected = f"expected shape {wanted[name]}" if name in wanted else "config.json has no place"
+                        raise CheckpointError(f"{path}: tensor {name} has shape {shape}, {expected} for it")
+                    found[name] = file.get_tensor(name).to(dtype)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: not a safetensors file, or cut short ({error}); fetch it again") from None
+    if missing := [name for name in wanted if name not in found]:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise CheckpointError(f"{folder}: no tensor {', '.join(missing[:3])}{more} in the safetensors files")
+    model.load_state_dict(found, strict=False, assign=True)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    if int8:
+        quantize_int8(model, int8_threshold)
+    return model.to(device).eval()
+
+
+def quantize_int8(model: Llama, threshold: float) -> None:
+    """Replace the layers' linear modules by bitsandbytes' LLM.int8, which quantize as they move to their device."""
+    import bitsandbytes  # here, because it takes seconds and only --int8 needs it
+
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # it warns of every bf16 input
+    for layer in model.model.layers:
+        for parent in (layer.self_attn, layer.mlp):
+            for name, old in list(parent.named_children()):
+                new = bitsandbytes.nn.Linear8bitLt(
+                    old.in_features, old.out_features, old.bias is not None, has_fp16_weights=False, threshold=threshold
+                )
+                new.weight = bitsandbytes.nn.Int8Params(old.weight.data, requires_grad=False, has_fp16_weights=False)
+                new.bias = old.bias
+                setattr(parent, name, new)
+
+
+class Tokenizer:
+    """Texts to ids and back, from SentencePiece's tokenizer.model or, with the optional extra, tokenizer.json.
+
+    Special tokens that are written out in a text, such as `</s>`, are encoded as plain text.
+    """
+
+    def __init__(self, folder: Path, vocab_size: int):
+        folder = Path(folder)
+        self.pieces = self.fast = None
+        options_path = folder / "tokenizer_config.json"
+        options = _read_json(options_path) if options_path.is_file() else {}
+        if (path := folder / "tokenizer.model").is_file():
+            try:
+                self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            except (RuntimeError, OSError) as error:
+                raise CheckpointError(f"{path}: not a SentencePiece model ({error})") from None
+            self.bos = [self.pieces.bos_id()] if options.get("add_bos_token", True) else []
+            size = self.pieces.vocab_size()
+        elif (path := folder / "tokenizer.json").is_file():
+            try:
+                import tokenizers
+            except ImportError:
+                message = "needs the optional package: pip install 'llm-trsr[tokenizers]' (or pip install tokenizers)"
+                raise CheckpointError(f"{path}: {message}") from None
+            try:
+                self.fast = tokenizers.Tokenizer.from_file(str(path))
+            except Exception as error:  # the package raises no narrower type
+                raise CheckpointError(f"{path}: not a tokenizer ({error})") from None
+            self.fast.encode_special_tokens = True
+            size = self.fast.get_vocab_size(with_added_tokens=True)
+        else:
+            raise CheckpointError(
+                f"{folder}: no tokenizer.model and no tokenizer.json; copy the model's tokenizer there"
+            )
+        # Embeddings may have a few more rows than the tokenizer has pieces: padding, or an added token.
+        if not size <= vocab_size < size + 256:
+            raise CheckpointError(f"{path}: {size} pieces, but the model's embedding has {vocab_size} rows")
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Return each text's ids, with the beginning-of-text token where the model has one."""
+        if self.fast is not None:
+            return [encoding.ids for encoding in self.fast.encode_batch(texts)]
+        return [self.bos + ids for ids in self.pieces.encode(texts)]
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of ids, special tokens left out."""
+        return self.pieces.decode(ids) if self.fast is None else self.fast.decode(ids)

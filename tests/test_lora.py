@@ -1,0 +1,205 @@
+"""lora.py against PEFT: same names, same files, same logits."""
+
+import json
+
+import pytest
+import torch
+from conftest import write_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
+
+import lora
+from llama import load_model
+from lora import AdapterError, LoRAConfig, adapter_tensors, apply_lora, load_adapter, merge, save_adapter, unmerge
+
+CPU = torch.device("cpu")
+IDS = torch.randint(3, 640, (2, 25), generator=torch.Generator().manual_seed(0))
+CONFIGS = [
+    LoRAConfig(),
+    LoRAConfig(r=3, alpha=32, dropout=0.0, targets=("gate_proj", "v_proj")),
+    LoRAConfig(r=16, alpha=8, targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("base")
+    write_model(path, attention_bias=True)
+    return path
+
+
+def adapted(folder, config=CONFIGS[0], seed=0):
+    """A model with an adapter that does something."""
+    model = apply_lora(load_model(folder, CPU, torch.float32), config)
+    torch.manual_seed(seed)
+    for parameter in adapter_tensors(model).values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+def save(model, path, config=CONFIGS[0]):
+    save_adapter(path, adapter_tensors(model), config, "base")
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_our_adapter_gives_the_same_logits_in_peft(tmp_path, folder, config):
+    model = adapted(folder, config)
+    save(model, tmp_path, config)
+    theirs = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(folder), tmp_path).eval()
+    with torch.no_grad():
+        base = load_model(folder, CPU, torch.float32)(IDS)
+        assert (model(IDS) - base).abs().max() > 0.1
+        assert (model(IDS) - theirs(IDS).logits).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_peft_adapter_gives_the_same_logits_here(tmp_path, folder, config):
+    options = LoraConfig(
+        r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=list(config.targets)
+    )
+    theirs = get_peft_model(LlamaForCausalLM.from_pretrained(folder), options).eval()
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    theirs.save_pretrained(tmp_path)
+    model = load_model(folder, CPU, torch.float32)
+    found = load_adapter(model, tmp_path)
+    assert found == LoRAConfig(config.r, config.alpha, config.dropout, tuple(sorted(config.targets)))
+    with torch.no_grad():
+        assert (model.eval()(IDS) - theirs(IDS).logits).abs().max() < 1e-5
+
+
+def test_gradients_equal_peft(tmp_path, folder):
+    config = LoRAConfig(dropout=0.0)
+    model = adapted(folder, config)
+    save(model, tmp_path, config)
+    theirs = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(folder), tmp_path, is_trainable=True)
+    model(IDS).square().mean().backward()
+    theirs(IDS).logits.square().mean().backward()
+    wanted = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    assert len(wanted) == 2 * 2 * 4
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            key = lora.PREFIX + name.replace("lora_A.", "lora_A.default.").replace("lora_B.", "lora_B.default.")
+            assert (parameter.grad - wanted[key]).abs().max() < 1e-5
+        else:
+            assert parameter.grad is None
+
+
+def test_merged_equals_unmerged_and_back(folder):
+    model = adapted(folder)
+    with torch.no_grad():
+        before = model(IDS)
+        merge(model)
+        merge(model)  # a second time changes nothing
+        merged = model(IDS)
+        assert all(layer.merged for layer in lora.lora_layers(model))
+        assert 0 < (merged - before).abs().max() < 1e-4
+        unmerge(model)
+        assert (model(IDS) - before).abs().max() < 1e-4
+    fresh = load_model(folder, CPU, torch.float32)
+    with torch.no_grad():
+        assert (fresh(IDS) - before).abs().max() > 0.1  # merging did not write into the mapped file
+
+
+def test_a_new_adapter_changes_nothing_and_trains_alone(folder):
+    base = load_model(folder, CPU, torch.float32)
+    expected = base(IDS)
+    model = apply_lora(load_model(folder, CPU, torch.float32), LoRAConfig())
+    assert torch.equal(model(IDS), expected)
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trainable == list(adapter_tensors(model))
+    assert len(trainable) == 2 * 2 * 4
+    assert all(p.dtype == torch.float32 for p in adapter_tensors(model).values())
+
+
+def test_dropout_is_on_the_adapter_alone(folder):
+    model = adapted(folder, LoRAConfig(dropout=0.5)).train()
+    torch.manual_seed(0)
+    first = model(IDS)
+    assert not torch.equal(first, model(IDS))
+    merge(model)
+    assert torch.equal(model(IDS), model(IDS))
+
+
+def test_int8_base_takes_an_adapter_but_no_merge(folder):
+    pytest.importorskip("bitsandbytes")
+    model = apply_lora(load_model(folder, CPU, torch.float32, int8=True), LoRAConfig())
+    assert model(IDS).isfinite().all()
+    with pytest.raises(AdapterError, match="cannot be merged"):
+        merge(model)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("use_dora", True),
+        ("use_rslora", True),
+        ("bias", "all"),
+        ("rank_pattern", {"q_proj": 4}),
+        ("alpha_pattern", {"q_proj": 4}),
+        ("modules_to_save", ["lm_head"]),
+        ("peft_type", "IA3"),
+        ("layers_to_transform", [0]),
+        ("target_modules", "all-linear"),
+        ("r", None),
+    ],
+)
+def test_an_adapter_of_another_kind_is_refused_by_name(tmp_path, folder, field, value):
+    save(adapted(folder), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    record = json.loads(path.read_text())
+    record[field] = value
+    if value is None:
+        del record[field]
+    path.write_text(json.dumps(record))
+    with pytest.raises(AdapterError, match=field):
+        load_adapter(load_model(folder, CPU, torch.float32), tmp_path)
+
+
+def edit(path, change):
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+NAME = lora.PREFIX + "model.layers.1.self_attn.q_proj.lora_B.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(NAME), f"tensor {NAME} is missing"),
+        (lambda t: t.update(extra=torch.ones(2)), "tensor extra has no place"),
+        (lambda t: t.update({NAME: torch.ones(48, 4)}), r"shape \(48, 4\), expected \(48, 8\)"),
+        (lambda t: t.update({n: torch.zeros_like(v) for n, v in t.items() if "lora_B" in n}), "every lora_B is zero"),
+    ],
+)
+def test_adapter_files_that_do_not_fit_are_refused(tmp_path, folder, change, message):
+    save(adapted(folder), tmp_path)
+    edit(tmp_path / "adapter_model.safetensors", change)
+    with pytest.raises(AdapterError, match=message):
+        load_adapter(load_model(folder, CPU, torch.float32), tmp_path)
+
+
+def test_a_broken_or_absent_adapter_is_named(tmp_path, folder):
+    model = load_model(folder, CPU, torch.float32)
+    with pytest.raises(AdapterError, match=r"train\.py makes one"):
+        load_adapter(model, tmp_path)
+    save(adapted(folder), tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(AdapterError, match="cut short"):
+        load_adapter(model, tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(AdapterError, match="not a JSON object"):
+        load_adapter(model, tmp_path)
+
+
+def test_targets_and_ranks_that_make_no_sense_are_named(folder):
+    model = load_model(folder, CPU, torch.float32)
+    with pytest.raises(AdapterError, match="'query_key_value' names no linear layer"):
+        apply_lora(model, LoRAConfig(targets=("query_key_value",)))
+    with pytest.raises(AdapterError, match="rank r is 0"):
+        apply_lora(model, LoRAConfig(r=0))
