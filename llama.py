@@ -16,6 +16,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -369,10 +370,11 @@ def make_tree(sequences: list[list[int]]) -> Tree:
     return Tree(sequences[0][:shared], [ids[shared:] for ids in sequences])
 
 
-def pack_trees(trees: list[Tree], max_tokens: int, pad_to: int = 1) -> list[Pack]:
+def pack_trees(trees: list[Tree], max_tokens: int, pad_to: int = 1, last_only: bool = False) -> list[Pack]:
     """Return packs of up to max_tokens tokens that hold all trees, best fit first, padded to a multiple of pad_to.
 
     A tree larger than a pack is split between its branches; a single sequence larger than that makes a pack larger.
+    Every token is a target except a sequence's first; with last_only just the last token of each branch.
     """
     trunk = common_prefix([tree.prefix for tree in trees]) if trees else 0
     pieces: list[tuple[int, int, list[int]]] = []  # (size without the trunk, tree, its branches)
@@ -393,10 +395,12 @@ def pack_trees(trees: list[Tree], max_tokens: int, pad_to: int = 1) -> list[Pack
             bins.append((trunk + piece[0], [piece]))
         else:
             bins[best] = (bins[best][0] + piece[0], [*bins[best][1], piece])
-    return [_build_pack(trees, trunk, [(t, group) for _, t, group in held], pad_to) for _, held in bins]
+    return [_build_pack(trees, trunk, [(t, group) for _, t, group in held], pad_to, last_only) for _, held in bins]
 
 
-def _build_pack(trees: list[Tree], trunk: int, held: list[tuple[int, list[int]]], pad_to: int) -> Pack:
+def _build_pack(
+    trees: list[Tree], trunk: int, held: list[tuple[int, list[int]]], pad_to: int, last_only: bool
+) -> Pack:
     ids, positions, documents, branches, leaves = [], [], [], [], {}
     targets: list[tuple[int, int, float]] = []  # (row, next id, weight)
 
@@ -404,7 +408,7 @@ def _build_pack(trees: list[Tree], trunk: int, held: list[tuple[int, list[int]]]
         """Append a segment that continues row `parent`; return the row of its last token."""
         start = positions[parent] + 1 if parent is not None else 0
         for i, token in enumerate(tokens):
-            if parent is not None:
+            if parent is not None and (not last_only or (branch and i == len(tokens) - 1)):
                 targets.append((parent, token, weight))
             parent = len(ids)
             ids.append(token)
@@ -436,12 +440,19 @@ def _build_pack(trees: list[Tree], trunk: int, held: list[tuple[int, list[int]]]
 
 
 @torch.no_grad()
-def leaf_logits(model: Llama, pack: Pack, vocabulary: Sequence[int], device: torch.device) -> Tensor:
-    """Return the logits (leaves, len(vocabulary)) of the tokens in vocabulary after each branch of the pack, fp32."""
-    pack = pack.to(device)
-    rows = torch.tensor(list(pack.leaves.values()), device=device)
-    select = (torch.zeros_like(rows), rows)
-    return model(pack.ids[None], pack.positions[None], pack.mask(), select=select, vocabulary=vocabulary).float()
+def score_packs(
+    model: Llama, packs: Iterable[Pack], vocabulary: Sequence[int], progress: Callable[[Pack], None] = lambda pack: None
+) -> dict[tuple[int, int], list[float]]:
+    """Return for each (tree, branch) the fp32 logits of the tokens in vocabulary after its last token."""
+    device, scores = next(model.parameters()).device, {}
+    for pack in packs:
+        here = pack.to(device)
+        rows = torch.tensor(list(pack.leaves.values()), device=device)
+        select = (torch.zeros_like(rows), rows)
+        logits = model(here.ids[None], here.positions[None], here.mask(), select=select, vocabulary=vocabulary)
+        scores |= zip(pack.leaves, logits.float().tolist(), strict=True)
+        progress(pack)
+    return scores
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -628,6 +639,15 @@ def quantize_int8(model: Llama, threshold: float) -> None:
                 new.weight = bitsandbytes.nn.Int8Params(old.weight.data, requires_grad=False, has_fp16_weights=False)
                 new.bias = old.bias
                 setattr(parent, name, new)
+
+
+def pick_device() -> torch.device:
+    """Return this process's GPU (by LOCAL_RANK, as torchrun sets it), or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
 
 
 class Tokenizer:

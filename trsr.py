@@ -13,6 +13,7 @@ It knows neither the model nor torch. A language model enters as two functions: 
 writing a file whole or not at all, and turning a user's mistake into one line.
 """
 
+import argparse
 import fcntl
 import hashlib
 import json
@@ -287,45 +288,59 @@ def recommendation_prompts(
     return [build_prompt(instruction, *sections, ("Next Item", candidate)) for candidate in candidates]
 
 
-def recommendation_ids(
-    paradigm: str,
-    domain: Domain,
-    summary: str,
-    recent: list[str],
-    candidates: list[str],
-    budget: Budget,
-) -> list[list[int]]:
-    """Return the token ids of each candidate's prompt, all within the budget and alike up to the candidate.
+@dataclass(frozen=True)
+class Recommender:
+    """Makes the token ids of a user's prompts; what train.py and evaluate.py share of the method."""
 
-    Instruction and cue are never cut. What is too much goes in this order: the oldest recent items, the end of the
-    summary, and only if a candidate alone exceeds the context, the end of the candidates' texts. The longest
-    candidate decides for all of the user's candidates, so that they keep one prefix.
-    """
+    paradigm: str
+    domain: Domain
+    items: dict[str, str]  # item texts by id
+    summaries: dict[str, str]  # by user; empty where the paradigm needs none
+    history_items: int
+    budget: Budget
 
-    def encode(summary: str, recent: list[str], candidates: list[str]) -> list[list[int]]:
-        return budget.encode(recommendation_prompts(paradigm, domain, summary, recent, candidates))
+    def recent(self, example: Example) -> list[str]:
+        """Return the texts of the history items that the paradigm shows, oldest first."""
+        shown = {"whole-history": len(example.history), "none": 0}.get(self.paradigm, self.history_items)
+        return [
+            self.items[i] for i in example.history[len(example.history) - shown if shown else len(example.history) :]
+        ]
 
-    def fit(ids: list[list[int]]) -> bool:
-        return max(map(len, ids)) <= budget.tokens
+    def prompt_ids(self, example: Example, candidates: list[str]) -> list[list[int]]:
+        """Return the token ids of each candidate's prompt, all within the budget and alike up to the candidate.
 
-    ids = encode(summary, recent, candidates)
-    if fit(ids):
+        Instruction and cue are never cut. What is too much goes in this order: the oldest recent items, the end of
+        the summary, and only if a candidate alone exceeds the context, the end of the candidates' texts. The longest
+        candidate decides for all of the user's candidates, so that they keep one prefix.
+        """
+        summary, recent = self.summaries.get(example.user, ""), self.recent(example)
+        texts = [self.items[i] for i in candidates]
+        trimmed, limit = self.budget.trimmed, self.budget.tokens
+
+        def encode(summary: str, recent: list[str], texts: list[str]) -> list[list[int]]:
+            return self.budget.encode(recommendation_prompts(self.paradigm, self.domain, summary, recent, texts))
+
+        def fits(ids: list[list[int]]) -> bool:
+            return max(map(len, ids)) <= limit
+
+        ids = encode(summary, recent, texts)
+        if fits(ids):
+            return ids
+        longest = [texts[max(range(len(ids)), key=lambda i: len(ids[i]))]]
+        while recent and not fits(encode(summary, recent, longest)):
+            recent = recent[1:]
+            trimmed["recent items dropped"] += 1
+        if summary and not fits(encode(summary, recent, longest)):
+            summary = cut_to_fit([summary], lambda cut: fits(encode(cut[0], recent, longest)))[0]
+            trimmed["summaries cut"] += 1
+        ids = encode(summary, recent, texts)
+        if not fits(ids):
+            texts = cut_to_fit(texts, lambda cut: fits(encode(summary, recent, cut)))
+            trimmed["candidate lists cut"] += 1
+            ids = encode(summary, recent, texts)
+        if not fits(ids):
+            raise InputError(f"a context of {limit} tokens has no room for the instruction; raise --max-length")
         return ids
-    longest = [candidates[max(range(len(ids)), key=lambda i: len(ids[i]))]]
-    while recent and not fit(encode(summary, recent, longest)):
-        recent = recent[1:]
-        budget.trimmed["recent items dropped"] += 1
-    if summary and not fit(encode(summary, recent, longest)):
-        summary = cut_to_fit([summary], lambda cut: fit(encode(cut[0], recent, longest)))[0]
-        budget.trimmed["summaries cut"] += 1
-    # A text with fewer characters can have more tokens, so the first choice of `longest` is not the last word.
-    if not fit(encode(summary, recent, candidates)):
-        candidates = cut_to_fit(candidates, lambda cut: fit(encode(summary, recent, cut)))
-        budget.trimmed["candidate lists cut"] += 1
-    ids = encode(summary, recent, candidates)
-    if not fit(ids):
-        raise InputError(f"a context of {budget.tokens} tokens has no room for the instruction; raise --max-length")
-    return ids
 
 
 def answer_ids(encode: Callable[[list[str]], list[list[int]]], domain: Domain) -> tuple[int, int]:
@@ -354,11 +369,34 @@ def yes_probability(yes_logits: np.ndarray, no_logits: np.ndarray) -> np.ndarray
 # Ranking (section 5.2.1)
 
 
-def rank_of_positive(positive: float, negatives: Sequence[float]) -> int:
-    """Return the positive's rank, from 1; a negative with the same score stands before it. Refuses NaN."""
-    if not np.isfinite([positive, *negatives]).all():
+def rank_of_positive(scores: Sequence[float], positive: int) -> int:
+    """Return the rank, from 1, of scores[positive]; another with the same score stands before it. Refuses NaN."""
+    if not np.isfinite(scores).all():
         raise InputError("a score is not finite: the model or its adapter is broken, nothing was ranked")
-    return 1 + sum(score >= positive for score in negatives)
+    return sum(score >= scores[positive] for score in scores)
+
+
+def shuffled_candidates(example: Example, seed: int = 0) -> list[str]:
+    """Return the positive and the negatives in an order that only the user and seed determine."""
+    return sorted([example.positive, *example.negatives], key=lambda i: _hash([seed, example.user, i]))
+
+
+def rank_users(
+    examples: Sequence[Example], candidates: Sequence[list[str]], logits: dict[tuple[int, int], Sequence[float]]
+) -> tuple[list[list[float]], list[int]]:
+    """Return each user's candidate probabilities and rank of the positive.
+
+    logits: (Yes, No) by (index of the user, index of the candidate).
+    """
+    scores, ranks = [], []
+    for u, (example, items) in enumerate(zip(examples, candidates, strict=True)):
+        yes, no = np.array([logits[u, c] for c in range(len(items))]).T
+        scores.append(yes_probability(yes, no).tolist())
+        try:
+            ranks.append(rank_of_positive(scores[-1], items.index(example.positive)))
+        except InputError as error:
+            raise InputError(f"user {example.user!r}: {error}") from None
+    return scores, ranks
 
 
 def metrics_at(ranks: Sequence[int], ks: Sequence[int]) -> dict[str, np.ndarray]:
@@ -390,13 +428,19 @@ def bootstrap_intervals(
 # Around the method: the dataset, files that are whole or absent, and errors in one line
 
 
-def read_jsonl(path: Path, fields: dict[str, type]) -> Iterator[tuple[str, dict]]:
-    """Yield (`file:line`, object) for each line; InputError where a line is no JSON object with these fields."""
+def read_jsonl(path: Path, fields: dict[str, type], torn: bool = False) -> Iterator[tuple[str, dict]]:
+    """Yield (`file:line`, object) for each line; InputError where a line is no JSON object with these fields.
+
+    torn: the file was appended to, so a last line without its end is what an interruption left, and is passed over.
+    """
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file")
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             where = f"{path}:{number}"
+            if torn and not line.endswith(b"\n"):
+                print(f"{where}: dropped, an interruption cut this line short", file=sys.stderr)
+                return
             try:
                 record = json.loads(line.decode("utf-8"))
             except UnicodeDecodeError:
@@ -408,8 +452,7 @@ def read_jsonl(path: Path, fields: dict[str, type]) -> Iterator[tuple[str, dict]
                 if not isinstance(value, kind):
                     found = "is missing" if value is None else f"is a {type(value).__name__}"
                     raise InputError(f"{where}: field {name!r} {found}, expected {kind.__name__}")
-                parts = value.items() if kind is dict else [("", v) for v in value] if kind is list else []
-                if any(not isinstance(v, str) for _, v in parts):
+                if kind is list and not all(isinstance(entry, str) for entry in value):
                     raise InputError(f"{where}: field {name!r} holds something that is not a text")
             yield where, record
 
@@ -426,6 +469,8 @@ def load_dataset(folder: Path, splits: Iterable[str]) -> tuple[Domain, dict[str,
     for where, record in read_jsonl(folder / "items.jsonl", {"id": str, "attributes": dict}):
         if record["id"] in items:
             raise InputError(f"{where}: field 'id': item {record['id']!r} is there twice")
+        if not all(isinstance(value, str) for value in record["attributes"].values()):
+            raise InputError(f"{where}: field 'attributes' holds something that is not a text")
         items[record["id"]] = item_text(record["attributes"])
     users: set[str] = set()
     examples = {split: list(_load_examples(folder / f"{split}.jsonl", items, users)) for split in splits}
@@ -451,11 +496,6 @@ def _load_examples(path: Path, items: dict[str, str], users: set[str]) -> Iterat
 def popularity(examples: Iterable[Example]) -> Counter:
     """Return how often each item was chosen, in histories and as target."""
     return Counter(item for example in examples for item in [*example.history, example.positive])
-
-
-def digest(*parts: object) -> str:
-    """Return a hash of everything in parts (anything JSON can write)."""
-    return hashlib.sha256(json.dumps(parts, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:32]
 
 
 @contextmanager
@@ -492,10 +532,57 @@ def write_json(path: Path, value: dict) -> None:
         file.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
+def read_config(run: Path) -> dict:
+    """Return the settings of the scripts that ran in the run folder, by script."""
+    return read_json(run / "config.json") if (run / "config.json").is_file() else {}
+
+
+def claim_config(run: Path, section: str, settings: dict) -> None:
+    """Write settings to the section of the run's config.json; InputError where it holds others.
+
+    One run folder has one set of settings a script, so that nothing is ever continued or scored with another.
+    """
+    path, config = run / "config.json", read_config(run)
+    settings = json.loads(json.dumps(settings))
+    old = config.get(section, settings)
+    if differing := [name for name in sorted({*old, *settings}) if old.get(name) != settings.get(name)]:
+        values = ", ".join(f"{n} {old.get(n)!r} (now {settings.get(n)!r})" for n in differing)
+        raise InputError(f"{path}: {section}.py ran here with {values}; use those, or another --run")
+    write_json(path, config | {section: settings})
+
+
+def load_summaries(run: Path, items: dict[str, str], examples: Iterable[Example]) -> dict[str, str]:
+    """Return each user's summary from the run; InputError where one is missing or is not of the user's history."""
+    path, settings = run / "summaries.jsonl", read_config(run).get("summarize", {})
+    again = f"run python summarize.py --run {run} (with --data and --model), or choose --paradigm recent-only"
+    if not path.is_file():
+        raise InputError(f"{path}: no summaries; {again}")
+    fields = {"user": str, "key": str, "summary": str}
+    found = {record["user"]: record for _, record in read_jsonl(path, fields)}
+    for example in examples:
+        record = found.get(example.user)
+        if record is None or record["key"] != summary_key(settings, [items[i] for i in example.history]):
+            what = "no summary" if record is None else "the summary is of another history"
+            raise InputError(f"{path}: user {example.user!r}: {what}; {again}")
+    return {example.user: found[example.user]["summary"] for example in examples}
+
+
+def summary_key(settings: dict, texts: list[str]) -> str:
+    """Return a hash of everything that determines a summary: the settings of summarize.py and the history's texts."""
+    return _hash([settings, texts])
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
+
+
 @contextmanager
-def locked(run: Path):
-    """Make the run folder and hold its lock; InputError where another process holds it."""
+def locked(run: Path, hold: bool = True):
+    """Make the run folder and hold its lock (if hold); InputError where another process holds it."""
     run.mkdir(parents=True, exist_ok=True)
+    if not hold:
+        yield
+        return
     with open(run / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -504,10 +591,40 @@ def locked(run: Path):
         yield
 
 
-def run_main(main: Callable[[], None]) -> None:
-    """Run a script's main; what a user can mend ends it with one line and exit status 2, without a traceback."""
+def natural(text: str, least: int = 0) -> int:
+    """Return text as a whole number, for argparse."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number from {least}, not {text!r}")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    """Return text as a whole number from 1, for argparse."""
+    return natural(text, 1)
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def script_parser(description: str) -> argparse.ArgumentParser:
+    """Return an argument parser with the flags that all three scripts share."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=_Help)
+    flag = parser.add_argument_group("files").add_argument
+    flag("--data", help="dataset folder, made by prepare (without it: the run's, else data/demo)")
+    flag("--model", help="Llama folder or hub id (without it: the run's, else models/tiny)")
+    flag("--revision", help="commit, tag or branch of a hub id")
+    # torchrun takes --run for an abbreviation of its own --run-path, hence the second name.
+    flag("--run", "--run-dir", type=Path, default=Path("runs/demo"), help="run folder")
+    flag = parser.add_argument_group("machine").add_argument
+    flag("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 on GPUs, fp32 on CPUs")
+    return parser
+
+
+def run_main(main: Callable[[], None], *errors: type[Exception]) -> None:
+    """Run a script's main; an InputError, or one of errors, ends it with one line and exit status 2."""
     try:
         main()
-    except InputError as error:
+    except (InputError, *errors) as error:
         print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
         sys.exit(2)

@@ -55,7 +55,9 @@ def tokenizer_model(tmp_path_factory):
     texts = [p.read_text() for p in sorted(ROOT.glob("*.py"))]
     lines = [line for text in texts for line in text.splitlines()]
     lines += [f"Title: {rng.choice(COLORS)} {rng.choice(THINGS)}; Color: {rng.choice(COLORS)}" for _ in range(300)]
-    lines += ["Yes", "No", "### User:", "### Assistant:"] * 50
+    lines += ["### User:", "### Assistant:"] * 50
+    # Before a line's end there is no blank, so the answers must be pieces without the blank's sign too.
+    lines += [f"{letter}{answer}" for letter in "abcdefgh" for answer in ("Yes", "No")] * 30
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
         model_prefix=str(folder / "tokenizer"),
@@ -64,7 +66,6 @@ def tokenizer_model(tmp_path_factory):
         byte_fallback=True,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
-        user_defined_symbols=["\n"],
         unk_id=0,
         bos_id=1,
         eos_id=2,

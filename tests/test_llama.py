@@ -11,7 +11,7 @@ from conftest import SHARED, needs_shared, write_model
 from transformers import LlamaForCausalLM
 
 import llama
-from llama import CheckpointError, KVCache, Tokenizer, Tree, generate, leaf_logits, load_model, make_tree, pack_trees
+from llama import CheckpointError, KVCache, Tokenizer, Tree, generate, load_model, make_tree, pack_trees, score_packs
 
 CPU = torch.device("cpu")
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
@@ -162,13 +162,13 @@ def test_packs_share_the_trunk_and_every_prefix():
     assert (pack.documents == 0).sum() == trunk
 
 
-def test_leaf_logits_are_the_two_columns(tiny):
+def test_scores_are_two_columns_of_the_logits(tiny):
     trees = random_trees(3, 4)
-    for pack in pack_trees(trees, 80):
-        logits = leaf_logits(tiny, pack, [17, 400], CPU)
-        for (t, b), found in zip(pack.leaves, logits, strict=True):
-            alone = tiny(torch.tensor([trees[t].prefix + trees[t].branches[b]]))[0, -1, [17, 400]]
-            assert (found - alone).abs().max() < 1e-4
+    scores = score_packs(tiny, pack_trees(trees, 80), [17, 400])
+    assert len(scores) == 12
+    for (t, b), found in scores.items():
+        alone = tiny(torch.tensor([trees[t].prefix + trees[t].branches[b]]))[0, -1, [17, 400]]
+        assert (torch.tensor(found) - alone).abs().max() < 1e-4
 
 
 def test_the_mask_is_the_rule_spelled_out():

@@ -1,0 +1,277 @@
+"""What the readers of raw data share: tables, filters, splits, negatives, and writing a dataset (section 5.1).
+
+A reader (mind, amazon_m2, recbole) turns raw rows into items and `Session`s; `prepare` here does all the rest. Memory
+holds the ids of the catalogue and the chosen users. Item texts are read twice and never kept. It knows no raw format.
+"""
+
+import argparse
+import csv
+import hashlib
+import heapq
+import html
+import json
+import random
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+
+from tqdm import tqdm
+
+from trsr import InputError, atomic_write, positive, write_json
+
+FIELD_LIMIT = 2**24  # characters; an opening quote without its end fails here instead of swallowing the file
+Item = tuple[str, str, dict[str, str]]  # (`file:line`, id, attributes)
+
+
+@dataclass(frozen=True)
+class Session:
+    """One user's raw row or rows.
+
+    where: `file:line` of the session, or one for each item of the history. target: None where the data name none, so
+    that the last known item of the history is it. shown: what was shown with the target and not chosen, if recorded.
+    """
+
+    where: Sequence[str]
+    user: str
+    history: list[str]
+    target: str | None
+    shown: list[str] | None = None
+
+
+class Table:
+    """A raw file with columns; iterating yields (`file:line`, {column: text}) and counts `rows`.
+
+    Raises InputError for a missing file or column at once, and for every broken row when it is reached. quoted: comma
+    separated with quotes, where a row may span lines; otherwise tabs separate, and a quote is a sign like any other.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str] = (), quoted: bool = False, header: bool = True):
+        self.path, self.columns, self.quoted, self.header, self.rows = Path(path), columns, quoted, header, 0
+        if not self.path.is_file():
+            raise InputError(f"{path}: no such file")
+        if header:
+            _, self.columns = next(self._records(), (1, []))
+            if missing := [name for name in columns if name not in self.columns]:
+                found = ", ".join(self.columns) or "nothing"
+                raise InputError(f"{path}:1: no column {missing[0]!r}; expected {', '.join(columns)}, found {found}")
+
+    def __iter__(self) -> Iterator[tuple[str, dict[str, str]]]:
+        self.rows = 0
+        records = self._records()
+        if self.header:
+            next(records)
+        for number, fields in records:
+            where = f"{self.path}:{number}"
+            if len(fields) != len(self.columns):
+                expected = f"{len(self.columns)} ({', '.join(self.columns)})"
+                raise InputError(f"{where}: {len(fields)} columns, expected {expected}; is the file whole?")
+            self.rows += 1
+            yield where, dict(zip(self.columns, fields, strict=True))
+
+    def _records(self) -> Iterator[tuple[int, list[str]]]:
+        if not self.quoted:
+            for number, line in enumerate(self._lines(), 1):
+                yield number, line.rstrip("\r\n").split("\t")
+            return
+        csv.field_size_limit(FIELD_LIMIT)
+        reader, number = csv.reader(self._lines(), strict=True), 1
+        try:
+            for fields in reader:
+                yield number, fields
+                number = reader.line_num + 1
+        except csv.Error as error:
+            raise InputError(f"{self.path}:{number}: not comma-separated text ({error}); is the file whole?") from None
+
+    def _lines(self) -> Iterator[str]:
+        size = self.path.stat().st_size
+        with (
+            open(self.path, "rb") as file,
+            tqdm(total=size, desc=self.path.name, unit="B", unit_scale=True, disable=None, delay=1) as bar,
+        ):
+            for number, line in enumerate(file, 1):
+                bar.update(len(line))
+                try:
+                    yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError:
+                    raise InputError(f"{self.path}:{number}: not UTF-8 text") from None
+
+    def source(self) -> dict:
+        """Return what meta.json tells of the file: name, sha256, rows of the last reading."""
+        with open(self.path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"file": self.path.name, "sha256": digest, "rows": self.rows}
+
+
+def attributes(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Return the (name, raw text) pairs with HTML entities decoded, without the empty ones."""
+    return {name: text for name, raw in pairs if (text := html.unescape(raw)).strip()}
+
+
+def read_catalogue(path: Path, items: Iterable[Item]) -> dict[str, bool]:
+    """Return {id: whether it has any text} in catalogue order; InputError for a duplicate, an empty id, no items."""
+    known: dict[str, bool] = {}
+    for where, item, texts in items:
+        if not item or item in known:
+            raise InputError(f"{where}: item {item!r} " + ("is there twice" if item else "is no id"))
+        known[item] = bool(texts)
+    if not any(known.values()):
+        raise InputError(f"{path}: no item with a text in it")
+    return known
+
+
+FILTERS = (
+    "rows of a user already taken",
+    "unknown ids in histories",
+    "unknown targets",
+    "history too short",
+    "history too long",
+    "target already in history",
+)
+
+
+def eligible(
+    sessions: Iterable[Session], known: dict[str, bool], args: argparse.Namespace, dropped: Counter
+) -> Iterator[Session]:
+    """Yield the sessions that pass every filter, with unknown ids gone and a target; count the others in dropped.
+
+    An item without text counts as unknown. Raises InputError for an unknown id unless args.drop_unknown.
+    """
+    taken = set()
+
+    def resolve(session: Session, items: list[str], what: str) -> list[str]:
+        found = [item for item in items if known.get(item)]
+        if len(found) < len(items) and not args.drop_unknown:
+            position, item = next((n, item) for n, item in enumerate(items) if not known.get(item))
+            where = session.where[min(position, len(session.where) - 1)]
+            reason = "has no text in the catalogue" if item in known else "is not in the catalogue"
+            raise InputError(f"{where}: item {item!r} {reason}; --drop-unknown drops such items")
+        dropped[what] += len(items) - len(found)
+        return found
+
+    for session in sessions:
+        if session.user in taken:
+            dropped["rows of a user already taken"] += 1
+            continue
+        if session.shown is None:  # with impressions, a user's next row has another target and may pass
+            taken.add(session.user)
+        history = resolve(session, session.history, "unknown ids in histories")
+        if session.target is None:
+            *history, target = history or [""]
+        elif not resolve(session, [session.target], "unknown targets"):
+            continue
+        else:
+            target = session.target
+        shown = session.shown
+        if shown is not None:
+            others = resolve(session, shown, "unknown ids shown")
+            shown = [item for item in dict.fromkeys(others) if item != target and item not in history]
+        if len(history) < args.min_history:
+            dropped["history too short"] += 1
+        elif len(history) > args.max_history:
+            dropped["history too long"] += 1
+        elif target in history:
+            dropped["target already in history"] += 1
+        elif shown is not None and len(shown) < max(args.eval_negatives, args.train_negatives):
+            dropped["rows with too few shown and unclicked"] += 1
+        else:
+            taken.add(session.user)
+            yield replace(session, history=history, target=target, shown=shown)
+
+
+def choose(sessions: Iterable[Session], limit: int, seed: int) -> list[Session]:
+    """Return at most limit sessions in a seeded random order that does not depend on the order of sessions."""
+
+    def key(session: Session) -> bytes:
+        return hashlib.sha256(f"{seed}\0{session.user}".encode()).digest()
+
+    return heapq.nsmallest(limit, sessions, key)  # holds limit sessions, however many go through
+
+
+def split_sizes(n_users: int) -> dict[str, int]:
+    """Return the number of users in each split, 10 : 1 : 1; InputError below 3 users."""
+    if n_users < 3:
+        raise InputError(f"{n_users} users, at least 3 are needed")
+    part = max(1, n_users // 12)
+    return {"train": n_users - 2 * part, "val": part, "test": part}
+
+
+def draw_negatives(
+    seed: int, session: Session, items: Sequence[str], cumulative: Sequence[int], n: int, flag: str = "--eval-negatives"
+) -> list[str]:
+    """Return n distinct items, each drawn by its weight, none of them the session's target or in its history.
+
+    cumulative: the running sum of the items' weights, all of them above 0. Raises InputError where items are too few.
+    """
+    excluded = {*session.history, session.target}
+    free = len(items) - (0 if session.shown else len(excluded))  # whatever is excluded is among the items
+    if free < n:
+        raise InputError(f"user {session.user!r}: only {free} items can be negatives, {n} are needed; lower {flag}")
+    rng = random.Random(f"{seed} {session.user}")
+    negatives: dict[str, None] = {}
+    while len(negatives) < n:
+        # Only random() is promised to give the same numbers in every version of Python.
+        item = items[bisect_right(cumulative, rng.random() * cumulative[-1])]
+        if item not in excluded:
+            negatives[item] = None
+    return list(negatives)
+
+
+def make_splits(sessions: list[Session], known: dict[str, bool], args: argparse.Namespace) -> dict[str, list[dict]]:
+    """Return the examples of each split, as they are written, with their negatives."""
+    if args.negatives == "popular":
+        weights = Counter(item for session in sessions for item in [*session.history, session.target])
+    else:
+        weights = dict.fromkeys((item for item, has_text in known.items() if has_text), 1)
+    items = [item for item in known if item in weights]
+    cumulative = list(accumulate(weights[item] for item in items))
+    splits, rest = {}, iter(sessions)
+    for split, size in split_sizes(len(sessions)).items():
+        n, flag = (args.train_negatives, "--train-negatives") if split == "train" else (args.eval_negatives, "--eval-negatives")
+        splits[split] = []
+        for _, session in zip(range(size), rest):
+            pool = (session.shown, range(1, len(session.shown) + 1)) if session.shown else (items, cumulative)
+            negatives = draw_negatives(args.seed, session, *pool, n, flag)
+            example = {"user": session.user, "history": session.history, "positive": session.target}
+            splits[split].append(example | {"negatives": negatives})
+    return splits
+
+
+def save_dataset(out: Path, splits: dict[str, list[dict]], items: Iterable[dict], meta: dict) -> dict:
+    """Write items.jsonl, a file for each split, and meta.json with the counts of what was written added; return meta.
+
+    meta.json goes first and comes back last, so that a folder that has one is whole.
+    """
+    out = make_folder(out)
+    (out / "meta.json").unlink(missing_ok=True)
+    names: Counter = Counter()
+    n_items = 0
+    with atomic_write(out / "items.jsonl") as file:
+        for item in items:
+            file.write(json.dumps(item, ensure_ascii=False) + "\n")
+            names.update(item["attributes"].keys())
+            n_items += 1
+    for split, examples in splits.items():
+        with atomic_write(out / f"{split}.jsonl") as file:
+            file.writelines(json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
+    lengths = [len(example["history"]) for examples in splits.values() for example in examples]
+    meta = meta | {
+        "examples": {split: len(examples) for split, examples in splits.items()},
+        "items": n_items,
+        "mean_history": round(sum(lengths) / max(1, len(lengths)), 2),
+        "attributes": len(names),
+        "mean_attributes": round(names.total() / max(1, n_items), 2),
+    }
+    write_json(out / "meta.json", meta)
+    return meta
+
+
+def make_folder(out: Path) -> Path:
+    """Make the folder out; InputError where that cannot be."""
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out}: {error.strerror}; choose another folder") from None
+    return Path(out)
