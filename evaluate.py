@@ -8,29 +8,19 @@ Writes RUN/scores-SPLIT.jsonl, a line a user, and RUN/results.json, the table. A
 prefix that is computed once; ties count against the positive.
 """
 
-import json
-import os
+import argparse
 import time
 from collections import Counter
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from tqdm import tqdm
 
 import trsr
-from llama import (
-    CheckpointError,
-    Tokenizer,
-    find_model,
-    fingerprint,
-    load_model,
-    make_tree,
-    pack_trees,
-    pick_device,
-    score_packs,
-)
+from llama import CheckpointError, find_model, fingerprint, load_model
 from lora import AdapterError, load_adapter
+from prepare.dataset import load_dataset, popularity
+from summarize import join_processes, load_summaries, write_records
+from train import make_recommender, pack_candidates, rank_packs
 
 
 def parse_arguments():
@@ -41,7 +31,6 @@ def parse_arguments():
     flag("--k", type=trsr.positive, nargs="+", default=[3, 5, 10], help="cut-offs of the metrics")
     flag("--untrained", action="store_true", help="the base model, without the run's adapter")
     flag("--users", type=trsr.positive, help="only the first so many users")
-    flag("--pack-tokens", type=trsr.positive, help="tokens in a forward pass (without it: 8192 on GPUs, 2048 on CPUs)")
     flag("--seed", type=trsr.natural, default=0, help="of the candidates' order and the resampling of users")
     return parser.parse_args()
 
@@ -65,91 +54,70 @@ def format_table(rows: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def summary_of(ranks: list[int], ks: list[int], seed: int) -> dict[str, dict]:
+def means_and_intervals(ranks: list[int], args) -> dict[str, dict]:
     """Return each metric's mean over users and its 95 % interval."""
-    metrics = trsr.metrics_at(ranks, ks)
-    intervals = trsr.bootstrap_intervals(metrics, seed=seed)
+    metrics = trsr.metrics_at(ranks, args.k)
+    intervals = trsr.bootstrap_intervals(metrics, seed=args.seed)
     return {name: {"mean": float(values.mean()), "interval": intervals[name]} for name, values in metrics.items()}
 
 
 def main() -> None:
     """Score and rank the candidates of a split."""
     args = parse_arguments()
-    rank, world, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), pick_device()
-    if world > 1:
-        dist.init_process_group("gloo")
-    settings = trsr.read_config(args.run).get("train")
-    adapter, whole = args.run / "adapter", args.run / "model"
-    if settings is None or not (args.untrained or (adapter if settings["lora_r"] else whole).is_dir()):
+    rank, world, device = join_processes()
+    trained = trsr.read_config(args.run).get("train")
+    kind = "adapter" if trained and trained["lora_r"] else "model"
+    if trained is None or not (args.untrained or (args.run / kind).is_dir()):
         raise trsr.InputError(f"{args.run}: nothing trained here yet; first run python train.py --run {args.run}")
-    data, name = args.data or settings["data"], args.model or settings["model"]
-    folder = find_model(name, args.revision or settings["revision"])
-    if fingerprint(folder) != settings["fingerprint"]:
-        raise trsr.InputError(f"{name}: not the model that {args.run} was trained on ({settings['model']})")
-    if not settings["lora_r"] and not args.untrained:
-        folder = whole
-    domain, items, splits = trsr.load_dataset(data, ("train", args.split))
+    own = {name: value for name, value in vars(args).items() if value is not None and value != "auto"}
+    args = argparse.Namespace(**trained | {"users": None} | own)  # what was not asked for is as it was trained
+    args.pack_tokens = 8192 if device.type == "cuda" else 2048
+    args.pad_to = args.pack_tokens if device.type == "cuda" else 1
+    folder = find_model(args.model, args.revision)
+    if fingerprint(folder) != args.fingerprint:
+        raise trsr.InputError(f"{args.model}: not the model that {args.run} was trained on ({trained['model']})")
+    domain, items, splits = load_dataset(args.data, ("train", args.split))
     examples = splits[args.split][: args.users]
-    paradigm = settings["paradigm"]
-    summaries = trsr.load_summaries(args.run, items, examples) if paradigm in trsr.SUMMARIZED else {}
-    half = args.dtype == "bf16" or (args.dtype == "auto" and settings["dtype"] == "bf16")
-    model = load_model(folder, device, torch.bfloat16 if half else torch.float32)
-    if settings["lora_r"] and not args.untrained:
-        load_adapter(model, adapter)
+    summaries = load_summaries(args.run, items, examples) if args.paradigm in trsr.SUMMARIZED else {}
+    if kind == "model" and not args.untrained:
+        folder = args.run / "model"
+    model = load_model(folder, device, torch.bfloat16 if args.dtype == "bf16" else torch.float32)
+    if kind == "adapter" and not args.untrained:
+        load_adapter(model, args.run / "adapter")
     model.eval()
-    tokenizer = Tokenizer(folder, model.config.vocab_size)
-    answers = trsr.answer_ids(tokenizer.encode, domain)
-    context = min(settings["max_length"], model.config.max_position_embeddings)
-    budget = trsr.Budget(context - 1, tokenizer.encode, Counter())
-    recommender = trsr.Recommender(paradigm, domain, items, summaries, settings["history_items"], budget)
-    what = "untrained" if args.untrained else "adapter" if settings["lora_r"] else "trained"
+    recommender, answers = make_recommender(args, model, folder, domain, items, summaries)
+    row = "untrained" if args.untrained else "trained"
     if rank == 0:
-        print(f"data    {data}: {len(examples)} users of {args.split}.jsonl")
-        print(f"model   {name}, {what}, {'bf16' if half else 'fp32'}, on {world} x {device.type}")
-        print(f"prompt  {paradigm}, {settings['history_items']} recent items, context {context} tokens")
-
+        print(f"data    {args.data}: {len(examples)} users of {args.split}.jsonl")
+        print(f"model   {args.model}, {row} ({kind}), {args.dtype}, on {world} x {device.type}")
+        print(f"prompt  {args.paradigm}, {args.history_items} recent items, {recommender.budget.tokens} tokens at most")
     start = time.perf_counter()
-    candidates = [trsr.shuffled_candidates(example, args.seed) for example in examples]
-    prompts = zip(examples, candidates, strict=True)
-    bar = tqdm(prompts, "tokenize", total=len(examples), unit="user", disable=rank > 0)
-    trees = [make_tree(recommender.prompt_ids(example, chosen)) for example, chosen in bar]
-    pack_tokens = args.pack_tokens or (8192 if device.type == "cuda" else 2048)
-    packs = pack_trees(trees, pack_tokens, pack_tokens if device.type == "cuda" else 1)
-    with tqdm(total=len(packs[rank::world]), desc="score", unit="pack", disable=rank > 0) as bar:
-        parts = [score_packs(model, packs[rank::world], answers, lambda _: bar.update())]
-    if world > 1:
-        gathered = [None] * world
-        dist.all_gather_object(gathered, parts[0])
-        parts = gathered
-        dist.destroy_process_group()
+    candidates, packs = pack_candidates(recommender, examples, args, show=rank == 0)
+    scores, ranks = rank_packs(model, examples, candidates, packs, answers, show=rank == 0)
+    seconds = time.perf_counter() - start
     if rank > 0:
         return
-    scores, ranks = trsr.rank_users(examples, candidates, {k: v for part in parts for k, v in part.items()})
-    seconds = time.perf_counter() - start
 
     chance = trsr.random_metrics(len(candidates[0]), args.k)
-    rows = {
-        "random": {metric: {"mean": mean} for metric, mean in chance.items()},
-        "popularity": summary_of(
-            popularity_ranks(examples, trsr.popularity(splits["train"]), args.seed), args.k, args.seed
-        ),
-        what: summary_of(ranks, args.k, args.seed),
+    by_popularity = popularity_ranks(examples, popularity(splits["train"]), args.seed)
+    table = {
+        "random": {name: {"mean": mean} for name, mean in chance.items()},
+        "popularity": means_and_intervals(by_popularity, args),
+        row: means_and_intervals(ranks, args),
     }
+    print(format_table(table))
+    print(f"{len(examples)} users in {seconds:.1f} s; below each mean is its 95 % interval over users")
+    trimmed = recommender.budget.trimmed
+    for what, number in trimmed.items():
+        print(f"trimmed to the context: {number} {what}")
     suffix = "-untrained" if args.untrained else ""
-    scores_path = args.run / f"scores-{args.split}{suffix}.jsonl"
-    with trsr.atomic_write(scores_path) as file:
-        for example, chosen, probabilities, place in zip(examples, candidates, scores, ranks, strict=True):
-            record = {"user": example.user, "positive": example.positive, "rank": place}
-            record |= {"candidates": chosen, "scores": probabilities}
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    results_path = args.run / f"results{suffix}.json"
-    report = {"data": data, "split": args.split, "users": len(examples), "model": name, "what": what}
-    trsr.write_json(results_path, report | {"paradigm": paradigm, "table": rows, "trimmed": dict(budget.trimmed)})
-    print(format_table(rows))
-    for thing, number in budget.trimmed.items():
-        print(f"trimmed to the context of {context} tokens: {number} {thing}")
-    print(f"{len(examples)} users in {seconds:.1f} s; below each mean its 95 % interval over users")
-    print(f"wrote   {results_path}, {scores_path}")
+    lines, results = args.run / f"scores-{args.split}{suffix}.jsonl", args.run / f"results{suffix}.json"
+    names = ("user", "positive", "rank", "candidates", "scores")
+    columns = ([e.user for e in examples], [e.positive for e in examples], ranks, candidates, scores)
+    write_records(lines, (dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)))
+    report = {"data": args.data, "split": args.split, "users": len(examples), "model": args.model, "row": row}
+    trsr.write_json(results, report | {"paradigm": args.paradigm, "table": table, "trimmed": dict(trimmed)})
+    print(f"wrote   {results}, {lines}")
 
 
 if __name__ == "__main__":

@@ -16,9 +16,8 @@ import hashlib
 import json
 import logging
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 
 import sentencepiece
@@ -36,8 +35,7 @@ class CheckpointError(ValueError):
     """A model folder that cannot be used: one line that names the file or field, and the way out."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Configuration
+# ---- Configuration
 
 
 @dataclass(frozen=True)
@@ -51,72 +49,63 @@ class Config:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    rms_norm_eps: float
-    max_position_embeddings: int
-    tie_word_embeddings: bool
-    attention_bias: bool
-    mlp_bias: bool
-    rope_theta: float
-    rope_scaling: dict  # {"rope_type": "default" | "linear" | "llama3", ...}
-    eos_token_ids: tuple[int, ...]
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # {"rope_type": "linear" | "llama3", ...}; None for plain rotary embeddings
+    eos_token_id: tuple[int, ...] = ()
+
+
+_ROPE = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 def load_config(folder: Path) -> Config:
     """Return the configuration of a model folder; CheckpointError for an architecture or feature not built here."""
-    path = Path(folder) / "config.json"
+    path, generation = folder / "config.json", folder / "generation_config.json"
     raw = _read_json(path)
-    if raw.get("model_type") != "llama":
-        raise CheckpointError(f"{path}: model_type is {raw.get('model_type')!r}, only 'llama' checkpoints are read")
-    for field, supported in (("hidden_act", "silu"), ("quantization_config", None)):
-        if raw.get(field, supported) != supported:
-            raise CheckpointError(f"{path}: {field} {raw[field]!r} is not supported, only {supported!r}")
+    for field, supported in (("model_type", "llama"), ("hidden_act", "silu"), ("quantization_config", None)):
+        if raw.get(field, supported) != supported or (field == "model_type" and field not in raw):
+            raise CheckpointError(f"{path}: {field} is {raw.get(field)!r}, only {supported!r} is supported")
+    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})  # the new layout, then the old
+    kind = rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in _ROPE:
+        raise CheckpointError(f"{path}: rope_type is {kind!r}, only {', '.join(_ROPE)} are supported")
     try:
-        heads = raw["num_attention_heads"]
-        rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})  # new layout, then old
-        rope["rope_type"] = kind = rope.get("rope_type", rope.get("type", "default"))
-        needed = {"default": (), "linear": ("factor",), "llama3": _LLAMA3_ROPE}.get(kind)
-        if needed is None:
-            raise CheckpointError(f"{path}: rope_type {kind!r} is not supported (default, linear, llama3 are)")
-        rope |= {name: float(rope[name]) for name in needed}
-        generation = folder / "generation_config.json"
+        raw["rope_scaling"] = {"rope_type": kind} | {name: rope[name] for name in _ROPE[kind]} if _ROPE[kind] else None
+        raw["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta"))
+        raw["num_key_value_heads"] = raw.get("num_key_value_heads") or raw["num_attention_heads"]
+        raw["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
         eos = (_read_json(generation) if generation.is_file() else {}).get("eos_token_id", raw.get("eos_token_id"))
-        return Config(
-            **{f.name: raw[f.name] for f in fields(Config)[:5]},
-            num_key_value_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-            max_position_embeddings=raw.get("max_position_embeddings", 2048),
-            tie_word_embeddings=raw.get("tie_word_embeddings", False),
-            attention_bias=raw.get("attention_bias", False),
-            mlp_bias=raw.get("mlp_bias", False),
-            rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
-            rope_scaling=rope,
-            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-        )
+        raw["eos_token_id"] = tuple(eos) if isinstance(eos, list) else None if eos is None else (eos,)
+        required = {f.name: raw[f.name] for f in fields(Config) if f.default is MISSING}
+        optional = {f.name: raw[f.name] for f in fields(Config) if raw.get(f.name) is not None}
+        return Config(**required | optional)
     except KeyError as missing:
         raise CheckpointError(f"{path}: field {missing} is missing") from None
 
 
-_LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Layers, from leaf to root
+# ---- Layers, from leaf to root
 
 
 def rotary_tables(config: Config, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return cosine and sine of the rotary angles at positions (B, T), each (B, 1, T, D)."""
     exponents = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32) / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents
-    rope = config.rope_scaling
-    if rope["rope_type"] == "linear":
-        frequencies = frequencies / rope["factor"]
-    elif rope["rope_type"] == "llama3":
-        # Waves that turn often within the original context stay, the slowest are stretched, with a ramp between.
-        _, low, high, original = (rope[name] for name in _LLAMA3_ROPE)
-        turns = original * frequencies / (2 * math.pi)
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-        frequencies = keep * frequencies + (1 - keep) * frequencies / rope["factor"]
+    if rope := config.rope_scaling:
+        slow = frequencies / rope["factor"]
+        if rope["rope_type"] == "linear":
+            frequencies = slow
+        else:  # llama3: waves that turn often within the original context stay, the slowest are stretched
+            turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+            low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+            frequencies = torch.lerp(slow, frequencies, ((turns - low) / (high - low)).clamp(0, 1))
     angles = (positions[:, None, :, None].float() * frequencies).repeat(1, 1, 1, 2)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -270,25 +259,21 @@ class Llama(nn.Module):
         x = x if select is None else x[select]
         return self.lm_head(x) if vocabulary is None else F.linear(x, self.lm_head.weight[list(vocabulary)])
 
-    def loss(self, ids: Tensor, positions: Tensor, mask, targets: "Targets", chunk: int = 1024) -> Tensor:
-        """Return the sum of weight * cross-entropy over targets, in fp32 (equation 1 of the paper, summed).
+    def loss(self, pack: "Pack", chunk: int = 1024) -> Tensor:
+        """Return the sum of weight * cross-entropy over the pack's targets, in fp32 (equation 1, summed).
 
         The logits of `chunk` targets at a time exist, and are computed again in the backward pass: over a whole pack
         they would take more memory than the rest of the model's activations.
         """
-        x = self.model(ids, positions, mask, None)[0, targets.rows]
-        total = x.new_zeros((), dtype=torch.float32)
-        for part in range(0, len(x), chunk):
-            s = slice(part, part + chunk)
-            total = total + checkpoint(self._chunk_loss, x[s], targets.ids[s], targets.weights[s], use_reentrant=False)
-        return total
+        x = self.model(pack.ids[None], pack.positions[None], pack.mask(), None)[0, pack.rows]
+        parts = zip(x.split(chunk), pack.next_ids.split(chunk), pack.weights.split(chunk), strict=True)
+        return sum(checkpoint(self._chunk_loss, *part, use_reentrant=False) for part in parts)
 
     def _chunk_loss(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         return (F.cross_entropy(self.lm_head(x).float(), ids, reduction="none") * weights).sum()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Packing: texts that share a beginning, computed once. A tree is a prefix and its branches; a pack is one row with
+# ---- Packing: texts that share a beginning, computed once. A tree is a prefix and its branches; a pack is one row with
 # many trees, whose common first tokens (the trunk) stand in it once. Plain text is a tree of one branch.
 
 
@@ -306,37 +291,28 @@ class Tree:
 
 
 @dataclass(frozen=True)
-class Targets:
-    """Next-token targets of a pack: at row rows[i] token ids[i] is due and counts weights[i] times, each (N,).
+class Pack:
+    """A row of T tokens, where each stands in the trees, and N next-token targets.
 
-    A row may have several: the last token of a prefix predicts the first token of every branch. A token that n
-    sequences share has weight n, so that the loss is that of the sequences apart.
+    Target i: at row rows[i] token next_ids[i] is due and counts weights[i] times. A row may have several, since the
+    last token of a prefix predicts the first token of every branch; a token that n sequences share has weight n, so
+    that the loss is that of the sequences apart.
     """
 
-    rows: Tensor
-    ids: Tensor
-    weights: Tensor
-
-
-@dataclass(frozen=True)
-class Pack:
-    """A row of T tokens. ids, positions, documents and branches are (T,); the rest tells what stands where."""
-
-    ids: Tensor
+    ids: Tensor  # (T,), and so the next three
     positions: Tensor
     documents: Tensor  # 0 the trunk, then 1, 2, ... a tree each; -1 padding
     branches: Tensor  # 0 a prefix, then 1, 2, ...
+    rows: Tensor  # (N,), and so the next two
+    next_ids: Tensor
+    weights: Tensor
     leaves: dict[tuple[int, int], int]  # (tree, branch) as given to pack_trees -> row of the branch's last token
-    targets: Targets
-    tokens: int  # without padding
+    tokens: int  # T without padding
 
     def to(self, device: torch.device) -> "Pack":
         """Return the pack with its tensors on device."""
-        move = {
-            f: getattr(self, f).to(device, non_blocking=True) for f in ("ids", "positions", "documents", "branches")
-        }
-        parts = (self.targets.rows, self.targets.ids, self.targets.weights)
-        return replace(self, **move, targets=Targets(*(t.to(device, non_blocking=True) for t in parts)))
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
     def mask(self) -> "Tensor | BlockMask":
         """Return who sees whom: a BlockMask on CUDA, a boolean (1, 1, T, T) tensor elsewhere, from the same rule."""
@@ -395,47 +371,37 @@ def pack_trees(trees: list[Tree], max_tokens: int, pad_to: int = 1, last_only: b
             bins.append((trunk + piece[0], [piece]))
         else:
             bins[best] = (bins[best][0] + piece[0], [*bins[best][1], piece])
-    return [_build_pack(trees, trunk, [(t, group) for _, t, group in held], pad_to, last_only) for _, held in bins]
+    return [_build_pack(trees, trunk, held, pad_to, last_only) for _, held in bins]
 
 
-def _build_pack(
-    trees: list[Tree], trunk: int, held: list[tuple[int, list[int]]], pad_to: int, last_only: bool
-) -> Pack:
-    ids, positions, documents, branches, leaves = [], [], [], [], {}
+def _build_pack(trees: list[Tree], trunk: int, held: list[tuple], pad_to: int, last_only: bool) -> Pack:
+    tokens: list[tuple[int, int, int, int]] = []  # (id, position, document, branch)
     targets: list[tuple[int, int, float]] = []  # (row, next id, weight)
 
-    def add(tokens: list[int], document: int, branch: int, parent: int | None, weight: int) -> int | None:
+    def add(segment: list[int], document: int, branch: int, parent: int | None, weight: int) -> int | None:
         """Append a segment that continues row `parent`; return the row of its last token."""
-        start = positions[parent] + 1 if parent is not None else 0
-        for i, token in enumerate(tokens):
-            if parent is not None and (not last_only or (branch and i == len(tokens) - 1)):
+        for i, token in enumerate(segment, 1):
+            if parent is not None and (not last_only or (branch and i == len(segment))):
                 targets.append((parent, token, weight))
-            parent = len(ids)
-            ids.append(token)
-            positions.append(start + i)
-            documents.append(document)
-            branches.append(branch)
+            tokens.append((token, 0 if parent is None else tokens[parent][1] + 1, document, branch))
+            parent = len(tokens) - 1
         return parent
 
-    root = add(trees[held[0][0]].prefix[:trunk], 0, 0, None, sum(len(group) for _, group in held))
-    for document, (t, group) in enumerate(held, 1):
+    leaves = {}
+    root = add(trees[held[0][1]].prefix[:trunk], 0, 0, None, sum(len(group) for _, _, group in held))
+    for document, (_, t, group) in enumerate(held, 1):
         stem = add(trees[t].prefix[trunk:], document, 0, root, len(group))
         for branch, b in enumerate(group, 1):
             leaves[t, b] = add(trees[t].branches[b], document, branch, stem, 1)
-    padding = -len(ids) % pad_to
-    rows, next_ids, weights = zip(*targets, strict=True) if targets else ((), (), ())
+    padding = [(0, 0, -1, 0)] * (-len(tokens) % pad_to)
+    rows, next_ids, weights = torch.tensor(targets, dtype=torch.float64).reshape(-1, 3).T
     return Pack(
-        ids=torch.tensor(ids + [0] * padding),
-        positions=torch.tensor(positions + [0] * padding),
-        documents=torch.tensor(documents + [-1] * padding),
-        branches=torch.tensor(branches + [0] * padding),
-        leaves=leaves,
-        targets=Targets(
-            torch.tensor(rows, dtype=torch.long),
-            torch.tensor(next_ids, dtype=torch.long),
-            torch.tensor(weights, dtype=torch.float32),
-        ),
-        tokens=len(ids),
+        *torch.tensor(tokens + padding).T.contiguous(),
+        rows.long(),
+        next_ids.long(),
+        weights.float(),
+        leaves,
+        len(tokens),
     )
 
 
@@ -455,9 +421,10 @@ def score_packs(
     return scores
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Greedy generation with a cache. Every row has its own length: tokens are written to the cache at their own position
-# and a query sees the slots up to its own, so what padding wrote is overwritten before anybody looks at it.
+# ---- Greedy generation with a cache
+#
+# Every row has its own length: tokens are written to the cache at their own position and a query sees the slots up to
+# its own, so what padding wrote is overwritten before anybody looks at it.
 
 
 def prefill(model: Llama, prompts: list[list[int]], cache: KVCache) -> tuple[Tensor, Tensor]:
@@ -515,22 +482,16 @@ def generate(
     return outputs
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
+# ---- Files
 
 HUB_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*")
 
 
 def _read_json(path: Path) -> dict:
     try:
-        value = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; --model takes a folder with a Llama checkpoint") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: not a JSON object")
-    return value
+        return dict(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: no JSON object here ({error}); --model takes a Llama checkpoint") from None
 
 
 def find_model(name: str, revision: str | None = None) -> Path:
@@ -589,36 +550,33 @@ def fingerprint(folder: Path) -> str:
 def load_model(
     folder: Path, device: torch.device, dtype: torch.dtype, int8: bool = False, int8_threshold: float = 6.0
 ) -> Llama:
-    """Return the model of a folder on device, in dtype, frozen nowhere and in eval mode.
+    """Return the model of a folder on device, in dtype and eval mode.
 
     The files are mapped into memory: on a CPU, and where dtype is the files' own, the weights are the mapping itself.
     int8: the layers' matrices as bitsandbytes LLM.int8. CheckpointError names files, tensors and shapes that are off.
     """
-    folder = Path(folder)
     with torch.device("meta"):
         model = Llama(load_config(folder))
+    tied = model.config.tie_word_embeddings
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}  # tied weights once, as embed_tokens
     found: dict[str, Tensor] = {}
     for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt", device="cpu" if int8 else str(device)) as file:
                 for name in file.keys():  # noqa: SIM118
+                    if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"):
+                        continue
                     shape = tuple(file.get_slice(name).get_shape())
-                    if name == "lm_head.weight" and model.config.tie_word_embeddings:
-                        continue
-                    if name.endswith("rotary_emb.inv_freq"):
-                        continue
-                    if name not in wanted or shape != wanted[name]:
+                    if shape != wanted.get(name):
                         expected = f"expected shape {wanted[name]}" if name in wanted else "config.json has no place"
                         raise CheckpointError(f"{path}: tensor {name} has shape {shape}, {expected} for it")
                     found[name] = file.get_tensor(name).to(dtype)
         except SafetensorError as error:
             raise CheckpointError(f"{path}: not a safetensors file, or cut short ({error}); fetch it again") from None
     if missing := [name for name in wanted if name not in found]:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise CheckpointError(f"{folder}: no tensor {', '.join(missing[:3])}{more} in the safetensors files")
+        raise CheckpointError(f"{folder}: the safetensors files lack {len(missing)} tensors, the first is {missing[0]}")
     model.load_state_dict(found, strict=False, assign=True)
-    if model.config.tie_word_embeddings:
+    if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
     if int8:
         quantize_int8(model, int8_threshold)
@@ -627,27 +585,17 @@ def load_model(
 
 def quantize_int8(model: Llama, threshold: float) -> None:
     """Replace the layers' linear modules by bitsandbytes' LLM.int8, which quantize as they move to their device."""
-    import bitsandbytes  # here, because it takes seconds and only --int8 needs it
+    from bitsandbytes.nn import Int8Params, Linear8bitLt  # here, because it takes seconds and only --int8 needs it
 
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # it warns of every bf16 input
     for layer in model.model.layers:
         for parent in (layer.self_attn, layer.mlp):
             for name, old in list(parent.named_children()):
-                new = bitsandbytes.nn.Linear8bitLt(
-                    old.in_features, old.out_features, old.bias is not None, has_fp16_weights=False, threshold=threshold
-                )
-                new.weight = bitsandbytes.nn.Int8Params(old.weight.data, requires_grad=False, has_fp16_weights=False)
+                options = {"bias": old.bias is not None, "has_fp16_weights": False, "threshold": threshold}
+                new = Linear8bitLt(old.in_features, old.out_features, **options)
+                new.weight = Int8Params(old.weight.data, requires_grad=False, has_fp16_weights=False)
                 new.bias = old.bias
                 setattr(parent, name, new)
-
-
-def pick_device() -> torch.device:
-    """Return this process's GPU (by LOCAL_RANK, as torchrun sets it), or the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    torch.cuda.set_device(device)
-    return device
 
 
 class Tokenizer:
@@ -657,33 +605,29 @@ class Tokenizer:
     """
 
     def __init__(self, folder: Path, vocab_size: int):
-        folder = Path(folder)
         self.pieces = self.fast = None
-        options_path = folder / "tokenizer_config.json"
-        options = _read_json(options_path) if options_path.is_file() else {}
-        if (path := folder / "tokenizer.model").is_file():
-            try:
+        path, options = folder / "tokenizer.model", folder / "tokenizer_config.json"
+        try:
+            if path.is_file():
                 self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
-            except (RuntimeError, OSError) as error:
-                raise CheckpointError(f"{path}: not a SentencePiece model ({error})") from None
-            self.bos = [self.pieces.bos_id()] if options.get("add_bos_token", True) else []
-            size = self.pieces.vocab_size()
-        elif (path := folder / "tokenizer.json").is_file():
-            try:
+                add_bos = _read_json(options).get("add_bos_token", True) if options.is_file() else True
+                self.bos = [self.pieces.bos_id()] if add_bos else []
+                size = self.pieces.vocab_size()
+            elif (path := folder / "tokenizer.json").is_file():
                 import tokenizers
-            except ImportError:
-                message = "needs the optional package: pip install 'llm-trsr[tokenizers]' (or pip install tokenizers)"
-                raise CheckpointError(f"{path}: {message}") from None
-            try:
+
                 self.fast = tokenizers.Tokenizer.from_file(str(path))
-            except Exception as error:  # the package raises no narrower type
-                raise CheckpointError(f"{path}: not a tokenizer ({error})") from None
-            self.fast.encode_special_tokens = True
-            size = self.fast.get_vocab_size(with_added_tokens=True)
-        else:
-            raise CheckpointError(
-                f"{folder}: no tokenizer.model and no tokenizer.json; copy the model's tokenizer there"
-            )
+                self.fast.encode_special_tokens = True
+                size = self.fast.get_vocab_size(with_added_tokens=True)
+            else:
+                raise CheckpointError(f"{folder}: no tokenizer.model or tokenizer.json; copy the model's own there")
+        except ImportError:
+            need = "needs the optional extra: pip install 'llm-trsr[tokenizers]', or pip install tokenizers"
+            raise CheckpointError(f"{path}: {need}") from None
+        except CheckpointError:
+            raise
+        except Exception as error:  # the two packages raise no narrower type for a broken file
+            raise CheckpointError(f"{path}: not a tokenizer ({error})") from None
         # Embeddings may have a few more rows than the tokenizer has pieces: padding, or an added token.
         if not size <= vocab_size < size + 256:
             raise CheckpointError(f"{path}: {size} pieces, but the model's embedding has {vocab_size} rows")

@@ -110,8 +110,7 @@ def unmerge(model: nn.Module) -> None:
         layer.merge(-1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# PEFT's file format: adapter_config.json and adapter_model.safetensors
+# ---- PEFT's file format: adapter_config.json and adapter_model.safetensors
 
 # Fields of adapter_config.json that change what the adapter computes, with the only values that this file builds.
 _SUPPORTED = {

@@ -2,10 +2,10 @@
 
     python summarize.py                                         # the embedded default
     python summarize.py --data data/mind --model owner/llama --run runs/mind --paradigm recurrent --int8
-    torchrun --nproc_per_node 8 summarize.py --data ...         # the users are shared out
+    torchrun --nproc_per_node 8 summarize.py --data data/mind --model owner/llama --run-dir runs/mind
 
-Users are appended to RUN/summaries.part*.jsonl as they finish; run the same command again after an interruption and
-it goes on where it stopped.
+Under torchrun the users are shared out. Finished users are appended to RUN/summaries.part*.jsonl; after an
+interruption the same command goes on from there.
 """
 
 import json
@@ -20,7 +20,10 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import trsr
-from llama import CheckpointError, Tokenizer, find_model, fingerprint, generate, load_model, pick_device
+from llama import CheckpointError, Tokenizer, find_model, fingerprint, generate, load_model
+from prepare.dataset import load_dataset
+
+FIELDS = {"user": str, "paradigm": str, "key": str, "summary": str, "tree": dict}  # of a line in summaries.jsonl
 
 
 def parse_arguments():
@@ -37,60 +40,93 @@ def parse_arguments():
     return parser.parse_args()
 
 
-FIELDS = {"user": str, "paradigm": str, "key": str, "summary": str, "tree": dict}
+# ---- Processes: the same script runs alone and under torchrun
 
 
-def collect(run: Path) -> dict[str, dict]:
+def join_processes() -> tuple[int, int, torch.device]:
+    """Return this process's rank, the number of processes and its device; under torchrun, meet the others first."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
+
+def gather(value: object) -> list:
+    """Return the value that each process passes, in the order of their ranks. Every process must call it."""
+    values = [value]
+    if dist.is_initialized():
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
+# ---- Summaries on disk
+
+
+def write_records(path: Path, records: Iterable[dict]) -> None:
+    """Write records to path, a line each, whole or not at all."""
+    with trsr.atomic_write(path) as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def collect_records(run: Path) -> dict[str, dict]:
     """Return all finished records by user, after gathering what the processes wrote into one summaries.jsonl."""
     path, parts = run / "summaries.jsonl", sorted(run.glob("summaries.part*.jsonl"))
     sources = [path, *parts] if path.is_file() else parts
     found = {r["user"]: r for source in sources for _, r in trsr.read_jsonl(source, FIELDS, torn=source in parts)}
-    write(path, found.values())
+    write_records(path, found.values())
     for part in parts:
         part.unlink()
     return found
 
 
-def write(path: Path, records: Iterable[dict]) -> None:
-    """Write records to path, whole or not at all."""
-    with trsr.atomic_write(path) as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+def summary_key(settings: dict, texts: list[str]) -> str:
+    """Return a hash of everything that determines a summary: this script's settings and the history's texts."""
+    return trsr.content_hash([settings, texts])
+
+
+def load_summaries(run: Path, items: dict[str, str], examples: Iterable[trsr.Example]) -> dict[str, str]:
+    """Return each user's summary from the run; InputError where one is missing or is not of the user's history."""
+    path, settings = run / "summaries.jsonl", trsr.read_config(run).get("summarize", {})
+    again = f"run python summarize.py --run {run} (with --data and --model), or choose --paradigm recent-only"
+    if not path.is_file():
+        raise trsr.InputError(f"{path}: no summaries; {again}")
+    found = {record["user"]: record for _, record in trsr.read_jsonl(path, FIELDS)}
+    for example in examples:
+        record = found.get(example.user)
+        if record is None or record["key"] != summary_key(settings, [items[i] for i in example.history]):
+            what = "no summary" if record is None else "the summary is of another history"
+            raise trsr.InputError(f"{path}: user {example.user!r}: {what}; {again}")
+    return {example.user: found[example.user]["summary"] for example in examples}
+
+
+# ---- The run
 
 
 def main() -> None:
     """Summarize the users of all splits."""
     args = parse_arguments()
+    rank, world, device = join_processes()
     data, name = args.data or "data/demo", args.model or "models/tiny"
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        dist.init_process_group("gloo")
-    domain, items, splits = trsr.load_dataset(data, ("train", "val", "test"))
-    examples = [example for split in splits.values() for example in split]
-    texts = {example.user: [items[i] for i in example.history] for example in examples}
-    folder, device = find_model(name, args.revision), pick_device()
+    domain, items, splits = load_dataset(data, ("train", "val", "test"))
+    texts = {example.user: [items[i] for i in example.history] for split in splits.values() for example in split}
+    folder = find_model(name, args.revision)
     half = args.dtype == "bf16" or (args.dtype == "auto" and device.type == "cuda")
-    settings = {
-        "data": str(data),
-        "model": name,
-        "fingerprint": fingerprint(folder),
-        "paradigm": args.paradigm,
-        "block_size": args.block_size,
-        "max_new_tokens": args.max_new_tokens,
-        "max_length": args.max_length,
-        "int8": args.int8,
-        "dtype": "bf16" if half else "fp32",
-        "prompts": asdict(domain),
-    }
+    flags = ("paradigm", "block_size", "max_new_tokens", "max_length", "int8")
+    settings = {"data": data, "model": name, "fingerprint": fingerprint(folder)} | {f: vars(args)[f] for f in flags}
+    settings |= {"dtype": "bf16" if half else "fp32", "prompts": asdict(domain)}
     with trsr.locked(args.run, hold=rank == 0):
         if rank == 0:
             trsr.claim_config(args.run, "summarize", settings)
-            collect(args.run)
-        if world > 1:
-            dist.barrier()
+            collect_records(args.run)
+        gather(None)  # nobody reads before the first process has gathered
         done = {r["user"]: r["key"] for _, r in trsr.read_jsonl(args.run / "summaries.jsonl", FIELDS)}
-        keys = {user: trsr.summary_key(settings, history) for user, history in texts.items()}
+        keys = {user: summary_key(settings, history) for user, history in texts.items()}
         pending = [user for user in texts if done.get(user) != keys[user]]
-        mine = pending[rank::world]
         if rank == 0:
             print(f"data    {data}: {len(texts)} users, {len(texts) - len(pending)} of them summarized before")
             print(f"model   {name}, {settings['dtype']}{', int8' if args.int8 else ''}, on {world} x {device.type}")
@@ -99,46 +135,43 @@ def main() -> None:
         tokenizer = Tokenizer(folder, model.config.vocab_size)
         context = min(args.max_length, model.config.max_position_embeddings)
         budget = trsr.Budget(context - args.max_new_tokens, tokenizer.encode, Counter())
-        paradigm = {"hierarchical": trsr.hierarchical, "recurrent": trsr.recurrent}[args.paradigm]
-        bar = tqdm(total=len(mine), unit="user", disable=rank > 0)
-        tokens = 0
-
-        def progress(_prompts: int, new_tokens: int) -> None:
-            nonlocal tokens
-            tokens += new_tokens
-            bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tokens/s")
-
-        def write_texts(prompts: list[str]) -> list[str]:
-            ids = tokenizer.encode(prompts)
-            eos = model.config.eos_token_ids
-            return [
-                tokenizer.decode(o) for o in generate(model, ids, args.max_new_tokens, eos, args.batch_size, progress)
-            ]
-
-        with open(args.run / f"summaries.part{rank}.jsonl", "a", encoding="utf-8", newline="\n") as file:
-            for start in range(0, len(mine), args.users_per_round):
-                users = mine[start : start + args.users_per_round]
-                tasks = {user: paradigm(texts[user], domain, budget, args.block_size) for user in users}
-                for user, root in trsr.run_rounds(tasks, write_texts):
-                    record = {"user": user, "paradigm": args.paradigm, "key": keys[user], "summary": root["summary"]}
+        mine = pending[rank::world]
+        with tqdm(total=len(mine), unit="user", disable=rank > 0) as bar:
+            for user, root in summarize(model, tokenizer, domain, {u: texts[u] for u in mine}, budget, args, bar):
+                record = {"user": user, "paradigm": args.paradigm, "key": keys[user], "summary": root["summary"]}
+                with open(args.run / f"summaries.part{rank}.jsonl", "a", encoding="utf-8", newline="\n") as file:
                     file.write(json.dumps(record | {"tree": root}, ensure_ascii=False) + "\n")
-                    bar.update()
-                file.flush()
-        bar.close()
-        trimmed = [budget.trimmed]
-        if world > 1:
-            trimmed = [None] * world
-            dist.all_gather_object(trimmed, budget.trimmed)
-            dist.barrier()
+                bar.update()
+        trimmed = sum(gather(budget.trimmed), Counter())
         if rank == 0:
-            found = collect(args.run)
-            write(args.run / "summaries.jsonl", [found[user] for user in texts])
-            for what, count in sum(trimmed, Counter()).items():
+            found = collect_records(args.run)
+            write_records(args.run / "summaries.jsonl", [found[user] for user in texts])
+            for what, count in trimmed.items():
                 print(f"trimmed to the context of {context} tokens: {count} {what}")
             print(f"wrote   {args.run / 'summaries.jsonl'} ({len(texts)} users)")
             print(f"next    python train.py --data {data} --model {name} --run {args.run}")
-    if world > 1:
-        dist.destroy_process_group()
+
+
+def summarize(model, tokenizer, domain, texts: dict[str, list[str]], budget, args, bar):
+    """Yield (user, root of the tree of summaries) as users finish, args.users_per_round users at a time."""
+    paradigm = {"hierarchical": trsr.hierarchical, "recurrent": trsr.recurrent}[args.paradigm]
+    tokens = 0
+
+    def progress(_prompts: int, new_tokens: int) -> None:
+        nonlocal tokens
+        tokens += new_tokens
+        bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tokens/s")
+
+    def write_texts(prompts: list[str]) -> list[str]:
+        ids, eos = tokenizer.encode(prompts), model.config.eos_token_id
+        answers = generate(model, ids, args.max_new_tokens, eos, args.batch_size, progress)
+        return [tokenizer.decode(answer) for answer in answers]
+
+    users = list(texts)
+    for start in range(0, len(users), args.users_per_round):
+        together = users[start : start + args.users_per_round]
+        tasks = {user: paradigm(texts[user], domain, budget, args.block_size) for user in together}
+        yield from trsr.run_rounds(tasks, write_texts)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ After an interruption the same command goes on from RUN/checkpoint/.
 
 import json
 import math
-import os
 import shutil
 import signal
 import time
@@ -28,11 +27,12 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
+import llama
 import trsr
-from llama import CheckpointError, Llama, Pack, Tokenizer, Tree, load_model, make_tree, pack_trees, score_packs
-
-from llama import find_model, fingerprint, pick_device  # isort: skip
+from llama import CheckpointError, Llama, Pack, Tree, make_tree, pack_trees
 from lora import ATTENTION, AdapterError, LoRAConfig, apply_lora, save_adapter
+from prepare.dataset import load_dataset
+from summarize import gather, join_processes, load_summaries
 
 
 def parse_arguments():
@@ -63,8 +63,7 @@ def parse_arguments():
     return parser.parse_args()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is trained on: a tree for each user, and which users make a step
+# ---- What is trained on: a tree for each user, and which users make a step
 
 
 def training_tree(recommender: trsr.Recommender, example: trsr.Example, answers: tuple[int, int]) -> Tree:
@@ -96,27 +95,41 @@ def share_out(sizes: list[int], shares: int) -> list[list[int]]:
     return groups
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Processes: FSDP2 where torchrun started several, nothing at all otherwise
+# ---- Scoring, in validation here and in evaluate.py
 
 
-def world_size() -> int:
-    """Return the number of processes."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+def make_recommender(args, model: Llama, folder: Path, domain, items, summaries) -> tuple[trsr.Recommender, tuple]:
+    """Return what makes the prompts, and the token ids of Yes and No."""
+    tokenizer = llama.Tokenizer(folder, model.config.vocab_size)
+    context = min(args.max_length, model.config.max_position_embeddings)
+    budget = trsr.Budget(context - 1, tokenizer.encode, Counter())  # one token is the answer's
+    answers = trsr.answer_ids(tokenizer.encode, domain)
+    return trsr.Recommender(args.paradigm, domain, items, summaries, args.history_items, budget), answers
 
 
-def reduced(value: float, device: torch.device, op: dist.ReduceOp = dist.ReduceOp.SUM) -> float:
-    """Return value reduced over the processes."""
-    if not dist.is_initialized():
-        return value
-    tensor = torch.tensor(value, dtype=torch.float64, device=device)
-    dist.all_reduce(tensor, op)
-    return tensor.item()
+def pack_candidates(recommender: trsr.Recommender, examples: list[trsr.Example], args, show: bool):
+    """Return each user's candidates in random order, and packs with all of their prompts, a tree a user."""
+    candidates = [trsr.shuffled_candidates(example) for example in examples]
+    pairs = tqdm(zip(examples, candidates, strict=True), "tokenize", len(examples), unit="user", disable=not show)
+    trees = [make_tree(recommender.prompt_ids(example, items)) for example, items in pairs]
+    return candidates, pack_trees(trees, args.pack_tokens, args.pad_to)
+
+
+def rank_packs(model: Llama, examples, candidates, packs: list[Pack], answers, show: bool):
+    """Return the users' candidate probabilities and positives' ranks; the packs are shared out over the processes."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine = (packs[rank::world] + packs[:1])[: -(-len(packs) // world)]  # equally many; scoring one twice does no harm
+    with tqdm(total=len(mine), desc="score", unit="pack", leave=False, disable=not show) as bar:
+        parts = gather(llama.score_packs(model, mine, answers, lambda _: bar.update()))
+    return trsr.rank_users(examples, candidates, {key: v for part in reversed(parts) for key, v in part.items()})
+
+
+# ---- One optimizer step: FSDP2 where torchrun started several processes, nothing of it otherwise
 
 
 def shard(model: Llama, device: torch.device) -> None:
     """Shard each layer's parameters, gradients and optimizer state over the processes (ZeRO stage 2) on device."""
-    mesh = dist.init_device_mesh(device.type, (world_size(),))
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     for module in (*model.model.layers, model):
         fully_shard(module, mesh=mesh, reshard_after_forward=False)
     register_fsdp_forward_method(model, "loss")
@@ -132,8 +145,13 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One optimizer step, and validation
+def reduced(value: float, device: torch.device, op: dist.ReduceOp = dist.ReduceOp.SUM) -> float:
+    """Return value reduced over the processes."""
+    if not dist.is_initialized():
+        return value
+    tensor = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, op)
+    return tensor.item()
 
 
 def train_step(model: Llama, optimizer, packs: list[Pack], count: int, args, device) -> tuple[float, float]:
@@ -143,17 +161,17 @@ def train_step(model: Llama, optimizer, packs: list[Pack], count: int, args, dev
     Raises FloatingPointError before the update where loss or gradient are not finite.
     """
     rounds = int(reduced(len(packs), device, dist.ReduceOp.MAX))
+    world = dist.get_world_size() if dist.is_initialized() else 1
     loss = torch.zeros((), device=device)
     for i in range(rounds):
         # FSDP's processes must run equally often: one that has fewer packs repeats its last without weight.
         weight = 1 / count if count and i < len(packs) else 0.0
-        pack = packs[min(i, len(packs) - 1)].to(device)
         if isinstance(model, FSDPModule):  # reduce gradients and drop the gathered weights once a step, at its end
             model.set_requires_gradient_sync(i == rounds - 1)
             model.set_reshard_after_backward(i == rounds - 1)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.autocast):
-            part = model.loss(pack.ids[None], pack.positions[None], pack.mask(), pack.targets) * weight
-        (part * world_size()).backward()  # FSDP averages gradients over the processes; weight is already of all
+            part = model.loss(packs[min(i, len(packs) - 1)].to(device)) * weight
+        (part * world).backward()  # FSDP averages gradients over the processes; count is already that of all
         loss += part.detach()
     loss = reduced(loss.item(), device)
     norm = full(torch.nn.utils.clip_grad_norm_(trainable(model).values(), args.max_grad_norm)).item()
@@ -164,49 +182,25 @@ def train_step(model: Llama, optimizer, packs: list[Pack], count: int, args, dev
     return loss, norm
 
 
-def validate(model: Llama, examples, candidates, packs: list[Pack], answers, args, device) -> dict[str, float]:
-    """Return Recall at each k of the examples; packs hold their prompts and are shared out over the processes."""
-    rank, world = int(os.environ.get("RANK", 0)), world_size()
-    mine = (packs[rank::world] + packs[:1])[: -(-len(packs) // world)]  # equally many; scoring one twice does no harm
-    model.eval()
-    with (
-        torch.autocast(device.type, torch.bfloat16, enabled=args.autocast),
-        tqdm(total=len(mine), desc="validate", unit="pack", leave=False, disable=rank > 0) as bar,
-    ):
-        parts = [score_packs(model, mine, answers, lambda _: bar.update())]
-    model.train()
-    if world > 1:
-        gathered = [None] * world
-        dist.all_gather_object(gathered, parts[0])
-        parts = gathered
-    _, ranks = trsr.rank_users(examples, candidates, {key: v for part in reversed(parts) for key, v in part.items()})
-    return {name: float(v.mean()) for name, v in trsr.metrics_at(ranks, args.k).items() if name.startswith("Recall")}
+# ---- Checkpoints: one safetensors file with what is trained, the optimizer's state and, in its header, the progress
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints: one safetensors file with what is trained, the optimizer's state and, in its header, the progress
-
-
-def save_checkpoint(run: Path, model: Llama, optimizer, progress: dict) -> None:
+def save_checkpoint(run: Path, model: Llama, optimizer, progress: dict, rank: int) -> None:
     """Write the state after progress["step"] steps, whole or not at all, then remove older ones."""
     tensors = {}
     for name, parameter in trainable(model).items():
-        state = optimizer.state[parameter]
-        tensors[f"parameter/{name}"] = full(parameter).detach().cpu().contiguous()
-        for key in ("step", "exp_avg", "exp_avg_sq") if state else ():
-            tensors[f"{key}/{name}"] = full(state[key]).cpu().contiguous()
-    if int(os.environ.get("RANK", 0)) == 0:
-        folder = run / "checkpoint"
-        folder.mkdir(exist_ok=True)
-        path = folder / f"step-{progress['step']:08d}.safetensors"
+        state = {"parameter": parameter.detach()} | optimizer.state[parameter]
+        tensors |= {f"{key}/{name}": full(tensor).cpu().contiguous() for key, tensor in state.items()}
+    if rank == 0:
+        (run / "checkpoint").mkdir(exist_ok=True)
+        path = run / "checkpoint" / f"step-{progress['step']:08d}.safetensors"
         with trsr.atomic_write(path, "wb") as file:
             save_file(tensors, file.name, metadata={"progress": json.dumps(progress)})
-        for old in folder.iterdir():
-            if old != path:
-                old.unlink()
+        for old in set(path.parent.iterdir()) - {path}:
+            old.unlink()
 
 
-def load_checkpoint(run: Path, model: Llama, optimizer) -> dict | None:
+def load_checkpoint(run: Path, model: Llama, optimizer, device: torch.device) -> dict | None:
     """Put the newest whole checkpoint into model and optimizer; return its progress, None where there is none."""
     for path in sorted((run / "checkpoint").glob("step-*.safetensors"), reverse=True):
         try:
@@ -216,36 +210,32 @@ def load_checkpoint(run: Path, model: Llama, optimizer) -> dict | None:
         except SafetensorError as error:
             print(f"{path}: ignored, it is not whole ({error})")
             continue
-        for name, parameter in trainable(model).items():
-
-            def like(tensor: Tensor, parameter: Tensor = parameter) -> Tensor:
-                tensor = tensor.to(parameter.device)
-                sharded = isinstance(parameter, DTensor)
-                return distribute_tensor(tensor, parameter.device_mesh, parameter.placements) if sharded else tensor
-
-            parameter.data.copy_(like(tensors[f"parameter/{name}"]))
-            if f"step/{name}" in tensors:
-                optimizer.state[parameter] = {"step": tensors[f"step/{name}"]} | {
-                    key: like(tensors[f"{key}/{name}"]) for key in ("exp_avg", "exp_avg_sq")
-                }
+        for key, tensor in tensors.items():
+            kind, name = key.split("/")
+            parameter = model.get_parameter(name)
+            if isinstance(parameter, DTensor) and tensor.dim():
+                tensor = distribute_tensor(tensor.to(device), parameter.device_mesh, parameter.placements)
+            if kind == "parameter":
+                parameter.data.copy_(tensor)
+            else:
+                optimizer.state[parameter][kind] = tensor.to(device) if tensor.dim() else tensor
         return progress
     return None
 
 
-def save_best(run: Path, model: Llama, folder: Path, args) -> Path:
-    """Write what evaluate.py needs: the adapter, or with --lora-r 0 the whole model; return where."""
+def save_best(run: Path, model: Llama, folder: Path, args, rank: int) -> None:
+    """Write what evaluate.py needs: the adapter, or with --lora-r 0 the whole model as a folder of its own."""
     tensors = {name: full(parameter) for name, parameter in trainable(model).items()}
-    target = run / ("adapter" if args.lora_r else "model")
-    if int(os.environ.get("RANK", 0)) == 0 and args.lora_r:
-        save_adapter(target, tensors, lora_config(args), args.model)
-    elif int(os.environ.get("RANK", 0)) == 0:
-        target.mkdir(exist_ok=True)
+    if rank == 0 and args.lora_r:
+        save_adapter(run / "adapter", tensors, lora_config(args), args.model)
+    elif rank == 0:
+        (run / "model").mkdir(exist_ok=True)
         for source in (*folder.glob("*config.json"), *folder.glob("tokenizer*")):
-            shutil.copyfile(source, target / source.name)
-        with trsr.atomic_write(target / "model.safetensors", "wb") as file:
-            tensors = {name: t.detach().cpu().to(args.weight_dtype).contiguous() for name, t in tensors.items()}
+            shutil.copyfile(source, run / "model" / source.name)
+        dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+        tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
+        with trsr.atomic_write(run / "model" / "model.safetensors", "wb") as file:
             save_file(tensors, file.name, metadata={"format": "pt"})
-    return target
 
 
 def lora_config(args) -> LoRAConfig:
@@ -253,139 +243,126 @@ def lora_config(args) -> LoRAConfig:
     return LoRAConfig(args.lora_r, args.lora_alpha, args.lora_dropout, tuple(args.lora_targets))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The run
+# ---- The run
 
 
-def fit(args, model, optimizer, folder, device, trees: list[Tree], users: list[str], check) -> None:
-    """Train for args.epochs, with a line in metrics.jsonl a step, and keep the epoch with the best check() recall."""
-    rank, world, run = int(os.environ.get("RANK", 0)), world_size(), args.run
-    progress = load_checkpoint(run, model, optimizer) or {"step": 0, "epoch": 0, "batch": 0, "best": -1.0}
-    metrics = run / "metrics.jsonl"
+def fit(args, model, optimizer, folder, device, trees: list[Tree], users: list[str], recall_of) -> None:
+    """Train for args.epochs, a line in metrics.jsonl a step, and keep the epoch with the best sum of recall_of()."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    start = {"step": 0, "epoch": 0, "batch": 0, "best": -1.0}
+    progress = load_checkpoint(args.run, model, optimizer, device) or start
+    metrics = args.run / "metrics.jsonl"
     if rank == 0:
         lines = [r for _, r in trsr.read_jsonl(metrics, {}, torn=True)] if metrics.is_file() else []
         with trsr.atomic_write(metrics) as file:  # what came after the checkpoint is done again
             file.writelines(json.dumps(r) + "\n" for r in lines if r["step"] <= progress["step"])
-    interrupted = []
+    interrupts = []
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _frame: interrupted.append(number))
+        signal.signal(number, lambda number, _frame: interrupts.append(number))
     users_a_step = args.batch_size // len(trees[0].branches)
-    steps = -(-len(trees) // users_a_step)
-    bar = tqdm(total=args.epochs * steps, initial=progress["step"], unit="step", disable=rank > 0)
+    steps = args.epochs * -(-len(trees) // users_a_step)
+    bar = tqdm(total=steps, initial=progress["step"], unit="step", disable=rank > 0)
 
-    def log(record: dict) -> None:
+    def log(**record) -> None:
         if rank == 0:
             with open(metrics, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": progress["step"]} | record) + "\n")
+                file.write(json.dumps({"step": progress["step"], "epoch": epoch + 1} | record) + "\n")
 
-    while progress["epoch"] < args.epochs:
-        epoch = progress["epoch"]
+    for epoch in range(progress["epoch"], args.epochs):
         for batch in step_batches(len(trees), users_a_step, args.seed, epoch)[progress["batch"] :]:
-            start = time.perf_counter()
-            step_trees = [trees[u] for u in batch]
-            mine = [step_trees[i] for i in share_out([tree.size for tree in step_trees], world)[rank]]
-            packs = pack_trees(mine or step_trees[:1], args.pack_tokens, args.pad_to, args.loss == "answer")
-            count = sum(target_count(tree, args.loss) for tree in step_trees)
+            began = time.perf_counter()
+            together = [trees[u] for u in batch]
+            mine = [together[i] for i in share_out([tree.size for tree in together], world)[rank]]
+            packs = pack_trees(mine or together[:1], args.pack_tokens, args.pad_to, args.loss == "answer")
+            count = sum(target_count(tree, args.loss) for tree in together)
             torch.manual_seed((args.seed * 1_000_003 + progress["step"]) * 4096 + rank)  # dropout, also when resumed
             try:
                 loss, norm = train_step(model, optimizer, packs, count if mine else 0, args, device)
             except FloatingPointError as error:
-                who = ", ".join(users[u] for u in batch[:4])
-                message = f"step {progress['step'] + 1}: {error}; users {who}, ...; lower --lr, or look at their data"
+                who = ", ".join(users[u] for u in batch)
+                message = f"step {progress['step'] + 1}: {error}; lower --lr, or look at the data of its users: {who}"
                 raise trsr.InputError(message) from None
             progress |= {"step": progress["step"] + 1, "batch": progress["batch"] + 1}
-            speed = sum(tree.size for tree in step_trees) / (time.perf_counter() - start)
-            log({"epoch": epoch + 1, "loss": loss, "grad_norm": norm, "lr": args.lr, "tokens_per_second": speed})
-            memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0
-            gpu = f", {memory:.1f} GiB" if memory else ""
-            bar.set_postfix_str(f"epoch {epoch + 1}, loss {loss:.4f}, lr {args.lr:g}, {speed:.0f} tokens/s{gpu}")
+            speed = sum(tree.size for tree in together) / (time.perf_counter() - began)
+            log(loss=loss, grad_norm=norm, lr=args.lr, tokens_per_second=speed)
+            memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device.type == "cuda" else ""
+            bar.set_postfix_str(f"epoch {epoch + 1}, loss {loss:.4f}, lr {args.lr:g}, {speed:.0f} tokens/s{memory}")
             bar.update()
-            if reduced(len(interrupted), device, dist.ReduceOp.MAX):
-                save_checkpoint(run, model, optimizer, progress)
+            stop = reduced(len(interrupts), device, dist.ReduceOp.MAX)
+            if stop or progress["step"] % args.save_every == 0:
+                save_checkpoint(args.run, model, optimizer, progress, rank)
+            if stop:
                 raise trsr.InputError(f"stopped after step {progress['step']}; the same command goes on from there")
-            if progress["step"] % args.save_every == 0:
-                save_checkpoint(run, model, optimizer, progress)
-        recall = check()
-        log({"epoch": epoch + 1, "validation": recall})
+        recall = recall_of()
         best = sum(recall.values()) > progress["best"]
         progress |= {"epoch": epoch + 1, "batch": 0, "best": max(progress["best"], sum(recall.values()))}
+        log(validation=recall)
         if best:
-            save_best(run, model, folder, args)
-        save_checkpoint(run, model, optimizer, progress)
+            save_best(args.run, model, folder, args, rank)
+        save_checkpoint(args.run, model, optimizer, progress, rank)
+        values = ", ".join(f"{name} {value:.4f}" for name, value in recall.items())
         if rank == 0:
-            values = ", ".join(f"{name} {value:.4f}" for name, value in recall.items())
-            tqdm.write(f"epoch {epoch + 1}: loss {loss:.4f}, validation {values}{', best so far' if best else ''}")
+            bar.write(f"epoch {epoch + 1}: loss {loss:.4f}, validation {values}{', best so far' if best else ''}")
     bar.close()
 
 
 def main() -> None:
     """Train on the dataset's training users."""
     args = parse_arguments()
-    rank, world, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), pick_device()
-    if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    rank, world, device = join_processes()
     summarized = trsr.read_config(args.run).get("summarize", {})
     args.data = args.data or summarized.get("data", "data/demo")
     args.model = args.model or summarized.get("model", "models/tiny")
     args.paradigm = args.paradigm or summarized.get("paradigm", "hierarchical")
     half = args.dtype == "bf16" or (args.dtype == "auto" and device.type == "cuda")
-    args.autocast, args.dtype = half and not args.lora_r, "bf16" if half else "fp32"
-    args.weight_dtype = torch.bfloat16 if half else torch.float32
+    args.dtype, args.autocast = "bf16" if half else "fp32", half and not args.lora_r
     args.pack_tokens = args.pack_tokens or (8192 if device.type == "cuda" else 2048)
     args.pad_to = args.pack_tokens if device.type == "cuda" else 1  # one length, so that kernels are compiled once
-    domain, items, splits = trsr.load_dataset(args.data, ("train", "val"))
+    domain, items, splits = load_dataset(args.data, ("train", "val"))
     train, val = splits["train"], splits["val"]
-    summaries = trsr.load_summaries(args.run, items, train + val) if args.paradigm in trsr.SUMMARIZED else {}
-    folder = find_model(args.model, args.revision)
-    examples_a_user = 1 + len(train[0].negatives)
-    if args.batch_size % examples_a_user:
-        raise trsr.InputError(f"--batch-size {args.batch_size} is no multiple of a user's {examples_a_user} examples")
-
+    summaries = load_summaries(args.run, items, train + val) if args.paradigm in trsr.SUMMARIZED else {}
+    folder = llama.find_model(args.model, args.revision)
+    if args.batch_size % (1 + len(train[0].negatives)):
+        raise trsr.InputError(f"--batch-size is no multiple of the {1 + len(train[0].negatives)} examples of a user")
+    settings = {f: v for f, v in vars(args).items() if f not in ("run", "autocast", "pad_to", "save_every")}
     with trsr.locked(args.run, hold=rank == 0):
-        unset = ("run", "weight_dtype", "autocast", "pad_to", "save_every")
-        settings = {name: value for name, value in vars(args).items() if name not in unset}
         if rank == 0:
-            trsr.claim_config(args.run, "train", settings | {"fingerprint": fingerprint(folder)})
+            trsr.claim_config(args.run, "train", settings | {"fingerprint": llama.fingerprint(folder)})
         # Full fine-tuning keeps fp32 weights and computes under autocast; an adapter's frozen base can be bf16.
-        dtype = torch.bfloat16 if half and args.lora_r else torch.float32
-        model = load_model(folder, torch.device("cpu"), dtype)
+        model = llama.load_model(folder, torch.device("cpu"), torch.bfloat16 if half and args.lora_r else torch.float32)
         torch.manual_seed(args.seed)
         if args.lora_r:
             apply_lora(model, lora_config(args))
-        if world > 1:
-            shard(model, device)
-        model.to(device).train()
-        tokenizer = Tokenizer(folder, model.config.vocab_size)
-        answers = trsr.answer_ids(tokenizer.encode, domain)
-        context = min(args.max_length, model.config.max_position_embeddings)
-        budget = trsr.Budget(context - 1, tokenizer.encode, Counter())  # one token is the answer's
-        recommender = trsr.Recommender(args.paradigm, domain, items, summaries, args.history_items, budget)
-        parameters = trainable(model)
+        recommender, answers = make_recommender(args, model, folder, domain, items, summaries)
         if rank == 0:
-            n, n_trained = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in parameters.values())
+            n, n_trained = (sum(p.numel() for p in ps) for ps in (model.parameters(), trainable(model).values()))
             print(f"data    {args.data}: {len(train)} users to train on, {len(val)} to validate on")
             print(f"model   {args.model}: {n / 1e6:.1f}M parameters, {n_trained / 1e6:.2f}M trained, {args.dtype}")
-            print(f"prompt  {args.paradigm}, {args.history_items} recent items, context {context} tokens")
+            print(f"prompt  {args.paradigm}, {args.history_items} recent items, {recommender.budget.tokens} tokens")
             print(f"steps   {args.epochs} epochs, {args.batch_size} examples a step, on {world} x {device.type}")
-        trees = [training_tree(recommender, e, answers) for e in tqdm(train, "tokenize", disable=rank > 0)]
-        candidates = [trsr.shuffled_candidates(e) for e in val]
-        val_trees = [make_tree(recommender.prompt_ids(e, c)) for e, c in zip(val, candidates, strict=True)]
-        val_packs = pack_trees(val_trees, args.pack_tokens, args.pad_to)
-        for what, number in budget.trimmed.items() if rank == 0 else ():
-            print(f"trimmed to the context of {context} tokens: {number} {what}")
+        trees = [training_tree(recommender, e, answers) for e in tqdm(train, "tokenize", unit="user", disable=rank > 0)]
+        candidates, val_packs = pack_candidates(recommender, val, args, show=rank == 0)
+        for what, number in recommender.budget.trimmed.items() if rank == 0 else ():
+            print(f"trimmed to the context: {number} {what}")
+        if world > 1:
+            shard(model, device)
+        model.to(device)
         optimizer = torch.optim.AdamW(
-            parameters.values(), lr=args.lr, betas=tuple(args.betas), weight_decay=args.weight_decay
+            trainable(model).values(), lr=args.lr, betas=tuple(args.betas), weight_decay=args.weight_decay
         )
-        users = [example.user for example in train]
-        fit(
-            args, model, optimizer, folder, device, trees, users,
-            lambda: validate(model, val, candidates, val_packs, answers, args, device),
-        )  # fmt: skip
+
+        def recall_of() -> dict[str, float]:
+            model.eval()
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.autocast):
+                _, ranks = rank_packs(model, val, candidates, val_packs, answers, show=rank == 0)
+            model.train()
+            return {name: float(v.mean()) for name, v in trsr.metrics_at(ranks, args.k).items() if "Recall" in name}
+
+        model.train()
+        fit(args, model, optimizer, folder, device, trees, [example.user for example in train], recall_of)
         if rank == 0:
             print(f"wrote   {args.run / ('adapter' if args.lora_r else 'model')}, {args.run / 'metrics.jsonl'}")
             print(f"next    python evaluate.py --run {args.run}")
-    if world > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ Read this file first, top to bottom; it follows section 4 of the paper:
     scores   -> Recall, MRR, NDCG         rank_of_positive, metrics_at           (5.2.1)
 
 It knows neither the model nor torch. A language model enters as two functions: `generate`, prompts to texts, and
-`encode`, texts to token ids. The last part holds what every script needs around the method: reading the dataset,
-writing a file whole or not at all, and turning a user's mistake into one line.
+`encode`, texts to token ids. The last part holds what every script needs around the method: files that are whole or
+absent, the run folder's settings and lock, and a user's mistake answered in one line.
 """
 
 import argparse
@@ -47,21 +47,13 @@ class Example:
     negatives: list[str]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Items as text (section 4.1.1)
+# ---- Items as text (section 4.1.1)
 
-HEADERS = (
-    "Historical Purchase Data",
-    "News Reading Data",
-    "User Preferences Summaries",
-    "Previous Preference Summary",
-    "Recent Purchase Data",
-    "Recent News Reading Data",
-    "Preference Summary",
-    "Historical Items",
-    "Next Item",
+_HEADER = re.compile(
+    r"\[ ?((?:Historical Purchase|Recent Purchase|News Reading|Recent News Reading) Data|User Preferences Summaries"
+    r"|(?:Previous )?Preference Summary|Historical Items|Next Item) ?\]",
+    re.IGNORECASE,
 )
-_HEADER = re.compile(rf"\[\s*({'|'.join(HEADERS)})\s*\]", re.IGNORECASE)
 _CONTROL_TOKEN = re.compile(r"<(/?s|unk|pad|\|[^<>]*?\|)>", re.IGNORECASE)
 
 
@@ -87,8 +79,7 @@ def numbered(texts: Iterable[str]) -> str:
     return "\n".join(f"{i}. {text}" for i, text in enumerate(texts, 1)) or "(none)"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Prompts: the paper's section headers, instructions in our own words
+# ---- Prompts: the paper's section headers, instructions in our own words
 
 
 @dataclass(frozen=True)
@@ -103,30 +94,29 @@ class Domain:
     recommend: str  # the question that every recommendation prompt opens with
 
 
+_UPDATE = (
+    "since, oldest first. Judge whether the preferences have changed and write an updated summary in the style of the "
+    "earlier one. It must stand on its own: describe the user as a whole and do not compare before and after."
+)
 DOMAINS = {
     "products": Domain(
         history="Historical Purchase Data",
         recent="Recent Purchase Data",
         summarize="Below are products that a user bought, oldest first, with their titles and attributes. Describe in "
-        "a few sentences what this user likes: the kinds of product, the qualities and brands that recur, and how the "
-        "user shops.",
-        merge="Below are several summaries of one user's preferences, in order of time. Condense them into a single "
+        "a few sentences what this user likes: the kinds of product, and the qualities and brands that recur.",
+        merge="Below are summaries of one user's shopping preferences, in order of time. Condense them into a single "
         "short summary of the user's preferences as a whole, in the style of the summaries given.",
-        update="Below are an earlier summary of a user's shopping preferences and the products that the user bought "
-        "since, oldest first. Judge whether the preferences have changed and write an updated summary in the style of "
-        "the earlier one. It must stand on its own: describe the user as a whole and do not compare before and after.",
+        update=f"Below are an earlier summary of a user's shopping preferences and the products bought {_UPDATE}",
         recommend="Decide whether the user will buy the next product.",
     ),
     "news": Domain(
         history="News Reading Data",
         recent="Recent News Reading Data",
         summarize="Below are news articles that a user read, oldest first, with their categories and titles. Describe "
-        "in a few sentences what this user likes to read about: the topics that recur and what draws the user to them.",
-        merge="Below are several summaries of one user's reading preferences, in order of time. Condense them into a "
-        "single short summary of what the user likes to read as a whole, in the style of the summaries given.",
-        update="Below are an earlier summary of a user's reading preferences and the news articles that the user read "
-        "since, oldest first. Judge whether the preferences have changed and write an updated summary in the style of "
-        "the earlier one. It must stand on its own: describe the user as a whole and do not compare before and after.",
+        "in a few sentences what this user likes to read about, and the topics that recur.",
+        merge="Below are summaries of one user's reading preferences, in order of time. Condense them into a single "
+        "short summary of what the user likes to read as a whole, in the style of the summaries given.",
+        update=f"Below are an earlier summary of a user's reading preferences and the news articles read {_UPDATE}",
         recommend="Decide whether the user will read the next news article.",
     ),
 }
@@ -143,48 +133,64 @@ def build_prompt(instruction: str, *sections: tuple[str, str]) -> str:
     return "\n\n".join([*parts, "### Assistant:\n"])
 
 
-def cut_to_fit(texts: Sequence[str], fits: Callable[[list[str]], bool]) -> list[str]:
-    """Return texts with the longest ones cut at their end to the greatest common length (in characters) that fits."""
-
-    def cut(limit: int) -> list[str]:
-        return [text if len(text) <= limit else text[:limit].rstrip() for text in texts]
-
-    low, high = 0, max(map(len, texts), default=0)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(cut(middle)) else (low, middle - 1)
-    return cut(low)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Summarization (sections 4.1 and 4.2). Each paradigm is a generator for one user: it yields the prompts that it needs
-# answered now, receives the answers, and returns the root of the tree of summaries. run_rounds drives many users.
-
-Node = dict  # {"summary": str, and "items": [first, last + 1], "children": [Node, ...] or "previous": Node}
-Summarization = Generator[list[str], list[str], Node]
+def greatest(limit: int, fits: Callable[[int], bool]) -> int:
+    """Return the greatest n from 0 to limit that fits, by bisection; 0 where none does."""
+    low = 0
+    while low < limit:
+        middle = (low + limit + 1) // 2
+        low, limit = (middle, limit) if fits(middle) else (low, middle - 1)
+    return low
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How many tokens a prompt may have, how to count them, and what had to be trimmed so far."""
+    """How many tokens a prompt may have, how texts are encoded, and a count of what had to be trimmed so far."""
 
     tokens: int
     encode: Callable[[list[str]], list[list[int]]]
     trimmed: Counter
 
-    def fits(self, prompts: list[str]) -> bool:
-        """Tell whether every one of prompts keeps to the budget."""
-        return all(len(ids) <= self.tokens for ids in self.encode(prompts))
+    def fits(self, ids: list[list[int]]) -> bool:
+        """Tell whether every encoded prompt keeps to the budget."""
+        return all(len(prompt) <= self.tokens for prompt in ids)
 
-    def fill(self, texts: list[str], build: Callable[[list[str]], str], what: str) -> str:
-        """Return build(texts), with the longest texts cut where the whole would exceed the budget."""
-        if self.fits([build(texts)]):
-            return build(texts)
-        self.trimmed[what] += 1
-        prompt = build(cut_to_fit(texts, lambda cut: self.fits([build(cut)])))
-        if not self.fits([prompt]):
+    def fill(
+        self, build: Callable[..., list[str]], parts: Sequence[tuple[str, int]]
+    ) -> tuple[list[str], list[list[int]]]:
+        """Return the prompts of build(limits) and their ids, with limits lowered, in their order, until they fit.
+
+        parts: the name under which a lowered limit is counted, and the greatest value of that limit, for each.
+        """
+        limits = [limit for _, limit in parts]
+        for i, (what, _) in enumerate(parts):
+            if self.fits(ids := self.encode(prompts := build(*limits))):
+                return prompts, ids
+            limits[i] = greatest(
+                limits[i], lambda n, i=i: self.fits(self.encode(build(*limits[:i], n, *limits[i + 1 :])))
+            )
+            self.trimmed[what] += 1
+        if not self.fits(ids := self.encode(prompts := build(*limits))):
             raise InputError(f"a context of {self.tokens} tokens has no room for the instruction; raise --max-length")
-        return prompt
+        return prompts, ids
+
+
+def longest(texts: Iterable[str]) -> int:
+    """Return the number of characters of the longest text."""
+    return max(map(len, texts), default=0)
+
+
+def cut(texts: Iterable[str], limit: int) -> list[str]:
+    """Return texts, each cut at its end to limit characters."""
+    return [text if len(text) <= limit else text[:limit].rstrip() for text in texts]
+
+
+# ---- Summarization (sections 4.1 and 4.2)
+#
+# A paradigm is a generator for one user: it yields the prompts that it needs answered now, receives the answers, and
+# returns the root of the tree of summaries. run_rounds drives those of many users together.
+
+Node = dict  # {"summary": str} and "items": [first, last + 1], "previous": Node, or "children": [Node, ...]
+Summarization = Generator[list[str], list[str], Node]
 
 
 def split_blocks(n_items: int, block_size: int) -> list[tuple[int, int]]:
@@ -192,14 +198,33 @@ def split_blocks(n_items: int, block_size: int) -> list[tuple[int, int]]:
     return [(start, min(start + block_size, n_items)) for start in range(0, n_items, block_size)]
 
 
-def _block_prompt(texts: list[str], domain: Domain, budget: Budget) -> str:
-    return budget.fill(
-        texts, lambda t: build_prompt(domain.summarize, (domain.history, numbered(t))), "blocks with items cut"
-    )
+def block_prompt(items: list[str], domain: Domain, budget: Budget) -> str:
+    """Return the prompt that asks for the summary of one block (figures 3 and 6)."""
+
+    def build(limit: int) -> list[str]:
+        return [build_prompt(domain.summarize, (domain.history, numbered(cut(items, limit))))]
+
+    return budget.fill(build, [("blocks with items cut", longest(items))])[0][0]
 
 
-def _merge_prompt(texts: list[str], domain: Domain) -> str:
-    return build_prompt(domain.merge, ("User Preferences Summaries", numbered(texts)))
+def merge_prompt(summaries: list[str], domain: Domain, budget: Budget) -> str:
+    """Return the prompt that asks for one summary of several (figure 4)."""
+
+    def build(limit: int) -> list[str]:
+        return [build_prompt(domain.merge, ("User Preferences Summaries", numbered(cut(summaries, limit))))]
+
+    return budget.fill(build, [("merges with summaries cut", longest(summaries))])[0][0]
+
+
+def update_prompt(summary: str, items: list[str], domain: Domain, budget: Budget) -> str:
+    """Return the prompt that asks to update a summary with the next block (figure 7)."""
+
+    def build(limit: int, end: int) -> list[str]:
+        previous = ("Previous Preference Summary", cut([summary], end)[0] or "(none)")
+        return [build_prompt(domain.update, previous, (domain.recent, numbered(cut(items, limit))))]
+
+    parts = [("updates with items cut", longest(items)), ("updates with the summary cut", len(summary))]
+    return budget.fill(build, parts)[0][0]
 
 
 def hierarchical(items: list[str], domain: Domain, budget: Budget, block_size: int) -> Summarization:
@@ -209,43 +234,39 @@ def hierarchical(items: list[str], domain: Domain, budget: Budget, block_size: i
     and a history of any length ends in one summary where it is small.
     """
     blocks = split_blocks(len(items), block_size)
-    summaries = yield [_block_prompt(items[start:end], domain, budget) for start, end in blocks]
-    layer = [{"summary": clean(s), "items": list(block)} for s, block in zip(summaries, blocks, strict=True)]
+    answers = yield [block_prompt(items[start:end], domain, budget) for start, end in blocks]
+    layer = [{"summary": clean(s), "items": list(block)} for s, block in zip(answers, blocks, strict=True)]
     while len(layer) > 1:
-        groups = [[layer[0]]]
-        for node in layer[1:]:
-            group = [*groups[-1], node]
-            # Two always go together, cut if need be: otherwise a layer might be no smaller than the one below.
-            if len(group) <= 2 or budget.fits([_merge_prompt([n["summary"] for n in group], domain)]):
-                groups[-1] = group
-            else:
-                groups.append([node])
-        merged = [group for group in groups if len(group) > 1]
-        summaries = yield [
-            budget.fill([n["summary"] for n in group], lambda t: _merge_prompt(t, domain), "merges with summaries cut")
-            for group in merged
-        ]
-        answers = iter(summaries)
+        groups = group_summaries(layer, domain, budget)
+        merged = [[node["summary"] for node in group] for group in groups if len(group) > 1]
+        answers = iter((yield [merge_prompt(summaries, domain, budget) for summaries in merged]))
         layer = [g[0] if len(g) == 1 else {"summary": clean(next(answers)), "children": g} for g in groups]
     return layer[0] if layer else {"summary": "", "items": [0, 0]}
+
+
+def group_summaries(layer: list[Node], domain: Domain, budget: Budget) -> list[list[Node]]:
+    """Return the layer's nodes in runs, each as long as a merge prompt has room for."""
+    groups = [[layer[0]]]
+    for node in layer[1:]:
+        summaries = [n["summary"] for n in [*groups[-1], node]]
+        prompt = build_prompt(domain.merge, ("User Preferences Summaries", numbered(summaries)))
+        # Two always go together, cut if need be: otherwise a layer might be no smaller than the one below it.
+        if len(summaries) <= 2 or budget.fits(budget.encode([prompt])):
+            groups[-1].append(node)
+        else:
+            groups.append([node])
+    return groups
 
 
 def recurrent(items: list[str], domain: Domain, budget: Budget, block_size: int) -> Summarization:
     """Summarize the first block, then update the summary with one block after the other (section 4.2, figure 5)."""
     node: Node = {"summary": "", "items": [0, 0]}
     for start, end in split_blocks(len(items), block_size):
-        if start == 0:
-            prompt = _block_prompt(items[start:end], domain, budget)
-        else:
-            prompt = budget.fill(
-                [node["summary"], *items[start:end]],
-                lambda t: build_prompt(
-                    domain.update, ("Previous Preference Summary", t[0]), (domain.recent, numbered(t[1:]))
-                ),
-                "updates with items cut",
-            )
-        summary = clean((yield [prompt])[0])
-        node = {"summary": summary, "items": [start, end]} | ({"previous": node} if start else {})
+        block = items[start:end]
+        first = start == 0
+        prompt = block_prompt(block, domain, budget) if first else update_prompt(node["summary"], block, domain, budget)
+        answer = (yield [prompt])[0]
+        node = {"summary": clean(answer), "items": [start, end]} | ({} if first else {"previous": node})
     return node
 
 
@@ -265,8 +286,7 @@ def run_rounds(
         answers = {user: [next(texts) for _ in prompts] for user, prompts in pending.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Recommendation (section 4.3)
+# ---- Recommendation (section 4.3)
 
 
 def recommendation_prompts(
@@ -299,13 +319,6 @@ class Recommender:
     history_items: int
     budget: Budget
 
-    def recent(self, example: Example) -> list[str]:
-        """Return the texts of the history items that the paradigm shows, oldest first."""
-        shown = {"whole-history": len(example.history), "none": 0}.get(self.paradigm, self.history_items)
-        return [
-            self.items[i] for i in example.history[len(example.history) - shown if shown else len(example.history) :]
-        ]
-
     def prompt_ids(self, example: Example, candidates: list[str]) -> list[list[int]]:
         """Return the token ids of each candidate's prompt, all within the budget and alike up to the candidate.
 
@@ -313,34 +326,21 @@ class Recommender:
         the summary, and only if a candidate alone exceeds the context, the end of the candidates' texts. The longest
         candidate decides for all of the user's candidates, so that they keep one prefix.
         """
-        summary, recent = self.summaries.get(example.user, ""), self.recent(example)
+        history, summary = example.history, self.summaries.get(example.user, "")
+        shown = {"whole-history": len(history), "none": 0}.get(self.paradigm, min(self.history_items, len(history)))
+        recent = [self.items[i] for i in history[len(history) - shown :]]
         texts = [self.items[i] for i in candidates]
-        trimmed, limit = self.budget.trimmed, self.budget.tokens
 
-        def encode(summary: str, recent: list[str], texts: list[str]) -> list[list[int]]:
-            return self.budget.encode(recommendation_prompts(self.paradigm, self.domain, summary, recent, texts))
+        def build(kept: int, end: int, limit: int) -> list[str]:
+            known = cut([summary], end)[0], recent[len(recent) - kept :]
+            return recommendation_prompts(self.paradigm, self.domain, *known, cut(texts, limit))
 
-        def fits(ids: list[list[int]]) -> bool:
-            return max(map(len, ids)) <= limit
-
-        ids = encode(summary, recent, texts)
-        if fits(ids):
-            return ids
-        longest = [texts[max(range(len(ids)), key=lambda i: len(ids[i]))]]
-        while recent and not fits(encode(summary, recent, longest)):
-            recent = recent[1:]
-            trimmed["recent items dropped"] += 1
-        if summary and not fits(encode(summary, recent, longest)):
-            summary = cut_to_fit([summary], lambda cut: fits(encode(cut[0], recent, longest)))[0]
-            trimmed["summaries cut"] += 1
-        ids = encode(summary, recent, texts)
-        if not fits(ids):
-            texts = cut_to_fit(texts, lambda cut: fits(encode(summary, recent, cut)))
-            trimmed["candidate lists cut"] += 1
-            ids = encode(summary, recent, texts)
-        if not fits(ids):
-            raise InputError(f"a context of {limit} tokens has no room for the instruction; raise --max-length")
-        return ids
+        parts = [
+            ("prompts without the oldest recent items", shown),
+            ("prompts with the summary cut", len(summary)),
+            ("prompts with candidates cut", longest(texts)),
+        ]
+        return self.budget.fill(build, parts)[1]
 
 
 def answer_ids(encode: Callable[[list[str]], list[list[int]]], domain: Domain) -> tuple[int, int]:
@@ -365,8 +365,7 @@ def yes_probability(yes_logits: np.ndarray, no_logits: np.ndarray) -> np.ndarray
     return np.exp(-np.logaddexp(0.0, -difference))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Ranking (section 5.2.1)
+# ---- Ranking (section 5.2.1)
 
 
 def rank_of_positive(scores: Sequence[float], positive: int) -> int:
@@ -378,7 +377,7 @@ def rank_of_positive(scores: Sequence[float], positive: int) -> int:
 
 def shuffled_candidates(example: Example, seed: int = 0) -> list[str]:
     """Return the positive and the negatives in an order that only the user and seed determine."""
-    return sorted([example.positive, *example.negatives], key=lambda i: _hash([seed, example.user, i]))
+    return sorted([example.positive, *example.negatives], key=lambda i: content_hash([seed, example.user, i]))
 
 
 def rank_users(
@@ -424,8 +423,7 @@ def bootstrap_intervals(
     return {name: (float(a), float(b)) for name, a, b in zip(metrics, low, high, strict=True)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Around the method: the dataset, files that are whole or absent, and errors in one line
+# ---- Around the method: files that are whole or absent, the run folder, and errors in one line
 
 
 def read_jsonl(path: Path, fields: dict[str, type], torn: bool = False) -> Iterator[tuple[str, dict]]:
@@ -457,47 +455,6 @@ def read_jsonl(path: Path, fields: dict[str, type], torn: bool = False) -> Itera
             yield where, record
 
 
-def load_dataset(folder: Path, splits: Iterable[str]) -> tuple[Domain, dict[str, str], dict[str, list[Example]]]:
-    """Return (the domain, item texts by id, examples by split) of a folder that `prepare` wrote."""
-    folder = Path(folder)
-    if not (folder / "meta.json").is_file():
-        raise InputError(f"{folder}: no dataset (no meta.json); make one with python -m prepare.demo --out {folder}")
-    domain = read_json(folder / "meta.json").get("domain")
-    if domain not in DOMAINS:
-        raise InputError(f"{folder / 'meta.json'}: field 'domain' is {domain!r}, expected one of {sorted(DOMAINS)}")
-    items: dict[str, str] = {}
-    for where, record in read_jsonl(folder / "items.jsonl", {"id": str, "attributes": dict}):
-        if record["id"] in items:
-            raise InputError(f"{where}: field 'id': item {record['id']!r} is there twice")
-        if not all(isinstance(value, str) for value in record["attributes"].values()):
-            raise InputError(f"{where}: field 'attributes' holds something that is not a text")
-        items[record["id"]] = item_text(record["attributes"])
-    users: set[str] = set()
-    examples = {split: list(_load_examples(folder / f"{split}.jsonl", items, users)) for split in splits}
-    return DOMAINS[domain], items, examples
-
-
-def _load_examples(path: Path, items: dict[str, str], users: set[str]) -> Iterator[Example]:
-    for where, record in read_jsonl(path, {"user": str, "history": list, "positive": str, "negatives": list}):
-        example = Example(record["user"], record["history"], record["positive"], record["negatives"])
-        if example.user in users:
-            raise InputError(f"{where}: field 'user': {example.user!r} is there twice")
-        users.add(example.user)
-        candidates = [example.positive, *example.negatives]
-        if unknown := next((i for i in [*example.history, *candidates] if i not in items), None):
-            raise InputError(f"{where}: item {unknown!r} is not in items.jsonl")
-        if example.positive in example.history:
-            raise InputError(f"{where}: field 'history' holds the target {example.positive!r}")
-        if not example.negatives or len(set(candidates)) < len(candidates):
-            raise InputError(f"{where}: field 'negatives' is empty, repeats an item or holds the target")
-        yield example
-
-
-def popularity(examples: Iterable[Example]) -> Counter:
-    """Return how often each item was chosen, in histories and as target."""
-    return Counter(item for example in examples for item in [*example.history, example.positive])
-
-
 @contextmanager
 def atomic_write(path: Path, mode: str = "w"):
     """Open a temporary sibling of path for writing; on success it replaces path, on failure path is untouched."""
@@ -516,14 +473,9 @@ def atomic_write(path: Path, mode: str = "w"):
 def read_json(path: Path) -> dict:
     """Return the JSON object in path; InputError where there is none."""
     try:
-        value = json.loads(Path(path).read_text("utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: not a JSON object")
-    return value
+        return dict(json.loads(Path(path).read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: no JSON object here ({error})") from None
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -551,28 +503,8 @@ def claim_config(run: Path, section: str, settings: dict) -> None:
     write_json(path, config | {section: settings})
 
 
-def load_summaries(run: Path, items: dict[str, str], examples: Iterable[Example]) -> dict[str, str]:
-    """Return each user's summary from the run; InputError where one is missing or is not of the user's history."""
-    path, settings = run / "summaries.jsonl", read_config(run).get("summarize", {})
-    again = f"run python summarize.py --run {run} (with --data and --model), or choose --paradigm recent-only"
-    if not path.is_file():
-        raise InputError(f"{path}: no summaries; {again}")
-    fields = {"user": str, "key": str, "summary": str}
-    found = {record["user"]: record for _, record in read_jsonl(path, fields)}
-    for example in examples:
-        record = found.get(example.user)
-        if record is None or record["key"] != summary_key(settings, [items[i] for i in example.history]):
-            what = "no summary" if record is None else "the summary is of another history"
-            raise InputError(f"{path}: user {example.user!r}: {what}; {again}")
-    return {example.user: found[example.user]["summary"] for example in examples}
-
-
-def summary_key(settings: dict, texts: list[str]) -> str:
-    """Return a hash of everything that determines a summary: the settings of summarize.py and the history's texts."""
-    return _hash([settings, texts])
-
-
-def _hash(value: object) -> str:
+def content_hash(value: object) -> str:
+    """Return a hash of anything that JSON can write."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -5,7 +5,6 @@ holds the ids of the catalogue and the chosen users. Item texts are read twice a
 """
 
 import argparse
-import csv
 import hashlib
 import heapq
 import html
@@ -15,14 +14,13 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 
 from tqdm import tqdm
 
 from trsr import InputError, atomic_write, positive, write_json
 
-FIELD_LIMIT = 2**24  # characters; an opening quote without its end fails here instead of swallowing the file
 Item = tuple[str, str, dict[str, str]]  # (`file:line`, id, attributes)
 
 
@@ -41,26 +39,34 @@ class Session:
     shown: list[str] | None = None
 
 
+def split_tabs(lines: Iterable[str], path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield (line number, columns) of tab-separated lines; a quote is a sign like any other."""
+    for number, line in enumerate(lines, 1):
+        yield number, line.rstrip("\r\n").split("\t")
+
+
 class Table:
     """A raw file with columns; iterating yields (`file:line`, {column: text}) and counts `rows`.
 
-    Raises InputError for a missing file or column at once, and for every broken row when it is reached. quoted: comma
-    separated with quotes, where a row may span lines; otherwise tabs separate, and a quote is a sign like any other.
+    Raises InputError for a missing file or column at once, for a broken row when it is reached. header: the first line
+    has the names of the columns, which must include columns. split: lines to (number of the first line, columns).
     """
 
-    def __init__(self, path: Path, columns: Sequence[str] = (), quoted: bool = False, header: bool = True):
-        self.path, self.columns, self.quoted, self.header, self.rows = Path(path), columns, quoted, header, 0
-        if not self.path.is_file():
+    def __init__(self, path: Path, columns: Sequence[str] = (), header: bool = True, split: Callable = split_tabs):
+        self.path, self.columns, self.header, self.split, self.rows = path, columns, header, split, 0
+        if not path.is_file():
             raise InputError(f"{path}: no such file")
         if header:
-            _, self.columns = next(self._records(), (1, []))
+            _, self.columns = next(split(self._lines(), path), (1, []))
             if missing := [name for name in columns if name not in self.columns]:
-                found = ", ".join(self.columns) or "nothing"
+                found = ", ".join(self.columns) or "an empty file"
                 raise InputError(f"{path}:1: no column {missing[0]!r}; expected {', '.join(columns)}, found {found}")
+            if len(set(self.columns)) < len(self.columns):
+                raise InputError(f"{path}:1: two columns of one name among {', '.join(self.columns)}")
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, str]]]:
         self.rows = 0
-        records = self._records()
+        records = self.split(self._lines(), self.path)
         if self.header:
             next(records)
         for number, fields in records:
@@ -70,20 +76,6 @@ class Table:
                 raise InputError(f"{where}: {len(fields)} columns, expected {expected}; is the file whole?")
             self.rows += 1
             yield where, dict(zip(self.columns, fields, strict=True))
-
-    def _records(self) -> Iterator[tuple[int, list[str]]]:
-        if not self.quoted:
-            for number, line in enumerate(self._lines(), 1):
-                yield number, line.rstrip("\r\n").split("\t")
-            return
-        csv.field_size_limit(FIELD_LIMIT)
-        reader, number = csv.reader(self._lines(), strict=True), 1
-        try:
-            for fields in reader:
-                yield number, fields
-                number = reader.line_num + 1
-        except csv.Error as error:
-            raise InputError(f"{self.path}:{number}: not comma-separated text ({error}); is the file whole?") from None
 
     def _lines(self) -> Iterator[str]:
         size = self.path.stat().st_size
@@ -122,6 +114,7 @@ def read_catalogue(path: Path, items: Iterable[Item]) -> dict[str, bool]:
     return known
 
 
+BEYOND = "users beyond --users"
 FILTERS = (
     "rows of a user already taken",
     "unknown ids in histories",
@@ -135,9 +128,10 @@ FILTERS = (
 def eligible(
     sessions: Iterable[Session], known: dict[str, bool], args: argparse.Namespace, dropped: Counter
 ) -> Iterator[Session]:
-    """Yield the sessions that pass every filter, with unknown ids gone and a target; count the others in dropped.
+    """Yield the sessions that pass every filter, with unknown ids gone and a target; count in dropped.
 
-    An item without text counts as unknown. Raises InputError for an unknown id unless args.drop_unknown.
+    An item without text counts as unknown. Raises InputError for an unknown id unless args.drop_unknown. What passes
+    is counted as BEYOND, from which the caller takes the users that it keeps.
     """
     taken = set()
 
@@ -178,6 +172,7 @@ def eligible(
             dropped["rows with too few shown and unclicked"] += 1
         else:
             taken.add(session.user)
+            dropped[BEYOND] += 1
             yield replace(session, history=history, target=target, shown=shown)
 
 
@@ -193,14 +188,12 @@ def choose(sessions: Iterable[Session], limit: int, seed: int) -> list[Session]:
 def split_sizes(n_users: int) -> dict[str, int]:
     """Return the number of users in each split, 10 : 1 : 1; InputError below 3 users."""
     if n_users < 3:
-        raise InputError(f"{n_users} users, at least 3 are needed")
+        raise InputError(f"{n_users} users left, at least 3 are needed, one a split")
     part = max(1, n_users // 12)
     return {"train": n_users - 2 * part, "val": part, "test": part}
 
 
-def draw_negatives(
-    seed: int, session: Session, items: Sequence[str], cumulative: Sequence[int], n: int, flag: str = "--eval-negatives"
-) -> list[str]:
+def draw_negatives(seed: int, session: Session, items: Sequence[str], cumulative: Sequence[int], n: int) -> list[str]:
     """Return n distinct items, each drawn by its weight, none of them the session's target or in its history.
 
     cumulative: the running sum of the items' weights, all of them above 0. Raises InputError where items are too few.
@@ -208,7 +201,10 @@ def draw_negatives(
     excluded = {*session.history, session.target}
     free = len(items) - (0 if session.shown else len(excluded))  # whatever is excluded is among the items
     if free < n:
-        raise InputError(f"user {session.user!r}: only {free} items can be negatives, {n} are needed; lower {flag}")
+        raise InputError(
+            f"user {session.user!r}: only {free} items can be negatives, {n} are needed; "
+            "lower --train-negatives and --eval-negatives, or take a larger catalogue"
+        )
     rng = random.Random(f"{seed} {session.user}")
     negatives: dict[str, None] = {}
     while len(negatives) < n:
@@ -229,13 +225,12 @@ def make_splits(sessions: list[Session], known: dict[str, bool], args: argparse.
     cumulative = list(accumulate(weights[item] for item in items))
     splits, rest = {}, iter(sessions)
     for split, size in split_sizes(len(sessions)).items():
-        n, flag = (args.train_negatives, "--train-negatives") if split == "train" else (args.eval_negatives, "--eval-negatives")
+        n = args.train_negatives if split == "train" else args.eval_negatives
         splits[split] = []
-        for _, session in zip(range(size), rest):
+        for session in islice(rest, size):
             pool = (session.shown, range(1, len(session.shown) + 1)) if session.shown else (items, cumulative)
-            negatives = draw_negatives(args.seed, session, *pool, n, flag)
             example = {"user": session.user, "history": session.history, "positive": session.target}
-            splits[split].append(example | {"negatives": negatives})
+            splits[split].append(example | {"negatives": draw_negatives(args.seed, session, *pool, n)})
     return splits
 
 
@@ -244,7 +239,8 @@ def save_dataset(out: Path, splits: dict[str, list[dict]], items: Iterable[dict]
 
     meta.json goes first and comes back last, so that a folder that has one is whole.
     """
-    out = make_folder(out)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
     (out / "meta.json").unlink(missing_ok=True)
     names: Counter = Counter()
     n_items = 0
@@ -268,10 +264,63 @@ def save_dataset(out: Path, splits: dict[str, list[dict]], items: Iterable[dict]
     return meta
 
 
-def make_folder(out: Path) -> Path:
-    """Make the folder out; InputError where that cannot be."""
-    try:
-        Path(out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {out}: {error.strerror}; choose another folder") from None
-    return Path(out)
+def script_parser(description: str, users: str) -> argparse.ArgumentParser:
+    """Return an argument parser with the flags that all readers share; users says whom the readers find."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flag = parser.add_argument_group("files").add_argument
+    flag("--out", type=Path, required=True, default=argparse.SUPPRESS, help="folder to write the dataset to")
+    flag = parser.add_argument_group("users").add_argument
+    flag("--users", type=positive, default=12000, help=f"most {users} to keep, split 10 : 1 : 1; a seeded choice")
+    flag("--seed", type=int, default=0, help="seed of the choice of users, their splits and their negatives")
+    flag("--min-history", type=positive, default=10, help="fewest items before the target")
+    flag("--max-history", type=positive, default=25, help="most items before the target")
+    flag("--drop-unknown", action="store_true", help="drop ids that the catalogue lacks or has no text of")
+    flag = parser.add_argument_group("negatives").add_argument
+    flag("--train-negatives", type=positive, default=1, help="negatives of a training user")
+    flag("--eval-negatives", type=positive, default=20, help="negatives of a validation or test user")
+    flag("--negatives", choices=["uniform", "popular"], default="uniform", help="popular: by how often users chose it")
+    return parser
+
+
+def prepare(
+    args: argparse.Namespace,
+    domain: str,
+    tables: Sequence[Table],
+    items: Callable[[], Iterable[Item]],
+    sessions: Callable[[Counter], Iterable[Session]],
+    filters: Sequence[str] = (),
+) -> None:
+    """Read, filter, split, draw and write a dataset, and print what is done; InputError for what a user can mend.
+
+    tables: the catalogue's and the sessions'. items and sessions start a reading of them; sessions counts in the given
+    counter what the reader itself leaves out. filters: names of what this reader drops besides FILTERS.
+    """
+    if args.min_history > args.max_history:
+        raise InputError(f"--min-history {args.min_history} is above --max-history {args.max_history}")
+    if args.out.exists() and not args.out.is_dir():
+        raise InputError(f"--out {args.out}: not a folder")
+    catalogue, raw = (table.path for table in tables)
+    print(f"Items from {catalogue}, users from {raw}, to {args.out} ({domain}, seed {args.seed})")
+    print(f"At most {args.users} users with {args.min_history} to {args.max_history} items before the target; ", end="")
+    print(f"negatives: {args.train_negatives} in train, {args.eval_negatives} in val and test", flush=True)
+    known = read_catalogue(catalogue, items())
+    dropped = Counter(dict.fromkeys([*filters, *FILTERS, BEYOND], 0))
+    chosen = choose(eligible(sessions(dropped), known, args, dropped), args.users, args.seed)
+    dropped[BEYOND] -= len(chosen)
+    if len(chosen) < 3:
+        counts = ", ".join(f"{name} {n}" for name, n in dropped.items() if n) or "nothing dropped"
+        raise InputError(f"{raw}: {len(chosen)} users left, at least 3 are needed ({counts}); loosen the filters")
+    splits = make_splits(chosen, known, args)
+    kept = (example for examples in splits.values() for example in examples)
+    mentioned = {item for e in kept for item in [*e["history"], e["positive"], *e["negatives"]]}
+    settings = {name: value for name, value in vars(args).items() if name != "seed" and not isinstance(value, Path)}
+    meta = {"domain": domain, "seed": args.seed, "settings": settings}
+    meta |= {"sources": [table.source() for table in tables], "dropped": dict(dropped)}
+    texts = ({"id": item, "attributes": attributes} for _, item, attributes in items() if item in mentioned)
+    meta = save_dataset(args.out, splits, texts, meta)
+    print(f"Read {' and '.join(f'{table.rows:,} rows of {table.path.name}' for table in tables)}; dropped:")
+    for name, n in dropped.items():
+        print(f"  {n:>9,}  {name}")
+    print(", ".join(f"{n:,} {split}" for split, n in meta["examples"].items()), end="")
+    print(f" users; {meta['items']:,} items; mean history {meta['mean_history']}; written to {args.out}")
+    print(f"Next: python summarize.py --data {args.out} --model DIR_OR_HUB_ID --run runs/{args.out.name}")

@@ -80,9 +80,9 @@ def test_old_and_new_config_layout_are_the_same(tmp_path):
     raw |= {"rope_theta": 5e5, "rope_scaling": {"type": "llama3", **LLAMA3}}
     (tmp_path / "config.json").write_text(json.dumps(raw))
     old = llama.load_config(tmp_path)
-    assert old.rope_theta == new.rope_theta == 5e5
-    for field in ("rope_type", *LLAMA3):
-        assert old.rope_scaling[field] == new.rope_scaling[field]
+    assert old == new
+    assert new.rope_theta == 5e5
+    assert new.rope_scaling == {"rope_type": "llama3", **LLAMA3}
 
 
 def test_rotary_tables_equal_transformers_far_out():
@@ -206,8 +206,8 @@ def test_shared_prefix_loss_and_gradients_equal_separate_examples(model_folder, 
     wanted = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     packs = pack_trees(trees, max_tokens, pad_to=8)
-    assert sum(p.targets.weights.sum() for p in packs) == count
-    total = sum(model.loss(p.ids[None], p.positions[None], p.mask(), p.targets, chunk=20) for p in packs)
+    assert sum(p.weights.sum() for p in packs) == count
+    total = sum(model.loss(p, chunk=20) for p in packs)
     (total / count).backward()
     assert abs(total - expected) / expected < 1e-5
     for name, parameter in model.named_parameters():
@@ -290,13 +290,13 @@ def change_json(path, **changes):
     ("changes", "message"),
     [
         ({"model_type": "gpt_neox"}, "model_type is 'gpt_neox'"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn'"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type is 'yarn'"),
         ({"rope_parameters": {"rope_type": "linear"}}, "field 'factor' is missing"),
         ({"hidden_size": None}, "field 'hidden_size' is missing"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"intermediate_size": 100}, "mlp.down_proj.weight has shape (48, 96), expected shape (48, 100)"),
-        ({"num_hidden_layers": 3}, "no tensor model.layers.2."),
+        ({"num_hidden_layers": 3}, "lack 9 tensors, the first is model.layers.2."),
         ({"num_hidden_layers": 1}, "config.json has no place for it"),
     ],
 )
@@ -365,10 +365,10 @@ def test_sentencepiece_and_fast_tokenizer_give_the_same_ids(tmp_path, model_fold
 
 
 def test_bad_tokenizers_are_named(tmp_path, model_folder):
-    with pytest.raises(CheckpointError, match=r"no tokenizer\.model and no tokenizer\.json"):
+    with pytest.raises(CheckpointError, match=r"no tokenizer.model or tokenizer.json"):
         Tokenizer(tmp_path, 640)
     (tmp_path / "tokenizer.model").write_bytes(b"rubbish")
-    with pytest.raises(CheckpointError, match="not a SentencePiece model"):
+    with pytest.raises(CheckpointError, match="not a tokenizer"):
         Tokenizer(tmp_path, 640)
     for size in (639, 900):
         with pytest.raises(CheckpointError, match=f"640 pieces, but the model's embedding has {size} rows"):
