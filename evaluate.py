@@ -18,8 +18,8 @@ import torch
 import trsr
 from llama import CheckpointError, find_model, fingerprint, load_model
 from lora import AdapterError, load_adapter
-from prepare.dataset import load_dataset, popularity
-from summarize import join_processes, load_summaries, write_records
+from prepare.dataset import load_dataset, popularity, write_json
+from summarize import join_processes, load_summaries, read_config, write_records
 from train import make_recommender, pack_candidates, rank_packs
 
 
@@ -65,7 +65,7 @@ def main() -> None:
     """Score and rank the candidates of a split."""
     args = parse_arguments()
     rank, world, device = join_processes()
-    trained = trsr.read_config(args.run).get("train")
+    trained = read_config(args.run).get("train")
     kind = "adapter" if trained and trained["lora_r"] else "model"
     if trained is None or not (args.untrained or (args.run / kind).is_dir()):
         raise trsr.InputError(f"{args.run}: nothing trained here yet; first run python train.py --run {args.run}")
@@ -116,7 +116,7 @@ def main() -> None:
     columns = ([e.user for e in examples], [e.positive for e in examples], ranks, candidates, scores)
     write_records(lines, (dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)))
     report = {"data": args.data, "split": args.split, "users": len(examples), "model": args.model, "row": row}
-    trsr.write_json(results, report | {"paradigm": args.paradigm, "table": table, "trimmed": dict(trimmed)})
+    write_json(results, report | {"paradigm": args.paradigm, "table": table, "trimmed": dict(trimmed)})
     print(f"wrote   {results}, {lines}")
 
 

@@ -8,10 +8,12 @@ Under torchrun the users are shared out. Finished users are appended to RUN/summ
 interruption the same command goes on from there.
 """
 
+import fcntl
 import json
 import os
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from tqdm import tqdm
 
 import trsr
 from llama import CheckpointError, Tokenizer, find_model, fingerprint, generate, load_model
-from prepare.dataset import load_dataset
+from prepare.dataset import atomic_write, load_dataset, read_json, read_jsonl, write_json
 
 FIELDS = {"user": str, "paradigm": str, "key": str, "summary": str, "tree": dict}  # of a line in summaries.jsonl
 
@@ -64,12 +66,48 @@ def gather(value: object) -> list:
     return values
 
 
-# ---- Summaries on disk
+# ---- The run folder: its lock, its settings, and the summaries in it
+
+
+@contextmanager
+def locked(run: Path, hold: bool = True):
+    """Make the run folder and hold its lock (if hold); InputError where another process holds it."""
+    run.mkdir(parents=True, exist_ok=True)
+    if not hold:
+        yield
+        return
+    with open(run / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise trsr.InputError(
+                f"{run}: another process is working in this run folder; wait, or choose --run"
+            ) from None
+        yield
+
+
+def read_config(run: Path) -> dict:
+    """Return the settings of the scripts that ran in the run folder, by script."""
+    return read_json(run / "config.json") if (run / "config.json").is_file() else {}
+
+
+def claim_config(run: Path, section: str, settings: dict) -> None:
+    """Write settings to the section of the run's config.json; InputError where it holds others.
+
+    One run folder has one set of settings a script, so that nothing is ever continued or scored with another.
+    """
+    path, config = run / "config.json", read_config(run)
+    settings = json.loads(json.dumps(settings))
+    old = config.get(section, settings)
+    if differing := [name for name in sorted({*old, *settings}) if old.get(name) != settings.get(name)]:
+        values = ", ".join(f"{n} {old.get(n)!r} (now {settings.get(n)!r})" for n in differing)
+        raise trsr.InputError(f"{path}: {section}.py ran here with {values}; use those, or another --run")
+    write_json(path, config | {section: settings})
 
 
 def write_records(path: Path, records: Iterable[dict]) -> None:
     """Write records to path, a line each, whole or not at all."""
-    with trsr.atomic_write(path) as file:
+    with atomic_write(path) as file:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
@@ -77,7 +115,7 @@ def collect_records(run: Path) -> dict[str, dict]:
     """Return all finished records by user, after gathering what the processes wrote into one summaries.jsonl."""
     path, parts = run / "summaries.jsonl", sorted(run.glob("summaries.part*.jsonl"))
     sources = [path, *parts] if path.is_file() else parts
-    found = {r["user"]: r for source in sources for _, r in trsr.read_jsonl(source, FIELDS, torn=source in parts)}
+    found = {r["user"]: r for source in sources for _, r in read_jsonl(source, FIELDS, torn=source in parts)}
     write_records(path, found.values())
     for part in parts:
         part.unlink()
@@ -91,11 +129,11 @@ def summary_key(settings: dict, texts: list[str]) -> str:
 
 def load_summaries(run: Path, items: dict[str, str], examples: Iterable[trsr.Example]) -> dict[str, str]:
     """Return each user's summary from the run; InputError where one is missing or is not of the user's history."""
-    path, settings = run / "summaries.jsonl", trsr.read_config(run).get("summarize", {})
+    path, settings = run / "summaries.jsonl", read_config(run).get("summarize", {})
     again = f"run python summarize.py --run {run} (with --data and --model), or choose --paradigm recent-only"
     if not path.is_file():
         raise trsr.InputError(f"{path}: no summaries; {again}")
-    found = {record["user"]: record for _, record in trsr.read_jsonl(path, FIELDS)}
+    found = {record["user"]: record for _, record in read_jsonl(path, FIELDS)}
     for example in examples:
         record = found.get(example.user)
         if record is None or record["key"] != summary_key(settings, [items[i] for i in example.history]):
@@ -119,12 +157,12 @@ def main() -> None:
     flags = ("paradigm", "block_size", "max_new_tokens", "max_length", "int8")
     settings = {"data": data, "model": name, "fingerprint": fingerprint(folder)} | {f: vars(args)[f] for f in flags}
     settings |= {"dtype": "bf16" if half else "fp32", "prompts": asdict(domain)}
-    with trsr.locked(args.run, hold=rank == 0):
+    with locked(args.run, hold=rank == 0):
         if rank == 0:
-            trsr.claim_config(args.run, "summarize", settings)
+            claim_config(args.run, "summarize", settings)
             collect_records(args.run)
         gather(None)  # nobody reads before the first process has gathered
-        done = {r["user"]: r["key"] for _, r in trsr.read_jsonl(args.run / "summaries.jsonl", FIELDS)}
+        done = {r["user"]: r["key"] for _, r in read_jsonl(args.run / "summaries.jsonl", FIELDS)}
         keys = {user: summary_key(settings, history) for user, history in texts.items()}
         pending = [user for user in texts if done.get(user) != keys[user]]
         if rank == 0:

@@ -31,8 +31,8 @@ import llama
 import trsr
 from llama import CheckpointError, Llama, Pack, Tree, make_tree, pack_trees
 from lora import ATTENTION, AdapterError, LoRAConfig, apply_lora, save_adapter
-from prepare.dataset import load_dataset
-from summarize import gather, join_processes, load_summaries
+from prepare.dataset import atomic_write, load_dataset, read_jsonl
+from summarize import claim_config, gather, join_processes, load_summaries, locked, read_config
 
 
 def parse_arguments():
@@ -194,7 +194,7 @@ def save_checkpoint(run: Path, model: Llama, optimizer, progress: dict, rank: in
     if rank == 0:
         (run / "checkpoint").mkdir(exist_ok=True)
         path = run / "checkpoint" / f"step-{progress['step']:08d}.safetensors"
-        with trsr.atomic_write(path, "wb") as file:
+        with atomic_write(path, "wb") as file:
             save_file(tensors, file.name, metadata={"progress": json.dumps(progress)})
         for old in set(path.parent.iterdir()) - {path}:
             old.unlink()
@@ -234,7 +234,7 @@ def save_best(run: Path, model: Llama, folder: Path, args, rank: int) -> None:
             shutil.copyfile(source, run / "model" / source.name)
         dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
         tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
-        with trsr.atomic_write(run / "model" / "model.safetensors", "wb") as file:
+        with atomic_write(run / "model" / "model.safetensors", "wb") as file:
             save_file(tensors, file.name, metadata={"format": "pt"})
 
 
@@ -253,8 +253,8 @@ def fit(args, model, optimizer, folder, device, trees: list[Tree], users: list[s
     progress = load_checkpoint(args.run, model, optimizer, device) or start
     metrics = args.run / "metrics.jsonl"
     if rank == 0:
-        lines = [r for _, r in trsr.read_jsonl(metrics, {}, torn=True)] if metrics.is_file() else []
-        with trsr.atomic_write(metrics) as file:  # what came after the checkpoint is done again
+        lines = [r for _, r in read_jsonl(metrics, {}, torn=True)] if metrics.is_file() else []
+        with atomic_write(metrics) as file:  # what came after the checkpoint is done again
             file.writelines(json.dumps(r) + "\n" for r in lines if r["step"] <= progress["step"])
     interrupts = []
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -310,7 +310,7 @@ def main() -> None:
     """Train on the dataset's training users."""
     args = parse_arguments()
     rank, world, device = join_processes()
-    summarized = trsr.read_config(args.run).get("summarize", {})
+    summarized = read_config(args.run).get("summarize", {})
     args.data = args.data or summarized.get("data", "data/demo")
     args.model = args.model or summarized.get("model", "models/tiny")
     args.paradigm = args.paradigm or summarized.get("paradigm", "hierarchical")
@@ -325,9 +325,9 @@ def main() -> None:
     if args.batch_size % (1 + len(train[0].negatives)):
         raise trsr.InputError(f"--batch-size is no multiple of the {1 + len(train[0].negatives)} examples of a user")
     settings = {f: v for f, v in vars(args).items() if f not in ("run", "autocast", "pad_to", "save_every")}
-    with trsr.locked(args.run, hold=rank == 0):
+    with locked(args.run, hold=rank == 0):
         if rank == 0:
-            trsr.claim_config(args.run, "train", settings | {"fingerprint": llama.fingerprint(folder)})
+            claim_config(args.run, "train", settings | {"fingerprint": llama.fingerprint(folder)})
         # Full fine-tuning keeps fp32 weights and computes under autocast; an adapter's frozen base can be bf16.
         model = llama.load_model(folder, torch.device("cpu"), torch.bfloat16 if half and args.lora_r else torch.float32)
         torch.manual_seed(args.seed)

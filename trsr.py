@@ -9,20 +9,16 @@ Read this file first, top to bottom; it follows section 4 of the paper:
     scores   -> Recall, MRR, NDCG         rank_of_positive, metrics_at           (5.2.1)
 
 It knows neither the model nor torch. A language model enters as two functions: `generate`, prompts to texts, and
-`encode`, texts to token ids. The last part holds what every script needs around the method: files that are whole or
-absent, the run folder's settings and lock, and a user's mistake answered in one line.
+`encode`, texts to token ids.
 """
 
 import argparse
-import fcntl
 import hashlib
 import json
-import os
 import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -233,6 +229,8 @@ def hierarchical(items: list[str], domain: Domain, budget: Budget, block_size: i
     A layer's summaries are merged in as few groups as the budget allows, so two layers do where the context is large
     and a history of any length ends in one summary where it is small.
     """
+    if not items:
+        return {"summary": "", "items": [0, 0]}
     blocks = split_blocks(len(items), block_size)
     answers = yield [block_prompt(items[start:end], domain, budget) for start, end in blocks]
     layer = [{"summary": clean(s), "items": list(block)} for s, block in zip(answers, blocks, strict=True)]
@@ -241,7 +239,7 @@ def hierarchical(items: list[str], domain: Domain, budget: Budget, block_size: i
         merged = [[node["summary"] for node in group] for group in groups if len(group) > 1]
         answers = iter((yield [merge_prompt(summaries, domain, budget) for summaries in merged]))
         layer = [g[0] if len(g) == 1 else {"summary": clean(next(answers)), "children": g} for g in groups]
-    return layer[0] if layer else {"summary": "", "items": [0, 0]}
+    return layer[0]
 
 
 def group_summaries(layer: list[Node], domain: Domain, budget: Budget) -> list[list[Node]]:
@@ -423,104 +421,12 @@ def bootstrap_intervals(
     return {name: (float(a), float(b)) for name, a, b in zip(metrics, low, high, strict=True)}
 
 
-# ---- Around the method: files that are whole or absent, the run folder, and errors in one line
-
-
-def read_jsonl(path: Path, fields: dict[str, type], torn: bool = False) -> Iterator[tuple[str, dict]]:
-    """Yield (`file:line`, object) for each line; InputError where a line is no JSON object with these fields.
-
-    torn: the file was appended to, so a last line without its end is what an interruption left, and is passed over.
-    """
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file")
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path}:{number}"
-            if torn and not line.endswith(b"\n"):
-                print(f"{where}: dropped, an interruption cut this line short", file=sys.stderr)
-                return
-            try:
-                record = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError:
-                raise InputError(f"{where}: not UTF-8 text") from None
-            except ValueError as error:
-                raise InputError(f"{where}: not JSON ({error})") from None
-            for name, kind in fields.items():
-                value = record.get(name) if isinstance(record, dict) else None
-                if not isinstance(value, kind):
-                    found = "is missing" if value is None else f"is a {type(value).__name__}"
-                    raise InputError(f"{where}: field {name!r} {found}, expected {kind.__name__}")
-                if kind is list and not all(isinstance(entry, str) for entry in value):
-                    raise InputError(f"{where}: field {name!r} holds something that is not a text")
-            yield where, record
-
-
-@contextmanager
-def atomic_write(path: Path, mode: str = "w"):
-    """Open a temporary sibling of path for writing; on success it replaces path, on failure path is untouched."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": "\n"})) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_json(path: Path) -> dict:
-    """Return the JSON object in path; InputError where there is none."""
-    try:
-        return dict(json.loads(Path(path).read_text("utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{path}: no JSON object here ({error})") from None
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Write value to path, whole or not at all."""
-    with atomic_write(path) as file:
-        file.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
-
-
-def read_config(run: Path) -> dict:
-    """Return the settings of the scripts that ran in the run folder, by script."""
-    return read_json(run / "config.json") if (run / "config.json").is_file() else {}
-
-
-def claim_config(run: Path, section: str, settings: dict) -> None:
-    """Write settings to the section of the run's config.json; InputError where it holds others.
-
-    One run folder has one set of settings a script, so that nothing is ever continued or scored with another.
-    """
-    path, config = run / "config.json", read_config(run)
-    settings = json.loads(json.dumps(settings))
-    old = config.get(section, settings)
-    if differing := [name for name in sorted({*old, *settings}) if old.get(name) != settings.get(name)]:
-        values = ", ".join(f"{n} {old.get(n)!r} (now {settings.get(n)!r})" for n in differing)
-        raise InputError(f"{path}: {section}.py ran here with {values}; use those, or another --run")
-    write_json(path, config | {section: settings})
+# ---- Around the method: flags that the scripts share, and errors in one line
 
 
 def content_hash(value: object) -> str:
     """Return a hash of anything that JSON can write."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
-
-
-@contextmanager
-def locked(run: Path, hold: bool = True):
-    """Make the run folder and hold its lock (if hold); InputError where another process holds it."""
-    run.mkdir(parents=True, exist_ok=True)
-    if not hold:
-        yield
-        return
-    with open(run / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{run}: another process is working in this run folder; wait, or choose --run") from None
-        yield
 
 
 def natural(text: str, least: int = 0) -> int:
@@ -554,9 +460,9 @@ def script_parser(description: str) -> argparse.ArgumentParser:
 
 
 def run_main(main: Callable[[], None], *errors: type[Exception]) -> None:
-    """Run a script's main; an InputError, or one of errors, ends it with one line and exit status 2."""
+    """Run a script's main; what a user can mend, and errors, end it with one line and exit status 2."""
     try:
         main()
-    except (InputError, *errors) as error:
+    except (InputError, OSError, *errors) as error:
         print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
         sys.exit(2)

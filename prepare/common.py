@@ -8,7 +8,6 @@ import argparse
 import hashlib
 import heapq
 import html
-import json
 import random
 from bisect import bisect_right
 from collections import Counter
@@ -19,7 +18,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from trsr import InputError, atomic_write, positive, write_json
+from prepare.dataset import save_dataset
+from trsr import InputError, positive
 
 Item = tuple[str, str, dict[str, str]]  # (`file:line`, id, attributes)
 
@@ -232,36 +232,6 @@ def make_splits(sessions: list[Session], known: dict[str, bool], args: argparse.
             example = {"user": session.user, "history": session.history, "positive": session.target}
             splits[split].append(example | {"negatives": draw_negatives(args.seed, session, *pool, n)})
     return splits
-
-
-def save_dataset(out: Path, splits: dict[str, list[dict]], items: Iterable[dict], meta: dict) -> dict:
-    """Write items.jsonl, a file for each split, and meta.json with the counts of what was written added; return meta.
-
-    meta.json goes first and comes back last, so that a folder that has one is whole.
-    """
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "meta.json").unlink(missing_ok=True)
-    names: Counter = Counter()
-    n_items = 0
-    with atomic_write(out / "items.jsonl") as file:
-        for item in items:
-            file.write(json.dumps(item, ensure_ascii=False) + "\n")
-            names.update(item["attributes"].keys())
-            n_items += 1
-    for split, examples in splits.items():
-        with atomic_write(out / f"{split}.jsonl") as file:
-            file.writelines(json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
-    lengths = [len(example["history"]) for examples in splits.values() for example in examples]
-    meta = meta | {
-        "examples": {split: len(examples) for split, examples in splits.items()},
-        "items": n_items,
-        "mean_history": round(sum(lengths) / max(1, len(lengths)), 2),
-        "attributes": len(names),
-        "mean_attributes": round(names.total() / max(1, n_items), 2),
-    }
-    write_json(out / "meta.json", meta)
-    return meta
 
 
 def script_parser(description: str, users: str) -> argparse.ArgumentParser:

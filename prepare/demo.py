@@ -4,7 +4,7 @@
     python -m prepare.demo --out data/large --users 12000 --items 20000 --seed 1
 
 How users choose. Everyone has a taste that lasts: two favorite categories, two favorite brands, one color, one
-material. A product fits the taste if it has at least two of the three: a favorite brand, the color, the material.
+material. A product fits the taste if it has at least two of three: a favorite brand, the color, the material.
 Most purchases, four in five, fit the taste and are of a favorite category; the others are anything. Then something
 new comes up: a need in a category that is no favorite. The last three purchases are of this category, bought in a
 hurry, whatever their brand, color and material. The target is of the needed category too, but chosen with care: it
@@ -31,7 +31,7 @@ USERS = {"train": 1000, "val": 100, "test": 200}
 SHORTEST, LONGEST, RECENT = 10, 25, 3  # purchases before the target, and how many of them the need takes
 LOYALTY = 0.8  # share of purchases before the need that fit the taste
 KINDS = ("other taste",) * 7 + ("other need",) * 7 + ("neither",) * 6
-ATTEMPTS = 200  # draws before a shop counts as too small
+ATTEMPTS = 100  # draws before a shop counts as too small
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Vocabulary: texts spell categories, brands, colors and materials just so, and use these words for nothing else
@@ -182,9 +182,8 @@ class Shop:
 def make_shop(seed: int, n_items: int) -> Shop:
     """Return a shop of n_items products with no two descriptions or titles alike."""
     products, shelves, texts = {}, {}, set()
-    while len(products) < n_items:
+    for number in range(1, n_items + 1):
         # A generator for each product lets a larger shop begin with the products of a smaller one.
-        number = len(products) + 1
         rng = random.Random(f"demo product {seed} {number}")
         product = make_product(rng, f"P{seed}-{number:05d}")
         while texts & {product.attributes["Title"], product.attributes["Description"]}:
@@ -235,36 +234,34 @@ def make_user(rng: random.Random, shop: Shop, n_negatives: int) -> User:
         need = one_of(rng, [category for category in CATEGORIES if category not in taste.categories])
         favorites = [product for category in taste.categories for product in shop.fitting(category, taste)]
         # Candidates come first: a history drawn before them would leave them the less popular products.
-        if not (target := pick(rng, shop.fitting(need, taste), [])):
-            continue
-        negatives = make_negatives(rng, shop, taste, need, n_negatives, target)
+        target = pick(rng, shop.fitting(need, taste), [])
+        negatives = make_negatives(rng, shop, taste, need, n_negatives)
         history: list[Product] = []
         for i in range(length):
             category = need if i >= length - RECENT else one_of(rng, CATEGORIES)
             loyal = i < length - RECENT and rng.random() < LOYALTY
             shelf = favorites if loyal else shop.shelves.get((category,), ())
             history.append(pick(rng, shelf, [target, *negatives, *history]))
-        if all(history):
+        if target and all(history) and len(negatives) == n_negatives:
             return User(taste, need, history, target, negatives)
     raise InputError(f"{len(shop.products)} items are too few for what the users look for; raise --items")
 
 
-def make_negatives(rng: random.Random, shop: Shop, taste: Taste, need: str, n: int, target: Product) -> list[Product]:
-    """Return n products that imagined users chose, of the kinds that KINDS tells in its proportions."""
+def make_negatives(rng: random.Random, shop: Shop, taste: Taste, need: str, n: int) -> list[Product]:
+    """Return n products that imagined users chose, of the kinds that KINDS tells; fewer from too small a shop."""
     kinds = [kind for _ in range(0, n, len(KINDS)) for kind in some_of(rng, KINDS, len(KINDS))]
     others = some_of(rng, [category for category in CATEGORIES if category != need], len(CATEGORIES) - 1)
     negatives: list[Product] = []
-    for attempt in range((n + 1) * ATTEMPTS):
-        if len(negatives) == n:
-            return negatives
+    for attempt in range(n * ATTEMPTS):
         kind = kinds[len(negatives)]
         category = need if kind == "other taste" else others[attempt % len(others)]
-        options = shop.fitting(category, taste if kind == "other need" else make_taste(rng))
-        product = pick(rng, options, [target, *negatives])
+        product = pick(rng, shop.fitting(category, taste if kind == "other need" else make_taste(rng)), negatives)
         # Rejected after the pick: leaving such products out before it would favor the less popular ones.
         if product and (kind == "other need" or taste.matches(product) == 0):
             negatives.append(product)
-    raise InputError(f"{len(shop.products)} items are too few for the negatives; raise --items")
+        if len(negatives) == n:
+            break
+    return negatives
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -280,15 +277,16 @@ def inferred_taste(products: Sequence[Product]) -> Taste:
     return Taste(tuple(top["category"]), tuple(top["brand"]), top["color"][0], top["material"][0])
 
 
-def oracle_scores(shop: Shop, example: dict) -> Iterator[dict[str, int]]:
-    """Yield for each candidate, the positive first, how those who know the rule score it, by what they see."""
+def oracle_scores(shop: Shop, example: dict, counts: Counter) -> Iterator[dict[str, int]]:
+    """Yield for each candidate, the positive first, its score by those who know the rule, and how often it sold."""
     history = [shop.products[i] for i in example["history"]]
     taste, need = inferred_taste(history[:-RECENT]), history[-1].category
     for product in (shop.products[i] for i in [example["positive"], *example["negatives"]]):
         needed, fit = int(product.category == need), taste.matches(product)
         # Who sees nothing of the need still knows that it is in no favorite category.
         new = int(product.category not in taste.categories)
-        yield {"full history": 4 * needed + fit, "recent items only": needed, "lasting taste only": 4 * new + fit}
+        scores = {"full history": 4 * needed + fit, "recent items only": needed, "lasting taste only": 4 * new + fit}
+        yield scores | {"popularity": counts[product.id]}
 
 
 def oracle_table(shop: Shop, train: Sequence[dict], test: Sequence[dict]) -> dict[str, float]:
@@ -297,9 +295,7 @@ def oracle_table(shop: Shop, train: Sequence[dict], test: Sequence[dict]) -> dic
     hits: Counter = Counter()
     for example in test:
         rng = random.Random(f"demo ties {example['user']}")
-        rows = list(oracle_scores(shop, example))
-        for row, i in zip(rows, [example["positive"], *example["negatives"]], strict=True):
-            row["popularity"] = counts[i]
+        rows = list(oracle_scores(shop, example, counts))
         for name in rows[0]:
             # Scores are whole numbers, and ties count against the positive: a fraction puts equals in random order.
             hits[name] += rank_of_positive([row[name] + rng.random() for row in rows], 0) <= 3
@@ -318,11 +314,9 @@ def make_split(shop: Shop, seed: int, split: str, n_users: int) -> Iterator[dict
 
 def main(argv: list[str] | None = None) -> None:
     """Generate the shop and its users, write the dataset and print what the oracles score on it."""
-    parser = argparse.ArgumentParser(
-        description="A synthetic shop.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description="A shop.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("data/demo"), help="folder to write the dataset to")
-    parser.add_argument("--items", type=positive, default=6000, help="products in the shop")
+    parser.add_argument("--items", type=positive, default=6000, help="products in the shop, from about 1500 on")
     parser.add_argument("--seed", type=int, default=0, help="another seed has other items and other users")
     flag = parser.add_argument_group("users").add_argument
     flag("--users", type=positive, default=argparse.SUPPRESS, help="users in all, split 10 : 1 : 1, from 3 on")
@@ -336,10 +330,9 @@ def main(argv: list[str] | None = None) -> None:
     users = ", ".join(f"{n:,} {split}" for split, n in sizes.items())
     print(f"A synthetic shop of {args.items:,} items and {users} users to {args.out} (products, seed {args.seed})")
     shop = make_shop(args.seed, args.items)
-    splits = {
-        split: list(tqdm(make_split(shop, args.seed, split, n), split, n, unit="user", disable=None, delay=1))
-        for split, n in sizes.items()
-    }
+    splits = {}
+    for split, n in sizes.items():
+        splits[split] = list(tqdm(make_split(shop, args.seed, split, n), split, n, disable=None, delay=1))
     oracles = oracle_table(shop, splits["train"], splits["test"])
     meta = {"domain": "products", "seed": args.seed, "settings": {"items": args.items, "users": sizes}, "sources": []}
     meta |= {"dropped": {}, "oracles": {"split": "test", "metric": "Recall@3", **oracles}}
