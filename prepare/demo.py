@@ -24,7 +24,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from prepare.common import save_dataset, split_sizes
+from prepare.common import split_sizes
+from prepare.dataset import save_dataset
 from trsr import InputError, positive, rank_of_positive, run_main
 
 USERS = {"train": 1000, "val": 100, "test": 200}
@@ -314,7 +315,7 @@ def make_split(shop: Shop, seed: int, split: str, n_users: int) -> Iterator[dict
 
 def main(argv: list[str] | None = None) -> None:
     """Generate the shop and its users, write the dataset and print what the oracles score on it."""
-    parser = argparse.ArgumentParser(description="A shop.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="A demo shop.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("data/demo"), help="folder to write the dataset to")
     parser.add_argument("--items", type=positive, default=6000, help="products in the shop, from about 1500 on")
     parser.add_argument("--seed", type=int, default=0, help="another seed has other items and other users")
@@ -338,9 +339,7 @@ def main(argv: list[str] | None = None) -> None:
     meta |= {"dropped": {}, "oracles": {"split": "test", "metric": "Recall@3", **oracles}}
     items = ({"id": product.id, "attributes": product.attributes} for product in shop.products.values())
     meta = save_dataset(args.out, splits, items, meta)
-    print("Recall@3 on the test split:")
-    for name, value in oracles.items():
-        print(f"  {name:<20} {value:.3f}")
+    print("Recall@3 on the test split:", *(f"{name:<20} {value:.3f}" for name, value in oracles.items()), sep="\n  ")
     print(f"{users} users; {meta['items']:,} items; mean history {meta['mean_history']}; written to {args.out}")
     print(f"Next: python summarize.py --data {args.out}")
 
