@@ -91,18 +91,18 @@ def read_config(run: Path) -> dict:
     return read_json(run / "config.json") if (run / "config.json").is_file() else {}
 
 
-def claim_config(run: Path, section: str, settings: dict) -> None:
-    """Write settings to the section of the run's config.json; InputError where it holds others.
+def claim_config(run: Path, section: str, settings: dict, started: bool) -> None:
+    """Write settings to the section of the run's config.json; InputError where work was started with others.
 
     One run folder has one set of settings a script, so that nothing is ever continued or scored with another.
     """
-    path, config = run / "config.json", read_config(run)
-    settings = json.loads(json.dumps(settings))
+    config, settings = read_config(run), json.loads(json.dumps(settings))
     old = config.get(section, settings)
-    if differing := [name for name in sorted({*old, *settings}) if old.get(name) != settings.get(name)]:
+    differing = [name for name in sorted({*old, *settings}) if old.get(name) != settings.get(name)]
+    if started and differing:
         values = ", ".join(f"{n} {old.get(n)!r} (now {settings.get(n)!r})" for n in differing)
-        raise trsr.InputError(f"{path}: {section}.py ran here with {values}; use those, or another --run")
-    write_json(path, config | {section: settings})
+        raise trsr.InputError(f"{run}: {section}.py worked here with {values}; use those, or another --run")
+    write_json(run / "config.json", config | {section: settings})
 
 
 def write_records(path: Path, records: Iterable[dict]) -> None:
@@ -157,10 +157,13 @@ def main() -> None:
     flags = ("paradigm", "block_size", "max_new_tokens", "max_length", "int8")
     settings = {"data": data, "model": name, "fingerprint": fingerprint(folder)} | {f: vars(args)[f] for f in flags}
     settings |= {"dtype": "bf16" if half else "fp32", "prompts": asdict(domain)}
+    model = load_model(folder, device, torch.bfloat16 if half else torch.float32, int8=args.int8)
+    tokenizer = Tokenizer(folder, model.config.vocab_size)
+    context = min(args.max_length, model.config.max_position_embeddings)
+    budget = trsr.Budget(context - args.max_new_tokens, tokenizer.encode, Counter())
     with locked(args.run, hold=rank == 0):
         if rank == 0:
-            claim_config(args.run, "summarize", settings)
-            collect_records(args.run)
+            claim_config(args.run, "summarize", settings, started=bool(collect_records(args.run)))
         gather(None)  # nobody reads before the first process has gathered
         done = {r["user"]: r["key"] for _, r in read_jsonl(args.run / "summaries.jsonl", FIELDS)}
         keys = {user: summary_key(settings, history) for user, history in texts.items()}
@@ -169,10 +172,6 @@ def main() -> None:
             print(f"data    {data}: {len(texts)} users, {len(texts) - len(pending)} of them summarized before")
             print(f"model   {name}, {settings['dtype']}{', int8' if args.int8 else ''}, on {world} x {device.type}")
             print(f"method  {args.paradigm}, {args.block_size} items a block, {args.max_new_tokens} new tokens at most")
-        model = load_model(folder, device, torch.bfloat16 if half else torch.float32, int8=args.int8)
-        tokenizer = Tokenizer(folder, model.config.vocab_size)
-        context = min(args.max_length, model.config.max_position_embeddings)
-        budget = trsr.Budget(context - args.max_new_tokens, tokenizer.encode, Counter())
         mine = pending[rank::world]
         with tqdm(total=len(mine), unit="user", disable=rank > 0) as bar:
             for user, root in summarize(model, tokenizer, domain, {u: texts[u] for u in mine}, budget, args, bar):

@@ -325,16 +325,16 @@ def main() -> None:
     if args.batch_size % (1 + len(train[0].negatives)):
         raise trsr.InputError(f"--batch-size is no multiple of the {1 + len(train[0].negatives)} examples of a user")
     settings = {f: v for f, v in vars(args).items() if f not in ("run", "autocast", "pad_to", "save_every")}
+    # Full fine-tuning keeps fp32 weights and computes under autocast; an adapter's frozen base can be bf16.
+    model = llama.load_model(folder, torch.device("cpu"), torch.bfloat16 if half and args.lora_r else torch.float32)
+    torch.manual_seed(args.seed)
+    if args.lora_r:
+        apply_lora(model, lora_config(args))
+    recommender, answers = make_recommender(args, model, folder, domain, items, summaries)
     with locked(args.run, hold=rank == 0):
         if rank == 0:
-            claim_config(args.run, "train", settings | {"fingerprint": llama.fingerprint(folder)})
-        # Full fine-tuning keeps fp32 weights and computes under autocast; an adapter's frozen base can be bf16.
-        model = llama.load_model(folder, torch.device("cpu"), torch.bfloat16 if half and args.lora_r else torch.float32)
-        torch.manual_seed(args.seed)
-        if args.lora_r:
-            apply_lora(model, lora_config(args))
-        recommender, answers = make_recommender(args, model, folder, domain, items, summaries)
-        if rank == 0:
+            started = (args.run / "checkpoint").is_dir()
+            claim_config(args.run, "train", settings | {"fingerprint": llama.fingerprint(folder)}, started)
             n, n_trained = (sum(p.numel() for p in ps) for ps in (model.parameters(), trainable(model).values()))
             print(f"data    {args.data}: {len(train)} users to train on, {len(val)} to validate on")
             print(f"model   {args.model}: {n / 1e6:.1f}M parameters, {n_trained / 1e6:.2f}M trained, {args.dtype}")

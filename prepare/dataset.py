@@ -90,6 +90,8 @@ def load_dataset(folder: Path, splits: Iterable[str]) -> tuple[Domain, dict[str,
         items[record["id"]] = item_text(record["attributes"])
     users: set[str] = set()
     examples = {split: list(_load_examples(folder / f"{split}.jsonl", items, users)) for split in splits}
+    if empty := [split for split, found in examples.items() if not found]:
+        raise InputError(f"{folder / empty[0]}.jsonl: no users in it; prepare the dataset again, with looser filters")
     return DOMAINS[domain], items, examples
 
 

@@ -1,15 +1,23 @@
 """Small random models, a tokenizer and a dataset, made once for all tests."""
 
+import importlib
+import io
 import json
 import random
+import signal
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 import sentencepiece
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from llama import CheckpointError
+from lora import AdapterError
+from trsr import run_main
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -109,15 +117,32 @@ def data_folder(tmp_path_factory):
     return write_dataset(tmp_path_factory.mktemp("data"))
 
 
-def run(script, *arguments, processes=1, check=True, **options):
-    """Run one of the scripts as a user would; return the finished process with its output as text."""
-    launch = [sys.executable]
+def run(script, *arguments, processes=1, check=True):
+    """Run one of the scripts as its command line would; return the finished process with its output as text.
+
+    A single process runs inside this one, which spares it the seconds that torch takes to start.
+    """
+    arguments = list(map(str, arguments))
     if processes > 1:
-        launch += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
-        launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    done = subprocess.run(
-        [*launch, str(ROOT / script), *map(str, arguments)], capture_output=True, text=True, timeout=300, **options
-    )
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(ROOT / script)]
+        done = subprocess.run([*launch, *arguments], capture_output=True, text=True, timeout=300)
+    else:
+        module, handlers = importlib.import_module(Path(script).stem), {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handlers[number] = signal.getsignal(number)
+        out, err, code, argv = io.StringIO(), io.StringIO(), 0, sys.argv
+        sys.argv = [script, *arguments]
+        try:
+            with redirect_stdout(out), redirect_stderr(err):
+                run_main(module.main, CheckpointError, AdapterError)
+        except SystemExit as end:
+            code = end.code
+        finally:
+            sys.argv = argv
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        done = subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done
