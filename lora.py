@@ -52,6 +52,7 @@ class LoRALinear(nn.Module):
         self.merged = False
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
+        self.train(base.training)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         y = self.base_layer(x)

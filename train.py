@@ -110,8 +110,9 @@ def make_recommender(args, model: Llama, folder: Path, domain, items, summaries)
 def pack_candidates(recommender: trsr.Recommender, examples: list[trsr.Example], args, show: bool):
     """Return each user's candidates in random order, and packs with all of their prompts, a tree a user."""
     candidates = [trsr.shuffled_candidates(example) for example in examples]
-    pairs = tqdm(zip(examples, candidates, strict=True), "tokenize", len(examples), unit="user", disable=not show)
-    trees = [make_tree(recommender.prompt_ids(example, items)) for example, items in pairs]
+    with tqdm(examples, "tokenize", unit="user", disable=not show) as bar:
+        prompts = (recommender.prompt_ids(e, items) for e, items in zip(bar, candidates, strict=True))
+        trees = [make_tree(ids) for ids in prompts]
     return candidates, pack_trees(trees, args.pack_tokens, args.pad_to)
 
 
@@ -340,7 +341,8 @@ def main() -> None:
             print(f"model   {args.model}: {n / 1e6:.1f}M parameters, {n_trained / 1e6:.2f}M trained, {args.dtype}")
             print(f"prompt  {args.paradigm}, {args.history_items} recent items, {recommender.budget.tokens} tokens")
             print(f"steps   {args.epochs} epochs, {args.batch_size} examples a step, on {world} x {device.type}")
-        trees = [training_tree(recommender, e, answers) for e in tqdm(train, "tokenize", unit="user", disable=rank > 0)]
+        with tqdm(train, "tokenize", unit="user", disable=rank > 0) as bar:
+            trees = [training_tree(recommender, example, answers) for example in bar]
         candidates, val_packs = pack_candidates(recommender, val, args, show=rank == 0)
         for what, number in recommender.budget.trimmed.items() if rank == 0 else ():
             print(f"trimmed to the context: {number} {what}")

@@ -466,3 +466,5 @@ def run_main(main: Callable[[], None], *errors: type[Exception]) -> None:
     except (InputError, OSError, *errors) as error:
         print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)  # what a shell makes of Ctrl-C

@@ -1,0 +1,116 @@
+"""evaluate.py as a command: scores against 21 separate prompts, and a table that says what the scores say."""
+
+import json
+
+import pytest
+import torch
+from conftest import run, write_model
+
+import evaluate
+import trsr
+from llama import Tokenizer, load_model
+from lora import load_adapter
+from prepare.dataset import load_dataset
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data_folder, model_folder):
+    folder = tmp_path_factory.mktemp("runs") / "trained"
+    run("summarize.py", "--data", data_folder, "--model", model_folder, "--run", folder, "--max-new-tokens", 12)
+    run("train.py", "--run", folder, "--epochs", 2, "--batch-size", 8, "--lr", 0.01)
+    run("evaluate.py", "--run", folder, "--k", 1, 3)
+    return folder
+
+
+def scores(folder, name="scores-test.jsonl"):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def test_scores_equal_separate_prompts(trained, data_folder, model_folder):
+    domain, items, splits = load_dataset(data_folder, ("test",))
+    model = load_model(model_folder, torch.device("cpu"), torch.float32)
+    load_adapter(model, trained / "adapter")
+    tokenizer = Tokenizer(model_folder, 640)
+    yes, no = trsr.answer_ids(tokenizer.encode, domain)
+    summaries = {json.loads(line)["user"]: json.loads(line)["summary"] for line in (trained / "summaries.jsonl").open()}
+    records = scores(trained)
+    assert [r["user"] for r in records] == [e.user for e in splits["test"]]
+    for record, example in zip(records, splits["test"], strict=True):
+        assert sorted(record["candidates"]) == sorted([example.positive, *example.negatives])
+        recent = [items[i] for i in example.history[-3:]]
+        for item, score in zip(record["candidates"], record["scores"], strict=True):
+            summary = summaries[example.user]
+            (prompt,) = trsr.recommendation_prompts("hierarchical", domain, summary, recent, [items[item]])
+            with torch.no_grad():
+                logits = model.eval()(torch.tensor(tokenizer.encode([prompt])))[0, -1]
+            assert score == pytest.approx(torch.softmax(logits[[yes, no]], 0)[0].item(), abs=1e-4)
+        of_positive = record["scores"][record["candidates"].index(example.positive)]
+        assert record["rank"] == sum(s >= of_positive for s in record["scores"])
+
+
+def test_the_table_follows_from_the_scores(trained):
+    report = json.loads((trained / "results.json").read_text())
+    ranks = [r["rank"] for r in scores(trained)]
+    assert report["users"] == len(ranks) == 4
+    assert list(report["table"]) == ["random", "popularity", "trained"]
+    for name, values in trsr.metrics_at(ranks, [1, 3]).items():
+        entry = report["table"]["trained"][name]
+        assert entry["mean"] == pytest.approx(values.mean())
+        assert entry["interval"][0] <= entry["mean"] <= entry["interval"][1]
+    assert report["table"]["random"]["Recall@3"]["mean"] == pytest.approx(3 / 6)
+
+
+def test_two_processes_give_the_same_result(trained):
+    table, records = (trained / "results.json").read_text(), scores(trained)
+    run("evaluate.py", "--run-dir", trained, "--k", 1, 3, processes=2)
+    assert (trained / "results.json").read_text() == table
+    for ours, theirs in zip(records, scores(trained), strict=True):
+        assert ours["candidates"] == theirs["candidates"]
+        assert ours["scores"] == pytest.approx(theirs["scores"], abs=1e-6)
+
+
+def test_the_untrained_model_is_ranked_without_the_adapter(trained):
+    done = run("evaluate.py", "--run", trained, "--untrained", "--split", "val", "--users", 2)
+    assert "untrained" in done.stdout
+    assert len(scores(trained, "scores-val-untrained.jsonl")) == 2
+    run("evaluate.py", "--run", trained, "--split", "val", "--users", 2)
+    assert (
+        scores(trained, "scores-val.jsonl")[0]["scores"] != scores(trained, "scores-val-untrained.jsonl")[0]["scores"]
+    )
+
+
+def test_the_terminal_shows_the_table_and_where_it_is(trained):
+    done = run("evaluate.py", "--run", trained, "--k", 3, 5)
+    lines = done.stdout.splitlines()
+    header = next(line for line in lines if "Recall@3" in line)
+    assert header.split() == ["Recall@3", "Recall@5", "MRR@3", "MRR@5", "NDCG@3", "NDCG@5"]
+    assert [line.split()[0] for line in lines if line.startswith(("random", "popular", "trained"))] == [
+        "random",
+        "popularity",
+        "trained",
+    ]
+    assert str(trained / "results.json") in lines[-1]
+    run("evaluate.py", "--run", trained, "--k", 1, 3)
+
+
+def test_popularity_ranks_by_counts_with_ties_in_random_order():
+    examples = [trsr.Example(f"u{n}", [], "p", ["a", "b"]) for n in range(2000)]
+    ranks = evaluate.popularity_ranks(examples, trsr.Counter({"p": 2, "a": 3}), 0)
+    assert set(ranks) == {2}
+    ranks = evaluate.popularity_ranks(examples, trsr.Counter({"p": 1, "a": 1}), 0)
+    assert ranks.count(1) == pytest.approx(1000, abs=100)
+    assert set(ranks) == {1, 2}
+
+
+def test_what_evaluate_needs_is_named(tmp_path, trained, data_folder, model_folder):
+    def message(*flags):
+        done = run("evaluate.py", *flags, check=False)
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        return done.stderr.strip().splitlines()[-1]
+
+    assert "first run python train.py --run" in message("--run", tmp_path)
+    write_model(tmp_path / "other", seed=9)
+    (tmp_path / "other" / "tokenizer.model").write_bytes((model_folder / "tokenizer.model").read_bytes())
+    assert "not the model that" in message("--run", trained, "--model", tmp_path / "other")
+    assert "no dataset" in message("--run", trained, "--data", tmp_path / "nothing")
