@@ -255,8 +255,10 @@ def fit(args, model, optimizer, folder, device, trees: list[Tree], users: list[s
     metrics = args.run / "metrics.jsonl"
     if rank == 0:
         lines = [r for _, r in read_jsonl(metrics, {}, torn=True)] if metrics.is_file() else []
-        with atomic_write(metrics) as file:  # what came after the checkpoint is done again
-            file.writelines(json.dumps(r) + "\n" for r in lines if r["step"] <= progress["step"])
+        lines = [r for r in lines if r["step"] <= progress["step"]]  # what came after the checkpoint is done again
+        lines = [r for r in lines if "validation" not in r or r["epoch"] <= progress["epoch"]]
+        with atomic_write(metrics) as file:
+            file.writelines(json.dumps(record) + "\n" for record in lines)
     interrupts = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _frame: interrupts.append(number))
@@ -303,7 +305,7 @@ def fit(args, model, optimizer, folder, device, trees: list[Tree], users: list[s
         save_checkpoint(args.run, model, optimizer, progress, rank)
         values = ", ".join(f"{name} {value:.4f}" for name, value in recall.items())
         if rank == 0:
-            bar.write(f"epoch {epoch + 1}: loss {loss:.4f}, validation {values}{', best so far' if best else ''}")
+            bar.write(f"epoch {epoch + 1}: validation {values}{', best so far' if best else ''}")
     bar.close()
 
 

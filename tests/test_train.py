@@ -150,6 +150,7 @@ def lines(folder):
 
 def same_end(folder, other):
     assert losses(folder) == losses(other)
+    assert [r for r in metrics(folder) if "validation" in r] == [r for r in metrics(other) if "validation" in r]
     for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
         assert (folder / name).read_bytes() == (other / name).read_bytes()
 
@@ -168,7 +169,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(tmp_path, data_fol
         time.sleep(rng.random() * 0.1)
         process.send_signal(kind)
         _, errors = process.communicate()
-        assert process.returncode in (2, -kind)
+        assert process.returncode in (2, -kind), errors
         if kind != signal.SIGKILL:
             assert "the same command goes on from there" in errors
             assert "Traceback" not in errors
