@@ -19,7 +19,7 @@ import trsr
 from llama import CheckpointError, find_model, fingerprint, load_model
 from lora import AdapterError, load_adapter
 from prepare.dataset import load_dataset, popularity, write_json
-from summarize import join_processes, load_summaries, read_config, write_records
+from summarize import join_processes, load_summaries, peak_memory, read_config, write_records
 from train import make_recommender, pack_candidates, rank_packs
 
 
@@ -106,7 +106,8 @@ def main() -> None:
         row: means_and_intervals(ranks, args),
     }
     print(format_table(table))
-    print(f"{len(examples)} users in {seconds:.1f} s; below each mean is its 95 % interval over users")
+    print("below each mean is its 95 % interval over users")
+    print(f"{len(examples)} users in {seconds:.1f} s; peak {peak_memory(device)}")
     trimmed = recommender.budget.trimmed
     for what, number in trimmed.items():
         print(f"trimmed to the context: {number} {what}")

@@ -11,6 +11,7 @@ interruption the same command goes on from there.
 import fcntl
 import json
 import os
+import resource
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -64,6 +65,13 @@ def gather(value: object) -> list:
         values = [None] * dist.get_world_size()
         dist.all_gather_object(values, value)
     return values
+
+
+def peak_memory(device: torch.device) -> str:
+    """Return the most memory that this process had in use at once: of its GPU, or on a CPU of the machine."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB of GPU memory"
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB of memory"
 
 
 # ---- The run folder: its lock, its settings, and the summaries in it
@@ -185,7 +193,7 @@ def main() -> None:
             write_records(args.run / "summaries.jsonl", [found[user] for user in texts])
             for what, count in trimmed.items():
                 print(f"trimmed to the context of {context} tokens: {count} {what}")
-            print(f"wrote   {args.run / 'summaries.jsonl'} ({len(texts)} users)")
+            print(f"wrote   {args.run / 'summaries.jsonl'} ({len(texts)} users); peak {peak_memory(device)}")
             print(f"next    python train.py --data {data} --model {name} --run {args.run}")
 
 

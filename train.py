@@ -32,7 +32,7 @@ import trsr
 from llama import CheckpointError, Llama, Pack, Tree, make_tree, pack_trees
 from lora import ATTENTION, AdapterError, LoRAConfig, apply_lora, save_adapter
 from prepare.dataset import atomic_write, load_dataset, read_jsonl
-from summarize import claim_config, gather, join_processes, load_summaries, locked, read_config
+from summarize import claim_config, gather, join_processes, load_summaries, locked, peak_memory, read_config
 
 
 def parse_arguments():
@@ -288,8 +288,8 @@ def fit(args, model, optimizer, folder, device, trees: list[Tree], users: list[s
             progress |= {"step": progress["step"] + 1, "batch": progress["batch"] + 1}
             speed = sum(tree.size for tree in together) / (time.perf_counter() - began)
             log(loss=loss, grad_norm=norm, lr=args.lr, tokens_per_second=speed)
-            memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device.type == "cuda" else ""
-            bar.set_postfix_str(f"epoch {epoch + 1}, loss {loss:.4f}, lr {args.lr:g}, {speed:.0f} tokens/s{memory}")
+            shown = f"epoch {epoch + 1}, loss {loss:.4f}, lr {args.lr:g}, {speed:.0f} tokens/s, {peak_memory(device)}"
+            bar.set_postfix_str(shown)
             bar.update()
             stop = reduced(len(interrupts), device, dist.ReduceOp.MAX)
             if stop or progress["step"] % args.save_every == 0:
@@ -365,7 +365,7 @@ def main() -> None:
         model.train()
         fit(args, model, optimizer, folder, device, trees, [example.user for example in train], recall_of)
         if rank == 0:
-            print(f"wrote   {args.run / ('adapter' if args.lora_r else 'model')}, {args.run / 'metrics.jsonl'}")
+            print(f"wrote   {args.run / ('adapter' if args.lora_r else 'model')}; peak {peak_memory(device)}")
             print(f"next    python evaluate.py --run {args.run}")
 
 

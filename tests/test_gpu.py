@@ -1,0 +1,83 @@
+"""What only a GPU runs: FlexAttention against the dense mask, and the scripts in bf16. Skipped where there is none."""
+
+import json
+
+import pytest
+import torch
+from conftest import run
+from test_llama import random_trees, separate_loss, sequences
+
+from llama import generate, load_model, pack_trees, score_packs
+from lora import LoRAConfig, adapter_tensors, apply_lora
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def _exact_matrix_products():
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    from conftest import write_model
+
+    folder = tmp_path_factory.mktemp("wide")
+    write_model(folder, hidden_size=128, num_attention_heads=4, num_key_value_heads=2)
+    return folder
+
+
+def test_flex_attention_equals_separate_texts(wide):
+    trees = random_trees(12, 6)
+    model = load_model(wide, GPU, torch.float32)
+    slow = load_model(wide, torch.device("cpu"), torch.float32)
+    packs = pack_trees(trees, 256, pad_to=256)
+    assert len(packs) > 1
+    scores = score_packs(model, packs, [17, 400])
+    for (t, b), found in scores.items():
+        with torch.no_grad():
+            alone = slow(torch.tensor([sequences(trees[t])[b]]))[0, -1, [17, 400]]
+        assert (torch.tensor(found) - alone).abs().max() < 1e-4
+
+
+def test_flex_attention_gives_the_loss_and_gradients_of_separate_examples(wide):
+    trees = random_trees(12, 2)
+    slow = apply_lora(load_model(wide, torch.device("cpu"), torch.float32), LoRAConfig(dropout=0.0))
+    fast = apply_lora(load_model(wide, GPU, torch.float32), LoRAConfig(dropout=0.0))
+    for (name, p), q in zip(adapter_tensors(slow).items(), adapter_tensors(fast).values(), strict=True):
+        torch.nn.init.normal_(p, std=0.1)
+        q.data.copy_(p)
+        assert name
+    expected, count = separate_loss(slow, trees)
+    (expected / count).backward()
+    total = sum(fast.loss(pack.to(GPU)) for pack in pack_trees(trees, 256, pad_to=256))
+    (total / count).backward()
+    assert abs(total.item() - expected.item()) / expected.item() < 1e-5
+    for (name, p), q in zip(adapter_tensors(slow).items(), adapter_tensors(fast).values(), strict=True):
+        assert (p.grad - q.grad.cpu()).abs().max() < 1e-5, name
+
+
+def test_generation_on_the_gpu_equals_the_cpu(wide):
+    prompts = [torch.randint(3, 640, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (5, 40, 17)]
+    expected = generate(load_model(wide, torch.device("cpu"), torch.float32), prompts, 32, [2])
+    assert generate(load_model(wide, GPU, torch.float32), prompts, 32, [2]) == expected
+
+
+def test_int8_on_the_gpu(wide):
+    pytest.importorskip("bitsandbytes")
+    ids = torch.randint(3, 640, (2, 30), generator=torch.Generator().manual_seed(0)).to(GPU)
+    with torch.no_grad():
+        full = load_model(wide, GPU, torch.bfloat16)(ids).float()
+        model = load_model(wide, GPU, torch.bfloat16, int8=True)
+        assert 1e-4 < (model(ids).float() - full).norm() / full.norm() < 1e-1
+    assert len(generate(model, [ids[0].tolist()], 8, [])[0]) == 8
+
+
+def test_the_chain_in_bf16(tmp_path, data_folder, model_folder):
+    run("summarize.py", "--data", data_folder, "--model", model_folder, "--run", tmp_path, "--max-new-tokens", 8)
+    done = run("train.py", "--run", tmp_path, "--epochs", 2, "--batch-size", 8, "--pack-tokens", 1024)
+    assert "GPU memory" in done.stdout
+    run("evaluate.py", "--run", tmp_path)
+    report = json.loads((tmp_path / "results.json").read_text())
+    assert report["table"]["trained"]["Recall@10"]["mean"] == 1.0
