@@ -359,8 +359,9 @@ def yes_probability(yes_logits: np.ndarray, no_logits: np.ndarray) -> np.ndarray
 
     Equation 3 as printed takes the softmax of probabilities, which would not even keep the order of two prompts.
     """
-    difference = np.asarray(yes_logits, np.float64) - np.asarray(no_logits, np.float64)
-    return np.exp(-np.logaddexp(0.0, -difference))
+    logits = np.stack([yes_logits, no_logits]).astype(np.float64)
+    weights = np.exp(logits - logits.max(axis=0))
+    return weights[0] / weights.sum(axis=0)
 
 
 # ---- Ranking (section 5.2.1)

@@ -74,8 +74,9 @@ def test_int8_on_the_gpu(wide):
     assert len(generate(model, [ids[0].tolist()], 8, [])[0]) == 8
 
 
-def test_the_chain_in_bf16(tmp_path, data_folder, model_folder):
-    run("summarize.py", "--data", data_folder, "--model", model_folder, "--run", tmp_path, "--max-new-tokens", 8)
+def test_the_chain_in_bf16(tmp_path, data_folder, wide, tokenizer_model):
+    (wide / "tokenizer.model").write_bytes(tokenizer_model.read_bytes())
+    run("summarize.py", "--data", data_folder, "--model", wide, "--run", tmp_path, "--max-new-tokens", 8)
     done = run("train.py", "--run", tmp_path, "--epochs", 2, "--batch-size", 8, "--pack-tokens", 1024)
     assert "GPU memory" in done.stdout
     run("evaluate.py", "--run", tmp_path)
