@@ -18,6 +18,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
+from itertools import takewhile
 from pathlib import Path
 
 import sentencepiece
@@ -59,11 +60,8 @@ class Config:
     eos_token_id: tuple[int, ...] = ()
 
 
-_ROPE = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_ROPE = {"default": (), "linear": ("factor",), "llama3": _LLAMA3}  # the fields that each kind needs
 
 
 def load_config(folder: Path) -> Config:
@@ -146,19 +144,6 @@ class KVCache:
         return keys[:, :, :visible], values[:, :, :visible]
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, the mean square in fp32."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        x32 = x.float()
-        return self.weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
-
-
 class Attention(nn.Module):
     """Grouped-query self-attention over the batch's own tokens or over a cache."""
 
@@ -200,9 +185,9 @@ class Layer(nn.Module):
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, rotary, positions: Tensor, mask, cache: KVCache | None) -> Tensor:  # noqa: D102
@@ -218,7 +203,7 @@ class Decoder(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, ids: Tensor, positions: Tensor | None, mask, cache: KVCache | None) -> Tensor:
         """Return hidden states (B, T, C) for ids (B, T)."""
@@ -451,7 +436,7 @@ def generate(
     model: Llama,
     prompts: list[list[int]],
     max_new_tokens: int,
-    eos_ids: Iterable[int],
+    eos_ids: Sequence[int],
     batch_size: int = 16,
     progress: Callable[[int, int], None] = lambda prompts, tokens: None,
 ) -> list[list[int]]:
@@ -460,7 +445,7 @@ def generate(
     Prompts run in batches of similar length, longest first. progress is told of finished prompts and new tokens.
     """
     device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
-    stop = set(eos_ids)
+    stop = torch.tensor(list(eos_ids), device=device, dtype=torch.long)
     outputs: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     for start in range(0, len(order), batch_size):
@@ -468,16 +453,14 @@ def generate(
         longest = len(prompts[rows[0]])
         cache = KVCache(model.config, len(rows), longest + max_new_tokens, device, dtype)
         tokens, positions = prefill(model, [prompts[i] for i in rows], cache)
-        open_rows = set(rows)
-        for step in range(max_new_tokens):
-            for i, token in zip(rows, tokens.tolist(), strict=True):
-                if i in open_rows:
-                    open_rows -= {i} if token in stop else set()
-                    outputs[i] += [] if token in stop else [token]
-            if not open_rows or step == max_new_tokens - 1:
-                break
-            tokens = decode(model, tokens, positions, cache, visible=longest + step + 1)
+        steps, done = [tokens], torch.isin(tokens, stop)
+        while len(steps) < max_new_tokens and not done.all():
+            tokens = decode(model, tokens, positions, cache, visible=longest + len(steps))
             positions = positions + 1
+            steps.append(tokens)
+            done |= torch.isin(tokens, stop)
+        for i, row in zip(rows, torch.stack(steps, dim=1).tolist(), strict=True):
+            outputs[i] = list(takewhile(lambda token: token not in eos_ids, row))
         progress(len(rows), sum(len(outputs[i]) for i in rows))
     return outputs
 

@@ -228,7 +228,7 @@ def save_best(run: Path, model: Llama, folder: Path, args, rank: int) -> None:
     """Write what evaluate.py needs: the adapter, or with --lora-r 0 the whole model as a folder of its own."""
     tensors = {name: full(parameter) for name, parameter in trainable(model).items()}
     if rank == 0 and args.lora_r:
-        save_adapter(run / "adapter", tensors, lora_config(args), args.model)
+        save_adapter(run / "adapter", tensors, args.lora, args.model)
     elif rank == 0:
         (run / "model").mkdir(exist_ok=True)
         for source in (*folder.glob("*config.json"), *folder.glob("tokenizer*")):
@@ -237,11 +237,6 @@ def save_best(run: Path, model: Llama, folder: Path, args, rank: int) -> None:
         tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
         with atomic_write(run / "model" / "model.safetensors", "wb") as file:
             save_file(tensors, file.name, metadata={"format": "pt"})
-
-
-def lora_config(args) -> LoRAConfig:
-    """Return the adapter that the arguments describe."""
-    return LoRAConfig(args.lora_r, args.lora_alpha, args.lora_dropout, tuple(args.lora_targets))
 
 
 # ---- The run
@@ -328,11 +323,12 @@ def main() -> None:
     if args.batch_size % (1 + len(train[0].negatives)):
         raise trsr.InputError(f"--batch-size is no multiple of the {1 + len(train[0].negatives)} examples of a user")
     settings = {f: v for f, v in vars(args).items() if f not in ("run", "autocast", "pad_to", "save_every")}
+    args.lora = LoRAConfig(args.lora_r, args.lora_alpha, args.lora_dropout, tuple(args.lora_targets))
     # Full fine-tuning keeps fp32 weights and computes under autocast; an adapter's frozen base can be bf16.
     model = llama.load_model(folder, torch.device("cpu"), torch.bfloat16 if half and args.lora_r else torch.float32)
     torch.manual_seed(args.seed)
     if args.lora_r:
-        apply_lora(model, lora_config(args))
+        apply_lora(model, args.lora)
     recommender, answers = make_recommender(args, model, folder, domain, items, summaries)
     with locked(args.run, hold=rank == 0):
         if rank == 0:
@@ -351,9 +347,8 @@ def main() -> None:
         if world > 1:
             shard(model, device)
         model.to(device)
-        optimizer = torch.optim.AdamW(
-            trainable(model).values(), lr=args.lr, betas=tuple(args.betas), weight_decay=args.weight_decay
-        )
+        options = {"lr": args.lr, "betas": tuple(args.betas), "weight_decay": args.weight_decay}
+        optimizer = torch.optim.AdamW(trainable(model).values(), **options)
 
         def recall_of() -> dict[str, float]:
             model.eval()

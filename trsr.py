@@ -20,6 +20,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -117,11 +118,6 @@ DOMAINS = {
     ),
 }
 
-_SUMMARY_NOTE = "The preference summary tells what the user likes in the long run."
-_RECENT_NOTE = "The historical items, oldest first, tell what the user is after now."
-_BOTH_NOTE = "Weigh both."
-_ANSWER_NOTE = "Answer 'Yes' or 'No'."
-
 
 def build_prompt(instruction: str, *sections: tuple[str, str]) -> str:
     """Return the instruction, each section under its bracketed header, and the cue after which the model writes."""
@@ -169,6 +165,10 @@ class Budget:
             raise InputError(f"a context of {self.tokens} tokens has no room for the instruction; raise --max-length")
         return prompts, ids
 
+    def prompt(self, instruction: str, sections: Callable[..., list[tuple[str, str]]], parts) -> str:
+        """Return the prompt of instruction and sections(limits), with the limits lowered as in fill."""
+        return self.fill(lambda *limits: [build_prompt(instruction, *sections(*limits))], parts)[0][0]
+
 
 def longest(texts: Iterable[str]) -> int:
     """Return the number of characters of the longest text."""
@@ -197,30 +197,30 @@ def split_blocks(n_items: int, block_size: int) -> list[tuple[int, int]]:
 def block_prompt(items: list[str], domain: Domain, budget: Budget) -> str:
     """Return the prompt that asks for the summary of one block (figures 3 and 6)."""
 
-    def build(limit: int) -> list[str]:
-        return [build_prompt(domain.summarize, (domain.history, numbered(cut(items, limit))))]
+    def sections(limit: int) -> list[tuple[str, str]]:
+        return [(domain.history, numbered(cut(items, limit)))]
 
-    return budget.fill(build, [("blocks with items cut", longest(items))])[0][0]
+    return budget.prompt(domain.summarize, sections, [("blocks with items cut", longest(items))])
 
 
 def merge_prompt(summaries: list[str], domain: Domain, budget: Budget) -> str:
     """Return the prompt that asks for one summary of several (figure 4)."""
 
-    def build(limit: int) -> list[str]:
-        return [build_prompt(domain.merge, ("User Preferences Summaries", numbered(cut(summaries, limit))))]
+    def sections(limit: int) -> list[tuple[str, str]]:
+        return [("User Preferences Summaries", numbered(cut(summaries, limit)))]
 
-    return budget.fill(build, [("merges with summaries cut", longest(summaries))])[0][0]
+    return budget.prompt(domain.merge, sections, [("merges with summaries cut", longest(summaries))])
 
 
 def update_prompt(summary: str, items: list[str], domain: Domain, budget: Budget) -> str:
     """Return the prompt that asks to update a summary with the next block (figure 7)."""
 
-    def build(limit: int, end: int) -> list[str]:
-        previous = ("Previous Preference Summary", cut([summary], end)[0] or "(none)")
-        return [build_prompt(domain.update, previous, (domain.recent, numbered(cut(items, limit))))]
+    def sections(limit: int, end: int) -> list[tuple[str, str]]:
+        previous = cut([summary], end)[0] or "(none)"
+        return [("Previous Preference Summary", previous), (domain.recent, numbered(cut(items, limit)))]
 
     parts = [("updates with items cut", longest(items)), ("updates with the summary cut", len(summary))]
-    return budget.fill(build, parts)[0][0]
+    return budget.prompt(domain.update, sections, parts)
 
 
 def hierarchical(items: list[str], domain: Domain, budget: Budget, block_size: int) -> Summarization:
@@ -297,12 +297,12 @@ def recommendation_prompts(
     """
     notes, sections = [domain.recommend], []
     if paradigm in SUMMARIZED:
-        notes.append(_SUMMARY_NOTE)
+        notes.append("The preference summary tells what the user likes in the long run.")
         sections.append(("Preference Summary", summary or "(none)"))
     if recent:
-        notes += [_RECENT_NOTE, _BOTH_NOTE] if sections else [_RECENT_NOTE]
+        notes.append("The historical items, oldest first, tell what the user is after now.")
         sections.append(("Historical Items", numbered(recent)))
-    instruction = " ".join([*notes, _ANSWER_NOTE])
+    instruction = " ".join([*notes, *(["Weigh both."] if len(sections) > 1 else []), "Answer 'Yes' or 'No'."])
     return [build_prompt(instruction, *sections, ("Next Item", candidate)) for candidate in candidates]
 
 
@@ -371,7 +371,7 @@ def rank_of_positive(scores: Sequence[float], positive: int) -> int:
     """Return the rank, from 1, of scores[positive]; another with the same score stands before it. Refuses NaN."""
     if not np.isfinite(scores).all():
         raise InputError("a score is not finite: the model or its adapter is broken, nothing was ranked")
-    return sum(score >= scores[positive] for score in scores)
+    return int(np.sum(np.asarray(scores) >= scores[positive]))
 
 
 def shuffled_candidates(example: Example, seed: int = 0) -> list[str]:
@@ -390,8 +390,8 @@ def rank_users(
     for u, (example, items) in enumerate(zip(examples, candidates, strict=True)):
         yes, no = np.array([logits[u, c] for c in range(len(items))]).T
         scores.append(yes_probability(yes, no).tolist())
-        try:
-            ranks.append(rank_of_positive(scores[-1], items.index(example.positive)))
+        try:  # by the difference of the logits, which orders as the probability does but never saturates at 1
+            ranks.append(rank_of_positive(yes - no, items.index(example.positive)))
         except InputError as error:
             raise InputError(f"user {example.user!r}: {error}") from None
     return scores, ranks
@@ -431,15 +431,13 @@ def content_hash(value: object) -> str:
 
 
 def natural(text: str, least: int = 0) -> int:
-    """Return text as a whole number, for argparse."""
+    """Return text as a whole number, for argparse; `positive` is the same from 1."""
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"expected a whole number from {least}, not {text!r}")
     return int(text)
 
 
-def positive(text: str) -> int:
-    """Return text as a whole number from 1, for argparse."""
-    return natural(text, 1)
+positive = partial(natural, least=1)
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

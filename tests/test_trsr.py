@@ -320,6 +320,9 @@ def test_constant_scores_are_never_better_than_chance():
     logits = {(u, c): (1.0, 2.0) for u in range(5) for c in range(21)}
     _, ranks = trsr.rank_users(examples, candidates, logits)
     assert ranks == [21] * 5
+    logits = {(u, c): (100.0 + c, 0.0) for u in range(5) for c in range(21)}  # every probability rounds to 1
+    _, ranks = trsr.rank_users(examples, candidates, logits)
+    assert ranks == [21 - chosen.index("p") for chosen in candidates]
     logits[3, 7] = (float("nan"), 0.0)
     with pytest.raises(InputError, match="user 'u3'"):
         trsr.rank_users(examples, candidates, logits)
