@@ -18,8 +18,8 @@ import torch
 import trsr
 from llama import CheckpointError, find_model, fingerprint, load_model
 from lora import AdapterError, load_adapter
-from prepare.dataset import load_dataset, popularity, write_json
-from summarize import join_processes, load_summaries, peak_memory, read_config, write_records
+from prepare.dataset import load_dataset, popularity, write_json, write_jsonl
+from summarize import join_processes, load_summaries, peak_memory, read_config
 from train import make_recommender, pack_candidates, rank_packs
 
 
@@ -115,7 +115,7 @@ def main() -> None:
     lines, results = args.run / f"scores-{args.split}{suffix}.jsonl", args.run / f"results{suffix}.json"
     names = ("user", "positive", "rank", "candidates", "scores")
     columns = ([e.user for e in examples], [e.positive for e in examples], ranks, candidates, scores)
-    write_records(lines, (dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)))
+    write_jsonl(lines, (dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)))
     report = {"data": args.data, "split": args.split, "users": len(examples), "model": args.model, "row": row}
     write_json(results, report | {"paradigm": args.paradigm, "table": table, "trimmed": dict(trimmed)})
     print(f"wrote   {results}, {lines}")

@@ -24,9 +24,10 @@ from tqdm import tqdm
 
 import trsr
 from llama import CheckpointError, Tokenizer, find_model, fingerprint, generate, load_model
-from prepare.dataset import atomic_write, load_dataset, read_json, read_jsonl, write_json
+from prepare.dataset import load_dataset, read_json, read_jsonl, write_json, write_jsonl
 
-FIELDS = {"user": str, "paradigm": str, "key": str, "summary": str, "tree": dict}  # of a line in summaries.jsonl
+# A line of summaries.jsonl; key is a hash of all that determines the summary: the settings and the history's texts.
+FIELDS = {"user": str, "paradigm": str, "key": str, "summary": str, "tree": dict}
 
 
 def parse_arguments():
@@ -113,26 +114,15 @@ def claim_config(run: Path, section: str, settings: dict, started: bool) -> None
     write_json(run / "config.json", config | {section: settings})
 
 
-def write_records(path: Path, records: Iterable[dict]) -> None:
-    """Write records to path, a line each, whole or not at all."""
-    with atomic_write(path) as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-
-
 def collect_records(run: Path) -> dict[str, dict]:
     """Return all finished records by user, after gathering what the processes wrote into one summaries.jsonl."""
     path, parts = run / "summaries.jsonl", sorted(run.glob("summaries.part*.jsonl"))
     sources = [path, *parts] if path.is_file() else parts
     found = {r["user"]: r for source in sources for _, r in read_jsonl(source, FIELDS, torn=source in parts)}
-    write_records(path, found.values())
+    write_jsonl(path, found.values())
     for part in parts:
         part.unlink()
     return found
-
-
-def summary_key(settings: dict, texts: list[str]) -> str:
-    """Return a hash of everything that determines a summary: this script's settings and the history's texts."""
-    return trsr.content_hash([settings, texts])
 
 
 def load_summaries(run: Path, items: dict[str, str], examples: Iterable[trsr.Example]) -> dict[str, str]:
@@ -144,7 +134,7 @@ def load_summaries(run: Path, items: dict[str, str], examples: Iterable[trsr.Exa
     found = {record["user"]: record for _, record in read_jsonl(path, FIELDS)}
     for example in examples:
         record = found.get(example.user)
-        if record is None or record["key"] != summary_key(settings, [items[i] for i in example.history]):
+        if record is None or record["key"] != trsr.content_hash([settings, [items[i] for i in example.history]]):
             what = "no summary" if record is None else "the summary is of another history"
             raise trsr.InputError(f"{path}: user {example.user!r}: {what}; {again}")
     return {example.user: found[example.user]["summary"] for example in examples}
@@ -174,7 +164,7 @@ def main() -> None:
             claim_config(args.run, "summarize", settings, started=bool(collect_records(args.run)))
         gather(None)  # nobody reads before the first process has gathered
         done = {r["user"]: r["key"] for _, r in read_jsonl(args.run / "summaries.jsonl", FIELDS)}
-        keys = {user: summary_key(settings, history) for user, history in texts.items()}
+        keys = {user: trsr.content_hash([settings, history]) for user, history in texts.items()}
         pending = [user for user in texts if done.get(user) != keys[user]]
         if rank == 0:
             print(f"data    {data}: {len(texts)} users, {len(texts) - len(pending)} of them summarized before")
@@ -190,7 +180,7 @@ def main() -> None:
         trimmed = sum(gather(budget.trimmed), Counter())
         if rank == 0:
             found = collect_records(args.run)
-            write_records(args.run / "summaries.jsonl", [found[user] for user in texts])
+            write_jsonl(args.run / "summaries.jsonl", [found[user] for user in texts])
             for what, count in trimmed.items():
                 print(f"trimmed to the context of {context} tokens: {count} {what}")
             print(f"wrote   {args.run / 'summaries.jsonl'} ({len(texts)} users); peak {peak_memory(device)}")

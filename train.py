@@ -31,7 +31,7 @@ import llama
 import trsr
 from llama import CheckpointError, Llama, Pack, Tree, make_tree, pack_trees
 from lora import ATTENTION, AdapterError, LoRAConfig, apply_lora, save_adapter
-from prepare.dataset import atomic_write, load_dataset, read_jsonl
+from prepare.dataset import atomic_write, load_dataset, read_jsonl, write_jsonl
 from summarize import claim_config, gather, join_processes, load_summaries, locked, peak_memory, read_config
 
 
@@ -252,8 +252,7 @@ def fit(args, model, optimizer, folder, device, trees: list[Tree], users: list[s
         lines = [r for _, r in read_jsonl(metrics, {}, torn=True)] if metrics.is_file() else []
         lines = [r for r in lines if r["step"] <= progress["step"]]  # what came after the checkpoint is done again
         lines = [r for r in lines if "validation" not in r or r["epoch"] <= progress["epoch"]]
-        with atomic_write(metrics) as file:
-            file.writelines(json.dumps(record) + "\n" for record in lines)
+        write_jsonl(metrics, lines)
     interrupts = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _frame: interrupts.append(number))

@@ -146,9 +146,7 @@ class Budget:
         """Tell whether every encoded prompt keeps to the budget."""
         return all(len(prompt) <= self.tokens for prompt in ids)
 
-    def fill(
-        self, build: Callable[..., list[str]], parts: Sequence[tuple[str, int]]
-    ) -> tuple[list[str], list[list[int]]]:
+    def fill(self, build: Callable[..., list[str]], parts: Sequence[tuple[str, int]]) -> tuple[list, list]:
         """Return the prompts of build(limits) and their ids, with limits lowered, in their order, until they fit.
 
         parts: the name under which a lowered limit is counted, and the greatest value of that limit, for each.
@@ -268,9 +266,7 @@ def recurrent(items: list[str], domain: Domain, budget: Budget, block_size: int)
     return node
 
 
-def run_rounds(
-    tasks: dict[str, Summarization], generate: Callable[[list[str]], list[str]]
-) -> Iterator[tuple[str, Node]]:
+def run_rounds(tasks: dict[str, Summarization], generate: Callable[[list[str]], list[str]]) -> Iterator[tuple]:
     """Yield (user, root) as users finish. A round hands all pending prompts of all users to generate at once."""
     answers: dict[str, list[str] | None] = dict.fromkeys(tasks)
     while answers:
@@ -409,9 +405,7 @@ def random_metrics(n_candidates: int, ks: Sequence[int]) -> dict[str, float]:
     return {name: float(values.mean()) for name, values in metrics_at(range(1, n_candidates + 1), ks).items()}
 
 
-def bootstrap_intervals(
-    metrics: dict[str, np.ndarray], resamples: int = 2000, seed: int = 0
-) -> dict[str, tuple[float, float]]:
+def bootstrap_intervals(metrics: dict[str, np.ndarray], resamples: int = 2000, seed: int = 0) -> dict[str, tuple]:
     """Return the 95 % percentile interval of each metric's mean over users, by resampling users with replacement."""
     n = len(next(iter(metrics.values())))
     rng = np.random.default_rng(seed)

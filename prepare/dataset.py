@@ -73,6 +73,12 @@ def read_jsonl(path: Path, fields: dict[str, type], torn: bool = False) -> Itera
             yield where, record
 
 
+def write_jsonl(path: Path, records: Iterable[dict]) -> None:
+    """Write records to path, a line each, whole or not at all."""
+    with atomic_write(path) as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
 def load_dataset(folder: Path, splits: Iterable[str]) -> tuple[Domain, dict[str, str], dict[str, list[Example]]]:
     """Return (the domain, item texts by id, examples by split) of a folder that `prepare` wrote."""
     folder = Path(folder)
@@ -132,8 +138,7 @@ def save_dataset(out: Path, splits: dict[str, list[dict]], items: Iterable[dict]
             names.update(item["attributes"].keys())
             n_items += 1
     for split, examples in splits.items():
-        with atomic_write(out / f"{split}.jsonl") as file:
-            file.writelines(json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
+        write_jsonl(out / f"{split}.jsonl", examples)
     lengths = [len(example["history"]) for examples in splits.values() for example in examples]
     meta = meta | {
         "examples": {split: len(examples) for split, examples in splits.items()},

@@ -14,7 +14,7 @@ from conftest import ROOT, run, write_dataset, write_model
 import trsr
 from llama import Tokenizer, load_model
 from prepare.dataset import load_dataset, read_jsonl
-from summarize import FIELDS, claim_config, locked, summary_key
+from summarize import FIELDS, claim_config, locked
 
 
 def summarize(run_folder, data, model, *more, **options):
@@ -69,7 +69,7 @@ def test_summaries_are_what_the_method_says_one_user_at_a_time(finished, data_fo
         assert record["tree"] == root
         assert record["summary"] == root["summary"]
         assert record["paradigm"] == paradigm
-        assert record["key"] == summary_key(settings, texts)
+        assert record["key"] == trsr.content_hash([settings, texts])
 
 
 def test_the_target_is_not_in_the_text_that_is_summarized(tmp_path, model_folder):
