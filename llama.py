@@ -392,7 +392,7 @@ def _build_pack(trees: list[Tree], trunk: int, held: list[tuple], pad_to: int, l
 
 @torch.no_grad()
 def score_packs(model: Llama, packs: Iterable[Pack], vocabulary: Sequence[int], progress=lambda pack: None) -> dict:
-    """Return {(tree, branch): fp32 logits of the tokens in vocabulary after its last token}; progress gets the packs."""
+    """Return {(tree, branch): fp32 logits of the tokens in vocabulary after its last token}; progress gets each."""
     device, scores = next(model.parameters()).device, {}
     for pack in packs:
         here = pack.to(device)
