@@ -1,1 +1,0 @@
-"""The embedded default: a small Llama that knows the demo's shop."""
