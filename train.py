@@ -190,6 +190,7 @@ def save_checkpoint(run: Path, model: Llama, optimizer, progress: dict, rank: in
     """Write the state after progress["step"] steps, whole or not at all, then remove older ones."""
     tensors = {}
     for name, parameter in trainable(model).items():
+        assert parameter in optimizer.state, f"{name} has no optimizer state"
         state = {"parameter": parameter.detach()} | optimizer.state[parameter]
         tensors |= {f"{key}/{name}": full(tensor).cpu().contiguous() for key, tensor in state.items()}
     if rank == 0:
@@ -354,6 +355,9 @@ def main() -> None:
             with torch.autocast(device.type, torch.bfloat16, enabled=args.autocast):
                 _, ranks = rank_packs(model, val, candidates, val_packs, answers, show=rank == 0)
             model.train()
+            for module in model.modules():  # without a backward pass nothing else drops the gathered weights
+                if isinstance(module, FSDPModule):
+                    module.reshard()
             return {name: float(v.mean()) for name, v in trsr.metrics_at(ranks, args.k).items() if "Recall" in name}
 
         model.train()

@@ -99,6 +99,12 @@ def test_more_processes_train_the_same_model(tmp_path, alone, data_folder, model
         assert tensor.shape == theirs[name].shape
         assert (tensor - theirs[name]).abs().max() < 1e-3
         assert tensor.abs().sum() > 0
+    ours, theirs = (load_file(next((f / "checkpoint").glob("*.safetensors"))) for f in (tmp_path, alone))
+    assert ours.keys() == theirs.keys()
+    assert {name.split("/")[0] for name in ours} == {"parameter", "step", "exp_avg", "exp_avg_sq"}
+    for name, tensor in ours.items():
+        assert tensor.shape == theirs[name].shape
+        assert (tensor - theirs[name]).abs().max() < 1e-3, name
 
 
 def test_every_layer_s_adapter_receives_a_gradient_under_fsdp(alone, tmp_path, data_folder, model_folder):

@@ -1,0 +1,110 @@
+"""models/tiny: the folder is a sound checkpoint, its training text keeps away from the demo, its summaries hold up."""
+
+import json
+import random
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+import trsr
+from llama import Tokenizer, load_config, load_model
+from models.tiny import corpus, make, measure
+from prepare import demo
+
+FOLDER = Path(make.__file__).parent
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer(FOLDER, load_config(FOLDER).vocab_size)
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return list(islice(corpus.texts(0, brief=0.5), 300))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The checkpoint
+
+
+def test_logits_equal_transformers(tokenizer):
+    theirs = LlamaForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
+    ours = load_model(FOLDER, CPU, torch.float32)
+    text = trsr.recommendation_prompts("none", corpus.DOMAIN, "", [], ["Title: a lamp; Color: blue"])[0]
+    ids = torch.tensor(tokenizer.encode([text]))
+    with torch.no_grad():
+        assert (ours(ids) - theirs(ids).logits).abs().max() < 1e-4
+
+
+def test_size_parameters_and_config():
+    assert sum(path.stat().st_size for path in FOLDER.iterdir() if path.is_file()) < 12e6
+    model = load_model(FOLDER, CPU, torch.float32)
+    assert 2e6 <= sum(p.numel() for p in model.parameters()) <= 6e6
+    assert json.loads((FOLDER / "config.json").read_text()) == make.CONFIG
+    assert model.config.eos_token_id == (2,)
+
+
+def test_answers_and_the_words_of_the_shop_are_single_pieces(tokenizer):
+    yes, no = trsr.answer_ids(tokenizer.encode, corpus.DOMAIN)
+    assert [tokenizer.decode([i]) for i in (yes, no)] == ["Yes", "No"]
+    for word in [*(word for words in corpus.WORDS.values() for word in words), "Yes", "No"]:
+        assert len(tokenizer.pieces.encode(word)) == 1, word
+    odd = "naïve  «Übung» 東京\n\n 12,50"
+    assert tokenizer.decode(tokenizer.encode([odd])[0]) == odd
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The text that it was trained on
+
+
+def test_text_depends_on_the_seed_alone(texts):
+    assert list(islice(corpus.texts(0, brief=0.5), 300)) == texts
+    assert list(islice(corpus.texts(1, brief=0.5), 300)) != texts
+
+
+def test_text_has_neither_the_recommendation_prompt_nor_products_of_the_demo(texts):
+    shop = demo.make_shop(0, 3000)
+    titles = {product.attributes["Title"] for product in shop.products.values()}
+    assert not {0, measure.SHOP} & set(corpus.SHOPS)
+    for text in texts:
+        whole = "".join(prompt + answer for prompt, answer in text)
+        for header in ("[Next Item]", "[Historical Items]", "[Preference Summary]"):
+            assert header not in whole
+        assert corpus.DOMAIN.recommend not in whole
+        assert not any(title in whole for title in titles)
+
+
+def test_a_summary_counts_and_tells_what_stands_out():
+    rng, shop = random.Random(0), demo.make_shop(3, 2000)
+    block = [corpus.one_of(rng, list(shop.products.values())) for _ in range(5)]
+    memory = corpus.Memory.of(block)
+    again = corpus.Memory.joined([memory, memory])
+    assert sum(memory.counts["color"].values()) == 5
+    assert all(again.counts[fact][w] == 2 * n for fact in corpus.FACTS for w, n in memory.counts[fact].items())
+    assert str(memory).endswith(f"now {block[-1].category}.")
+    assert measure.named(str(memory)) == {w for words in memory.liked().values() for w in words} | {memory.now}
+
+
+def test_weights_of_a_text(tokenizer):
+    ids, weights = make.encode([("### User:\nx\n\n### Assistant:\n", "Yes"), ("\n\nmore\n", "a lamp")], tokenizer)
+    told = [tokenizer.decode([i]) for i, w in zip(ids, weights, strict=True) if w > make.PROMPT_WEIGHT]
+    assert "".join(told) == "Yesa lamp"
+    assert (ids[-1], weights[-1]) == (2, 1.0)
+    assert [w for w in weights if w == make.VERDICT_WEIGHT] == [make.VERDICT_WEIGHT]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it can do
+
+
+@pytest.mark.parametrize("paradigm", list(measure.PARADIGMS))
+def test_summaries_of_unseen_users_name_their_tastes(paradigm):
+    users = measure.make_users(20)
+    found, wrong = measure.shares(users, measure.summarize(FOLDER, users, paradigm, CPU))
+    assert found > 0.8
+    assert wrong < 0.12
