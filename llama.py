@@ -485,7 +485,7 @@ def find_model(name: str, revision: str | None = None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
     except hub.GatedRepoError:
         why = "access is gated: accept its licence on the hub, then run `hf auth login`"
-    except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError):
+    except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError, hub.HFValidationError):
         why = f"neither a folder here nor a model on the hub (revision {revision or 'main'})"
     except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, OSError):
         why = "not a folder here, and the hub cannot be reached; download the model and pass its folder"

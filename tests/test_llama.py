@@ -329,6 +329,8 @@ def test_bad_weight_files_are_named(tmp_path):
 def test_a_model_that_is_nowhere_is_named(monkeypatch):
     with pytest.raises(CheckpointError, match="no such model folder"):
         llama.find_model("./nowhere")
+    with pytest.raises(CheckpointError, match="neither a folder here nor a model on the hub"):
+        llama.find_model("not a/name")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match="hub cannot be reached"):
         llama.find_model("owner/absent-model")
