@@ -6,8 +6,8 @@ BIN = .venv/bin
 .PHONY: demo test lint clean
 
 demo: .venv/installed
-	$(BIN)/python -m prepare.demo --out data/demo
-	$(BIN)/python summarize.py
+	$(BIN)/python -m prepare.demo --out data/demo --train-users 120 --val-users 20 --test-users 60
+	$(BIN)/python summarize.py --batch-size 64
 	$(BIN)/python train.py
 	$(BIN)/python evaluate.py --k 3 5 10
 

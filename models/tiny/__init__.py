@@ -1,0 +1,1 @@
+"""The embedded default: a small Llama that knows the demo's shop."""
