@@ -3,8 +3,9 @@
     python -m models.tiny.make                                  # a few minutes on a GPU, many hours on a CPU
     python -m models.tiny.make --steps 200 --out runs/models/tiny
 
-Writes config.json, generation_config.json, model.safetensors (bf16), tokenizer.model and tokenizer_config.json. Each
-step trains on one pack, whose text depends on the seed and the step alone, however many processes write it.
+Writes config.json, generation_config.json, model.safetensors (bf16), tokenizer.model and tokenizer_config.json. A
+step's texts depend on the seed and the step alone, however many processes share them. --weights and --first-step go on
+from saved weights, with new optimizers.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from llama import Llama, Tokenizer, load_config
+from llama import Llama, Tokenizer, load_config, load_model
 from models.tiny import corpus
 from prepare.dataset import write_json
 from trsr import ANSWERS, answer_ids, natural, positive, run_main
@@ -112,12 +113,14 @@ class Batches(Dataset):
     def __init__(self, folder: Path, args):
         self.tokenizer = Tokenizer(folder, CONFIG["vocab_size"])
         self.args = args
+        self.rank, self.world = ranks()
 
     def __len__(self) -> int:
-        return self.args.steps
+        return self.args.steps - self.args.first_step
 
-    def __getitem__(self, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def __getitem__(self, index: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         args, rows, size = self.args, [], 0
+        step = args.first_step + index
         brief = max(0.0, 1 - step / (BRIEF_SHARE * args.steps))
         for text in corpus.texts(f"{args.seed} {step}", brief):
             rows.append(encode(text, self.tokenizer))
@@ -125,8 +128,8 @@ class Batches(Dataset):
             if size > args.step_tokens:
                 break
         rows.sort(key=lambda row: len(row[0]))
-        batches, rank, world = [], *ranks()
-        for row in rows[rank::world]:
+        batches = []
+        for row in rows[self.rank :: self.world]:
             if not batches or (len(batches[-1]) + 1) * len(row[0]) > args.batch_tokens:
                 batches.append([])
             batches[-1].append(row)
@@ -186,7 +189,7 @@ def train(model: Llama, args, device: torch.device) -> None:
     workers = {"num_workers": args.workers} | ({"prefetch_factor": 8} if args.workers else {})
     steps = DataLoader(Batches(args.out, args), batch_size=None, **workers)
     began, tokens, losses = time.perf_counter(), 0, []
-    for step, batches in enumerate(steps):
+    for step, batches in enumerate(steps, args.first_step):
         total = torch.stack([weights[:, 1:].sum() for _, weights in batches]).sum()
         if world > 1:
             dist.all_reduce(total)
@@ -232,7 +235,11 @@ def main() -> None:
     parser.add_argument("--workers", type=natural, default=0, help="processes that write text")
     parser.add_argument("--log-every", type=positive, default=100, help="steps between printed lines")
     parser.add_argument("--save-every", type=positive, default=500, help="steps between saved weights")
+    parser.add_argument("--weights", type=Path, help="with --first-step: folder of saved weights to go on from")
+    parser.add_argument("--first-step", type=natural, default=0, help="steps that --weights has behind it")
     args = parser.parse_args()
+    if bool(args.weights) != bool(args.first_step):
+        parser.error("--weights and --first-step go together")
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
     rank, world = ranks()
@@ -246,6 +253,8 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = Llama(load_config(args.out))
     initialize(model, args.seed)
+    if args.first_step:
+        model.load_state_dict(load_model(args.weights, torch.device("cpu"), torch.float32).state_dict())
     model.to(device)
     n = sum(p.numel() for p in model.parameters())
     if rank == 0:
