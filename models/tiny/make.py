@@ -1,6 +1,6 @@
 """Make the embedded default: a small Llama from scratch, trained on models.tiny.corpus, in Hugging Face layout.
 
-    python -m models.tiny.make                                  # a few minutes on a GPU, many hours on a CPU
+    python -m models.tiny.make                                  # meant for a GPU: hours on a CPU
     python -m models.tiny.make --steps 200 --out runs/models/tiny
 
 Writes config.json, generation_config.json, model.safetensors (bf16), tokenizer.model and tokenizer_config.json. A
