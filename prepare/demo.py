@@ -5,7 +5,7 @@
 
 How users choose. Everyone has a taste that lasts: two favorite categories, two favorite brands, one color, one
 material. A product fits the taste if it has at least two of three: a favorite brand, the color, the material.
-Most purchases, four in five, fit the taste and are of a favorite category; the others are anything. Then something
+Most purchases, nine in ten, fit the taste and are of a favorite category; the others are anything. Then something
 new comes up: a need in a category that is no favorite. The last three purchases are of this category, bought in a
 hurry, whatever their brand, color and material. The target is of the needed category too, but chosen with care: it
 fits the taste. So the recent items tell the target's category alone, and the items before them tell the rest.
@@ -30,7 +30,7 @@ from trsr import InputError, positive, rank_of_positive, run_main
 
 USERS = {"train": 1000, "val": 100, "test": 200}
 SHORTEST, LONGEST, RECENT = 10, 25, 3  # purchases before the target, and how many of them the need takes
-LOYALTY = 0.8  # share of purchases before the need that fit the taste
+LOYALTY = 0.9  # share of purchases before the need that fit the taste
 KINDS = ("other taste",) * 7 + ("other need",) * 7 + ("neither",) * 6
 ATTEMPTS = 100  # draws before a shop counts as too small
 

@@ -112,7 +112,7 @@ class Memory:
 
 def make_history(rng: random.Random, shop: Shop) -> list[Product]:
     """Return what an imagined user bought: some loyal to a taste, some not, most with something new at the end."""
-    taste, length, loyalty = make_taste(rng), 10 + int(rng.random() * 16), one_of(rng, (0.4, 0.8, 0.8, 0.9))
+    taste, length, loyalty = make_taste(rng), 10 + int(rng.random() * 16), one_of(rng, (0.5, 0.8, 0.9, 0.9))
     favorites = [product for category in taste.categories for product in shop.fitting(category, taste)]
     recent, need = one_of(rng, (0, RECENT, RECENT, RECENT)), one_of(rng, CATEGORIES)
     history = []
@@ -208,20 +208,22 @@ Condition = tuple[str, str, Callable[[Product], bool]]  # a claim about the offe
 
 
 def profile_claim(rng: random.Random, scene: Scene) -> Condition:
-    """Return a claim about the offer and the profile."""
-    who, liked = scene.names[0].lower(), scene.liked
-    fits = {f: lambda p, f=f: getattr(p, f) in liked[f] for f in FACTS}
-    fact, least = one_of(rng, FACTS), one_of(rng, (1, 2, 2, 2, 3))
-    if scene.now and rng.random() < 0.15:
+    """Return a claim about one fact of the offer and the profile."""
+    who, fact = scene.names[0].lower(), one_of(rng, FACTS)
+    if scene.now and rng.random() < 0.3:
         return f"it is what the {who} tells of now", "profile", lambda p: p.category == scene.now
-    if rng.random() < 0.35:
-        words = "its kind is" if fact == "category" else f"its {fact} is"
-        return f"{words} one that the {who} likes", "profile", fits[fact]
+    words = "its kind is" if fact == "category" else f"its {fact} is"
+    return f"{words} one that the {who} likes", "profile", lambda p: getattr(p, fact) in scene.liked[fact]
+
+
+def taste_claim(rng: random.Random, scene: Scene) -> Condition:
+    """Return a claim about how much of the offer is to the taste of the profile."""
+    who, least = scene.names[0].lower(), one_of(rng, (1, 2, 2, 2, 3))
     several = one_of(rng, ("at least {} of brand, color and material are what the {who} likes",
         "{} or more of its brand, color and material are to the taste of the {who}",
         "it suits the {who} in {} or more of brand, color, material"))  # fmt: skip
-    count = ("one", "two", "three")[least - 1]
-    return several.format(count, who=who), "profile", lambda p: sum(fits[f](p) for f in FACTS[1:]) >= least
+    claim = several.format(("one", "two", "three")[least - 1], who=who)
+    return claim, "profile", lambda p: sum(getattr(p, f) in scene.liked[f] for f in FACTS[1:]) >= least
 
 
 def shelf_claim(rng: random.Random, scene: Scene) -> Condition:
@@ -253,15 +255,18 @@ def product_claim(rng: random.Random, scene: Scene) -> Condition:
 
 
 def make_claim(rng: random.Random, scene: Scene) -> Condition:
-    """Return a claim about the offer; one in four joins two."""
-    draw = (profile_claim, profile_claim, shelf_claim, shelf_claim, product_claim)
-    claim, needed, true = one_of(rng, draw)(rng, scene)
-    if rng.random() < 0.25:
-        second, also_needed, also = one_of(rng, draw)(rng, scene)
-        if rng.random() < 0.65:
-            return f"{claim}, and {second}", needed + also_needed, lambda p: true(p) and also(p)
-        return f"{claim}, or {second}", needed + also_needed, lambda p: true(p) or also(p)
-    return claim, needed, true
+    """Return a claim about the offer; one in four joins two.
+
+    How well something is to the taste is never joined with another claim: that would be the rule by which the demo's
+    users choose, which is for train.py to find.
+    """
+    if rng.random() < 0.75:
+        return one_of(rng, (profile_claim, taste_claim, shelf_claim, shelf_claim, product_claim))(rng, scene)
+    draws = [one_of(rng, (profile_claim, shelf_claim, product_claim)) for _ in range(2)]
+    (first, needed, true), (second, also_needed, also) = (draw(rng, scene) for draw in draws)
+    if rng.random() < 0.65:
+        return f"{first}, and {second}", needed + also_needed, lambda p: true(p) and also(p)
+    return f"{first}, or {second}", needed + also_needed, lambda p: true(p) or also(p)
 
 
 def balanced(rng: random.Random, options: list[tuple], n: int) -> list[tuple]:

@@ -34,7 +34,7 @@ CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "hidden_act": "silu",
-    "vocab_size": 1536,
+    "vocab_size": 2048,
     "hidden_size": 192,
     "intermediate_size": 512,
     "num_hidden_layers": 4,
