@@ -41,6 +41,7 @@ SHOPS = range(1001, 1009)  # seeds of the shops; the demo's is 0
 ITEMS = 6000  # products a shop
 DOMAIN = trsr.DOMAINS["products"]
 FACTS = ("category", "brand", "color", "material")
+OFFERS, QUESTIONS = 16, 14  # that a scene has, and that are asked at most
 WORDS = dict(zip(FACTS, (CATEGORIES, BRANDS, COLORS, MATERIALS), strict=True))
 BRIEF = ("Title", "Brand", "Color", "Material")
 LIKED = dict(zip(FACTS, (2, 2, 1, 1), strict=True))  # how many of each a summary likes at most
@@ -191,8 +192,8 @@ def make_scene(rng: random.Random, shop: Shop) -> Scene:
         words = [word for words in liked.values() for word in words]
         profile = one_of(rng, ("Likes {}.", "{}", "Looks for {}.", "Would like {}.")).format(", ".join(words))
     shelf = history[-1 - int(rng.random() * 4) :]
-    wanted = [{f: one_of(rng, liked[f] or WORDS[f]) for f in FACTS} for _ in range(8)]
-    kinds = [p.category for p in shelf] + [w["category"] for w in wanted[:2]]
+    wanted = [{f: one_of(rng, liked[f] or WORDS[f]) for f in FACTS} for _ in range(OFFERS)]
+    kinds = [p.category for p in (*shelf, shelf[-1], shelf[-1])] + [w["category"] for w in wanted[:3]]
     offers = []
     for want in wanted:  # half of the offers have two or three facts of the profile's
         category = one_of(rng, kinds) if rng.random() < 0.75 else one_of(rng, CATEGORIES)
@@ -283,15 +284,15 @@ def turns(first: str, asked: list[tuple[str, str]], header: str) -> Text:
     return [(start + about + end, answer) for start, (about, answer) in zip(starts, asked, strict=True)]
 
 
-def offers_text(rng: random.Random, shop: Shop, brief: bool) -> Text:
-    """Return one question about three offers in turn."""
+def offers_text(rng: random.Random, shop: Shop, brief: bool, make: Callable[..., Condition] = make_claim) -> Text:
+    """Return one question, by `make`, about several offers in turn."""
     scene = make_scene(rng, shop)
-    claim, needed, true = make_claim(rng, scene)
+    claim, needed, true = make(rng, scene)
     ask = one_of(rng, ("Is it true that {}? Answer 'Yes' or 'No'.", "Tell 'Yes' or 'No': {}.", "{}? Yes or No.",
         "Decide whether {}. Answer 'Yes' or 'No'.", "Read the texts and check that {}."))  # fmt: skip
     header = scene.names[2]
     first = trsr.build_prompt(ask.format(claim), *scene.sections(rng, needed, brief), (header, "|"))
-    chosen = balanced(rng, [(p, true(p)) for p in dict.fromkeys(scene.offers)], 3)
+    chosen = balanced(rng, [(p, true(p)) for p in dict.fromkeys(scene.offers)], 8 if brief else 4)
     return turns(first, [(text_of(p, brief), trsr.ANSWERS[not truth]) for p, truth in chosen], header)
 
 
@@ -299,8 +300,9 @@ def claims_text(rng: random.Random, shop: Shop, brief: bool) -> Text:
     """Return several questions about one offer, two of them open."""
     scene = make_scene(rng, shop)
     offer, (who, where, header) = scene.offers[0], map(str.lower, scene.names)
-    claims = [(claim, true(offer)) for claim, _, true in (make_claim(rng, scene) for _ in range(12))]
-    asked = [(f"Is it true that {c}?", trsr.ANSWERS[not truth]) for c, truth in balanced(rng, claims, 6)]
+    drawn = {claim: true(offer) for claim, _, true in (make_claim(rng, scene) for _ in range(2 * QUESTIONS))}
+    claims = balanced(rng, list(drawn.items()), QUESTIONS)
+    asked = [(f"Is it true that {claim}?", trsr.ANSWERS[not truth]) for claim, truth in claims]
     shared = [facts(offer)[f] for f in FACTS if facts(offer)[f] in scene.liked[f]]
     asked.append((f"What of it does the {who} like?", " ".join(shared) or "nothing"))
     same = [str(i) for i, p in enumerate(scene.shelf, 1) if p.category == offer.category]
@@ -327,7 +329,7 @@ def description_text(rng: random.Random, shop: Shop, brief: bool) -> Text:
     return turns(trsr.build_prompt(ask, *sections), [(p.attributes["Description"], a) for p, a in about], "Description")
 
 
-SORTS = ((block_text, 5), (merge_text, 4), (update_text, 6), (offers_text, 6), (claims_text, 4), (description_text, 1))
+SORTS = ((block_text, 4), (merge_text, 3), (update_text, 4), (offers_text, 8), (claims_text, 8), (description_text, 1))
 
 
 def texts(seed: int | str, brief: float = 0.0) -> Iterator[Text]:

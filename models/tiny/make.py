@@ -186,6 +186,8 @@ def train(model: Llama, args, device: torch.device) -> None:
     """Train the model for args.steps steps, printing a line now and then."""
     rank, world = ranks()
     optimizers = make_optimizers(model, args.lr)
+    for seed in corpus.SHOPS:  # before the workers start, which share them
+        corpus.shop_of(seed)
     workers = {"num_workers": args.workers} | ({"prefetch_factor": 8} if args.workers else {})
     steps = DataLoader(Batches(args.out, args), batch_size=None, **workers)
     began, tokens, losses = time.perf_counter(), 0, []

@@ -6,7 +6,8 @@ The users follow prepare.demo's rule, in a shop that neither the demo nor the tr
 tastes: two categories, two brands, one color and one material that last, and the category that the last three
 purchases are of. Named is what a summary puts after `likes` and `now`. Every named word that is no taste of the user
 is wrong, whatever the history looks like. `rule` is what models.tiny.corpus would have written for the same blocks:
-the tastes that a count of the purchases can tell.
+the tastes that a count of the purchases can tell. Then the share of yes/no questions answered right, by what they are
+about, beside the share of the more frequent answer.
 """
 
 import argparse
@@ -14,13 +15,26 @@ import json
 import random
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 import trsr
 from llama import Tokenizer, generate, load_model
-from models.tiny.corpus import DOMAIN, Memory, text_of
+from models.tiny.corpus import (
+    DOMAIN,
+    Condition,
+    Memory,
+    make_claim,
+    offers_text,
+    product_claim,
+    profile_claim,
+    shelf_claim,
+    shop_of,
+    taste_claim,
+    text_of,
+)
 from prepare.demo import User, make_shop, make_user
 
 SHOP, BLOCK = 2001, 5
@@ -78,11 +92,31 @@ def shares(users: list[User], summaries: list[str]) -> tuple[float, float]:
     return right / sum(len(true) for true, _ in pairs), 1 - right / max(1, sum(len(told) for _, told in pairs))
 
 
+@torch.inference_mode()
+def answered(folder: Path, make: Callable[..., Condition], n: int, device: torch.device) -> tuple[float, float]:
+    """Return the share of right answers to n texts' questions by `make`, and the more frequent answer's share."""
+    model = load_model(folder, device, torch.float32)
+    tokenizer = Tokenizer(folder, model.config.vocab_size)
+    pair = list(trsr.answer_ids(tokenizer.encode, DOMAIN))
+    right, yes = [], []
+    for i in range(n):
+        text = offers_text(random.Random(f"tiny question {i}"), shop_of(SHOP), False, make)
+        pieces = [piece for turn in text for piece in turn]
+        *parts, ids = tokenizer.encode(["".join(pieces[: j + 1]) for j in range(len(pieces))])
+        logits = model(torch.tensor([ids], device=device))[0, [len(part) - 1 for part in parts[::2]]]
+        said = logits[:, pair].argmax(-1).tolist()
+        yes += [answer == trsr.ANSWERS[0] for _, answer in text]
+        right += [trsr.ANSWERS[k] == answer for k, (_, answer) in zip(said, text, strict=True)]
+    share = sum(yes) / len(yes)
+    return sum(right) / len(right), max(share, 1 - share)
+
+
 def main() -> None:
-    """Print the two shares for both paradigms."""
+    """Print the two shares for both paradigms, and that of right answers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("models/tiny"))
     parser.add_argument("--users", type=trsr.positive, default=300)
+    parser.add_argument("--questions", type=trsr.positive, default=200, help="texts a kind of question")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     users = make_users(args.users)
@@ -96,6 +130,9 @@ def main() -> None:
         figures |= {"rule_named": best, "rule_wrong": least, "as_the_rule": same}
         print(json.dumps(figures | {"seconds": round(time.perf_counter() - began, 1)}))
         print(f"  for example: {summaries[0]}\n  by the rule: {expected[0]}")
+    for make in (product_claim, profile_claim, taste_claim, shelf_claim, make_claim):
+        right, frequent = answered(args.model, make, args.questions, device)
+        print(json.dumps({"questions": make.__name__, "right": right, "more_frequent": frequent}))
 
 
 if __name__ == "__main__":
