@@ -1,6 +1,6 @@
 """Make the embedded default: a small Llama from scratch, trained on models.tiny.corpus, in Hugging Face layout.
 
-    python -m models.tiny.make                                  # meant for a GPU: hours on a CPU
+    python -m models.tiny.make --workers 8                      # meant for a GPU: hours on a CPU
     python -m models.tiny.make --steps 200 --out runs/models/tiny
 
 Writes config.json, generation_config.json, model.safetensors (bf16), tokenizer.model and tokenizer_config.json. A
@@ -229,9 +229,9 @@ def main() -> None:
     """Make the model that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("models/tiny"), help="folder to write to")
-    parser.add_argument("--steps", type=positive, default=4000, help="optimizer steps")
-    parser.add_argument("--step-tokens", type=positive, default=6144, help="tokens a step, over all processes")
-    parser.add_argument("--batch-tokens", type=positive, default=4096, help="tokens in a forward pass, padding too")
+    parser.add_argument("--steps", type=positive, default=1397, help="optimizer steps")
+    parser.add_argument("--step-tokens", type=positive, default=32768, help="tokens a step, over all processes")
+    parser.add_argument("--batch-tokens", type=positive, default=65536, help="tokens in a forward pass, padding too")
     parser.add_argument("--lr", type=float, default=4e-3, help="highest learning rate")
     parser.add_argument("--seed", type=natural, default=0, help="of weights and text")
     parser.add_argument("--workers", type=natural, default=0, help="processes that write text")
