@@ -19,7 +19,8 @@ import trsr
 from llama import CheckpointError, find_model, fingerprint, load_model
 from lora import AdapterError, load_adapter
 from prepare.dataset import load_dataset, popularity, write_json, write_jsonl
-from summarize import join_processes, load_summaries, peak_memory, read_config
+from runfolder.state import load_summaries, read_config
+from summarize import join_processes, peak_memory
 from train import make_recommender, pack_candidates, rank_packs
 
 

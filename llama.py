@@ -16,9 +16,9 @@ import hashlib
 import json
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
-from itertools import takewhile
 from pathlib import Path
 
 import sentencepiece
@@ -30,6 +30,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
+
+WORTH_SHARING = 32  # tokens that prompts must have in common, or else they are read apart
 
 
 class CheckpointError(ValueError):
@@ -120,28 +122,53 @@ _compiled_flex_attention = torch.compile(flex_attention)
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | BlockMask | None") -> Tensor:
     """Return softmax(q k^T / sqrt(D)) v (B, H, T, D) for q (B, H, T, D) and k, v (B, K, S, D).
 
-    mask: a BlockMask (FlexAttention), a boolean tensor that is True where a query sees a key, or None for causal.
+    mask: a BlockMask (FlexAttention), a Pack's blocks of queries, a boolean tensor that is True where a query sees a
+    key, or None for causal.
     """
     grouped = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):
         return _compiled_flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)
+    if isinstance(mask, list):
+        queries = q.split([len(seen) for _, seen in mask], dim=2)
+        parts = (
+            (x, k.index_select(2, keys), v.index_select(2, keys), seen)
+            for x, (keys, seen) in zip(queries, mask, strict=True)
+        )
+        return torch.cat([F.scaled_dot_product_attention(*part, enable_gqa=grouped) for part in parts], dim=2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
 
 
 class KVCache:
-    """Keys and values of every layer, (B, K, S, D) each, written at the tokens' own positions."""
+    """Keys and values of every layer for B rows, (B, K, S, D) each, written at the tokens' own positions."""
 
     def __init__(self, config: Config, batch: int, slots: int, device: torch.device, dtype: torch.dtype):
         shape = (config.num_hidden_layers, 2, batch, config.num_key_value_heads, slots, config.head_dim)
         self.store = torch.zeros(shape, device=device, dtype=dtype)
-        self.rows = torch.arange(batch, device=device)[:, None]
 
-    def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor, visible: int) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, K, T, D) at positions (B, T); return the first `visible` slots of the layer's keys, values."""
+    def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v (n, K, T, D) at positions (n, T) of the first n rows; return what mask (.., S) is about there."""
+        n, visible = len(positions), mask.shape[-1]
+        rows = torch.arange(n, device=positions.device)[:, None]
         for cached, new in zip(self.store[layer], (k, v), strict=True):
-            cached[self.rows, :, positions] = new.transpose(1, 2)
-        keys, values = self.store[layer]
-        return keys[:, :, :visible], values[:, :, :visible]
+            cached[rows, :, positions] = new.transpose(1, 2)
+        keys, values = self.store[layer, :, :n, :, :visible]
+        return keys, values
+
+
+@dataclass(frozen=True)
+class PackWriter:
+    """A cache for reading a pack's sequences into rows of a KVCache, while the tokens attend to one another."""
+
+    cache: KVCache
+    rows: Tensor  # (N,), as the next two: the row of the cache where a token goes, its slot there
+    slots: Tensor
+    tokens: Tensor  # and where in the pack it stands; a shared one goes to several rows
+
+    def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor, mask) -> tuple[Tensor, Tensor]:
+        """Write k, v (1, K, T, D); return them."""
+        for cached, new in zip(self.cache.store[layer], (k, v), strict=True):
+            cached[self.rows, :, self.slots] = new[0, :, self.tokens].transpose(0, 1)
+        return k, v
 
 
 class Attention(nn.Module):
@@ -156,12 +183,12 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c, config.num_key_value_heads * d, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * d, c, bias=bias)
 
-    def forward(self, x: Tensor, rotary, positions: Tensor, mask, cache: KVCache | None) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor, rotary, positions: Tensor, mask, cache: KVCache | PackWriter | None) -> Tensor:  # noqa: D102
         B, T, _ = x.shape
         q, k, v = (p(x).view(B, T, -1, self.head_dim).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, rotary), rotate(k, rotary)  # (B, H, T, D), (B, K, T, D)
         if cache is not None:
-            k, v = cache.update(self.layer, positions, k, v, visible=mask.shape[-1])  # (B, K, S, D)
+            k, v = cache.update(self.layer, positions, k, v, mask)  # (B, K, S, D)
         y = attend(q, k, v, mask)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -190,7 +217,7 @@ class Layer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary, positions: Tensor, mask, cache: KVCache | None) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor, rotary, positions: Tensor, mask, cache: KVCache | PackWriter | None) -> Tensor:  # noqa: D102
         x = x + self.self_attn(self.input_layernorm(x), rotary, positions, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -205,7 +232,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, ids: Tensor, positions: Tensor | None, mask, cache: KVCache | None) -> Tensor:
+    def forward(self, ids: Tensor, positions: Tensor | None, mask, cache: KVCache | PackWriter | None) -> Tensor:
         """Return hidden states (B, T, C) for ids (B, T)."""
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
@@ -232,7 +259,7 @@ class Llama(nn.Module):
         ids: Tensor,
         positions: Tensor | None = None,
         mask: "Tensor | BlockMask | None" = None,
-        cache: KVCache | None = None,
+        cache: KVCache | PackWriter | None = None,
         select: tuple | None = None,
         vocabulary: Sequence[int] | None = None,
     ) -> Tensor:
@@ -299,13 +326,19 @@ class Pack:
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
-    def mask(self) -> "Tensor | BlockMask":
-        """Return who sees whom: a BlockMask on CUDA, a boolean (1, 1, T, T) tensor elsewhere, from the same rule."""
+    def mask(self, block: int = 256) -> "BlockMask | list[tuple[Tensor, Tensor]]":
+        """Return who sees whom by tree_rule: a BlockMask on CUDA; elsewhere a list, for each `block` queries, of the
+        keys that any of them sees (S,), and which of them each sees (block, S), so that the others cost nothing.
+        """
         rule, length = tree_rule(self.documents, self.branches), len(self.ids)
         if self.ids.is_cuda:
             return create_block_mask(rule, None, None, length, length, device=self.ids.device)
-        rows = torch.arange(length, device=self.ids.device)
-        return rule(None, None, rows[:, None], rows[None, :])[None, None]
+        blocks, rows = [], torch.arange(length)
+        for queries in rows.split(block):
+            seen = rule(None, None, queries[:, None], rows[None, : queries[-1] + 1])
+            keys = seen.any(0).nonzero()[:, 0]
+            blocks.append((keys, seen[:, keys]))
+        return blocks
 
 
 def tree_rule(documents: Tensor, branches: Tensor) -> Callable:
@@ -360,17 +393,26 @@ def pack_trees(trees: list[Tree], max_tokens: int, pad_to: int = 1, last_only: b
 
 
 def _build_pack(trees: list[Tree], trunk: int, held: list[tuple], pad_to: int, last_only: bool) -> Pack:
-    tokens: list[tuple[int, int, int, int]] = []  # (id, position, document, branch)
-    targets: list[tuple[int, int, float]] = []  # (row, next id, weight)
+    columns = ids, positions, _, _ = [], [], [], []  # of tokens; then documents and branches
+    targets = rows, next_ids, weights = [], [], []
 
     def add(segment: list[int], document: int, branch: int, parent: int | None, weight: int) -> int | None:
         """Append a segment that continues row `parent`; return the row of its last token."""
-        for i, token in enumerate(segment, 1):
-            if parent is not None and (not last_only or (branch and i == len(segment))):
-                targets.append((parent, token, weight))
-            tokens.append((token, 0 if parent is None else tokens[parent][1] + 1, document, branch))
-            parent = len(tokens) - 1
-        return parent
+        if not segment:
+            return parent
+        first, n = len(ids), len(segment)
+        start = 0 if parent is None else positions[parent] + 1
+        for column, values in zip(
+            columns, (segment, range(start, start + n), [document] * n, [branch] * n), strict=True
+        ):
+            column.extend(values)
+        predecessors = ([] if parent is None else [parent]) + list(range(first, first + n - 1))
+        if last_only:
+            predecessors = predecessors[-1:] if branch else []
+        due = segment[len(segment) - len(predecessors) :]
+        for column, values in zip(targets, (predecessors, due, [weight] * len(due)), strict=True):
+            column.extend(values)
+        return first + n - 1
 
     leaves = {}
     root = add(trees[held[0][1]].prefix[:trunk], 0, 0, None, sum(len(group) for _, _, group in held))
@@ -378,16 +420,11 @@ def _build_pack(trees: list[Tree], trunk: int, held: list[tuple], pad_to: int, l
         stem = add(trees[t].prefix[trunk:], document, 0, root, len(group))
         for branch, b in enumerate(group, 1):
             leaves[t, b] = add(trees[t].branches[b], document, branch, stem, 1)
-    padding = [(0, 0, -1, 0)] * (-len(tokens) % pad_to)
-    rows, next_ids, weights = torch.tensor(targets, dtype=torch.float64).reshape(-1, 3).T
-    return Pack(
-        *torch.tensor(tokens + padding).T.contiguous(),
-        rows.long(),
-        next_ids.long(),
-        weights.float(),
-        leaves,
-        len(tokens),
-    )
+    tokens = len(ids)
+    for column, value in zip(columns, (0, 0, -1, 0), strict=True):
+        column.extend([value] * (-tokens % pad_to))
+    made = (torch.tensor(column, dtype=torch.long) for column in (*columns, rows, next_ids))
+    return Pack(*made, torch.tensor(weights, dtype=torch.float32), leaves, tokens)
 
 
 @torch.no_grad()
@@ -406,20 +443,89 @@ def score_packs(model: Llama, packs: Iterable[Pack], vocabulary: Sequence[int], 
 
 # ---- Greedy generation with a cache
 #
-# Every row has its own length: tokens are written to the cache at their own position and a query sees the slots up to
-# its own, so what padding wrote is overwritten before anybody looks at it.
+# Prompts wait in a queue for one of the rows of a static cache. Those that get one are read in packs, where their
+# common beginnings stand once; then all rows decode together, and a row that is done is filled again at once. Each row
+# has its own length: a query sees the slots up to its own, and what a former prompt left behind them is overwritten
+# before anybody looks at it.
 
 
-def prefill(model: Llama, prompts: list[list[int]], cache: KVCache) -> tuple[Tensor, Tensor]:
-    """Read prompts into the cache; return the next token of each row and its position, both (B,)."""
-    device = cache.store.device
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    T = max(map(len, prompts))
-    ids = torch.tensor([p + [0] * (T - len(p)) for p in prompts], device=device)  # (B, T)
-    positions = torch.arange(T, device=device).expand_as(ids)
-    mask = positions[:1, None, None, :] <= positions[:1, None, :, None]  # (1, 1, T, T)
-    last = (cache.rows[:, 0], lengths - 1)
-    return model(ids, positions, mask, cache, select=last).argmax(-1), lengths
+@dataclass
+class Row:
+    """One text in the making: its name, its length in the cache, and the tokens that the model wrote."""
+
+    key: object
+    length: int
+    tokens: list[int]
+
+
+class Generator:
+    """Greedy continuations, up to and without an end token, of prompts that may come at any time."""
+
+    def __init__(self, model: Llama, rows: int, max_new_tokens: int, eos_ids: Sequence[int]):
+        self.model, self.n_rows, self.max_new_tokens, self.eos_ids = model, rows, max_new_tokens, eos_ids
+        self.device, self.dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
+        self.waiting: deque[tuple[object, list[int]]] = deque()
+        self.rows: list[Row] = []  # in the first rows of the cache
+        self.cache = KVCache(model.config, rows, 0, self.device, self.dtype)
+
+    def submit(self, prompts: Iterable[tuple[object, list[int]]], first: bool = False) -> None:
+        """Queue (key, token ids) pairs at the end, or with `first` before all others."""
+        self.waiting.extendleft(reversed(list(prompts))) if first else self.waiting.extend(prompts)
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[object, list[int]]]:
+        """Read waiting prompts into free rows, write a token in every row; return (key, tokens) of those done."""
+        free = self.n_rows - len(self.rows)
+        if self.waiting and (free >= max(1, self.n_rows // 8) or len(self.waiting) <= free):
+            self._prefill([self.waiting.popleft() for _ in range(min(free, len(self.waiting)))])
+        elif self.rows:
+            tokens = torch.tensor([row.tokens[-1] for row in self.rows], device=self.device)
+            positions = torch.tensor([row.length for row in self.rows], device=self.device)
+            written = decode(self.model, tokens, positions, self.cache, max(row.length for row in self.rows) + 1)
+            for row, token in zip(self.rows, written.tolist(), strict=True):
+                row.tokens.append(token)
+                row.length += 1
+        return self._take_done()
+
+    def _prefill(self, prompts: list[tuple[object, list[int]]]) -> None:
+        """Read prompts into the rows after those in use, and write the first token of each."""
+        needed = max(len(ids) for _, ids in prompts) + self.max_new_tokens
+        if (extra := needed - self.cache.store.shape[4]) > 0:  # slots are made as they are needed
+            self.cache.store = F.pad(self.cache.store, (0, 0, 0, extra))
+        trees, places = grow_trees([ids for _, ids in prompts])
+        first = len(self.rows)
+        self.rows += [Row(key, len(ids), []) for key, ids in prompts]
+        size, pad = (8192, 8192) if self.device.type == "cuda" else (2048, 1)
+        for pack in pack_trees(trees, size, pad, last_only=True):
+            rows, tokens = [], []
+            for place, leaf in pack.leaves.items():
+                same = (pack.branches == 0) | (pack.branches == pack.branches[leaf])
+                path = (((pack.documents == pack.documents[leaf]) & same) | (pack.documents == 0)).nonzero()[:, 0]
+                rows.append(torch.full_like(path, first + places[place]))
+                tokens.append(path)
+            rows, tokens = torch.cat(rows), torch.cat(tokens)
+            here = pack.to(self.device)
+            writer = PackWriter(self.cache, *(t.to(self.device) for t in (rows, pack.positions[tokens], tokens)))
+            last = torch.tensor(list(pack.leaves.values()), device=self.device)
+            select = (torch.zeros_like(last), last)
+            written = self.model(here.ids[None], here.positions[None], here.mask(), writer, select).argmax(-1).tolist()
+            for place, token in zip(pack.leaves, written, strict=True):
+                self.rows[first + places[place]].tokens.append(token)
+
+    def _take_done(self) -> list[tuple[object, list[int]]]:
+        done = []
+        for i in reversed(range(len(self.rows))):
+            row = self.rows[i]
+            ended = row.tokens[-1] in self.eos_ids
+            if ended or len(row.tokens) == self.max_new_tokens:
+                done.append((row.key, row.tokens[: len(row.tokens) - ended]))
+                last = self.rows.pop()
+                if last is not row:  # the last row moves into the gap, so that the rows in use are the first ones
+                    self.rows[i] = last
+                    self.cache.store[:, :, i, :, : last.length] = self.cache.store[
+                        :, :, len(self.rows), :, : last.length
+                    ]
+        return done
 
 
 def decode(model: Llama, tokens: Tensor, positions: Tensor, cache: KVCache, visible: int) -> Tensor:
@@ -429,38 +535,28 @@ def decode(model: Llama, tokens: Tensor, positions: Tensor, cache: KVCache, visi
     return model(tokens[:, None], positions[:, None], mask, cache)[:, -1].argmax(-1)
 
 
-@torch.inference_mode()
-def generate(
-    model: Llama,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    eos_ids: Sequence[int],
-    batch_size: int = 16,
-    progress: Callable[[int, int], None] = lambda prompts, tokens: None,
-) -> list[list[int]]:
-    """Return the greedy continuation of each prompt, up to and without its end token, max_new_tokens at most.
+def grow_trees(prompts: list[list[int]]) -> tuple[list[Tree], dict[tuple[int, int], int]]:
+    """Return trees of prompts that begin alike, and which prompt each (tree, branch) is."""
+    trees, places, group = [], {}, []
+    order = sorted(range(len(prompts)), key=lambda i: prompts[i])
+    for i, following in zip(order, [*order[1:], None], strict=True):
+        group.append(i)
+        if following is None or common_prefix([prompts[i], prompts[following]]) < WORTH_SHARING:
+            places |= {(len(trees), branch): j for branch, j in enumerate(group)}
+            trees.append(make_tree([prompts[j] for j in group]))
+            group = []
+    return trees, places
 
-    Prompts run in batches of similar length, longest first. progress is told of finished prompts and new tokens.
-    """
-    device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
-    stop = torch.tensor(list(eos_ids), device=device, dtype=torch.long)
-    outputs: list[list[int]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        longest = len(prompts[rows[0]])
-        cache = KVCache(model.config, len(rows), longest + max_new_tokens, device, dtype)
-        tokens, positions = prefill(model, [prompts[i] for i in rows], cache)
-        steps, done = [tokens], torch.isin(tokens, stop)
-        while len(steps) < max_new_tokens and not done.all():
-            tokens = decode(model, tokens, positions, cache, visible=longest + len(steps))
-            positions = positions + 1
-            steps.append(tokens)
-            done |= torch.isin(tokens, stop)
-        for i, row in zip(rows, torch.stack(steps, dim=1).tolist(), strict=True):
-            outputs[i] = list(takewhile(lambda token: token not in eos_ids, row))
-        progress(len(rows), sum(len(outputs[i]) for i in rows))
-    return outputs
+
+def generate(
+    model: Llama, prompts: list[list[int]], max_new_tokens: int, eos_ids: Sequence[int], batch_size: int = 16
+) -> list[list[int]]:
+    """Return the greedy continuation of each prompt, up to and without its end token, max_new_tokens at most."""
+    generator, outputs = Generator(model, batch_size, max_new_tokens, eos_ids), {}
+    generator.submit(sorted(enumerate(prompts), key=lambda pair: -len(pair[1])))
+    while len(outputs) < len(prompts):
+        outputs |= generator.step()
+    return [outputs[i] for i in range(len(prompts))]
 
 
 # ---- Files

@@ -8,27 +8,21 @@ Under torchrun the users are shared out. Finished users are appended to RUN/summ
 interruption the same command goes on from there.
 """
 
-import fcntl
 import json
 import os
 import resource
 from collections import Counter
-from collections.abc import Iterable
-from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 import trsr
-from llama import CheckpointError, Tokenizer, find_model, fingerprint, generate, load_model
-from prepare.dataset import load_dataset, read_json, read_jsonl, write_json, write_jsonl
-
-# A line of summaries.jsonl; key is a hash of all that determines the summary: the settings and the history's texts.
-FIELDS = {"user": str, "paradigm": str, "key": str, "summary": str, "tree": dict}
+from llama import CheckpointError, Generator, Tokenizer, find_model, fingerprint, load_model
+from prepare.dataset import load_dataset, read_jsonl, write_jsonl
+from runfolder.state import FIELDS, claim_config, collect_records, locked
 
 
 def parse_arguments():
@@ -41,7 +35,6 @@ def parse_arguments():
     flag("--max-length", type=trsr.positive, default=2048, help="longest prompt and summary together, in tokens")
     flag("--int8", action="store_true", help="8-bit weights through bitsandbytes, as in the paper")
     flag("--batch-size", type=trsr.positive, default=16, help="prompts decoded together")
-    flag("--users-per-round", type=trsr.positive, default=256, help="users in flight in one process")
     return parser.parse_args()
 
 
@@ -77,71 +70,6 @@ def peak_memory(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB of GPU memory"
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB of memory"
-
-
-# ---- The run folder: its lock, its settings, and the summaries in it
-
-
-@contextmanager
-def locked(run: Path, hold: bool = True):
-    """Make the run folder and hold its lock (if hold); InputError where another process holds it."""
-    run.mkdir(parents=True, exist_ok=True)
-    if not hold:
-        yield
-        return
-    with open(run / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise trsr.InputError(
-                f"{run}: another process is working in this run folder; wait, or choose --run"
-            ) from None
-        yield
-
-
-def read_config(run: Path) -> dict:
-    """Return the settings of the scripts that ran in the run folder, by script."""
-    return read_json(run / "config.json") if (run / "config.json").is_file() else {}
-
-
-def claim_config(run: Path, section: str, settings: dict, started: bool) -> None:
-    """Write settings to the section of the run's config.json; InputError where work was started with others.
-
-    One run folder has one set of settings a script, so that nothing is ever continued or scored with another.
-    """
-    config, settings = read_config(run), json.loads(json.dumps(settings))
-    old = config.get(section, settings)
-    differing = [name for name in sorted({*old, *settings}) if old.get(name) != settings.get(name)]
-    if started and differing:
-        values = ", ".join(f"{n} {old.get(n)!r} (now {settings.get(n)!r})" for n in differing)
-        raise trsr.InputError(f"{run}: {section}.py worked here with {values}; use those, or another --run")
-    write_json(run / "config.json", config | {section: settings})
-
-
-def collect_records(run: Path) -> dict[str, dict]:
-    """Return all finished records by user, after gathering what the processes wrote into one summaries.jsonl."""
-    path, parts = run / "summaries.jsonl", sorted(run.glob("summaries.part*.jsonl"))
-    sources = [path, *parts] if path.is_file() else parts
-    found = {r["user"]: r for source in sources for _, r in read_jsonl(source, FIELDS, torn=source in parts)}
-    write_jsonl(path, found.values())
-    for part in parts:
-        part.unlink()
-    return found
-
-
-def load_summaries(run: Path, items: dict[str, str], examples: Iterable[trsr.Example]) -> dict[str, str]:
-    """Return each user's summary from the run; InputError where one is missing or is not of the user's history."""
-    path, settings = run / "summaries.jsonl", read_config(run).get("summarize", {})
-    again = f"run python summarize.py --run {run} (with --data and --model), or choose --paradigm recent-only"
-    if not path.is_file():
-        raise trsr.InputError(f"{path}: no summaries; {again}")
-    found = {record["user"]: record for _, record in read_jsonl(path, FIELDS)}
-    for example in examples:
-        record = found.get(example.user)
-        if record is None or record["key"] != trsr.content_hash([settings, [items[i] for i in example.history]]):
-            what = "no summary" if record is None else "the summary is of another history"
-            raise trsr.InputError(f"{path}: user {example.user!r}: {what}; {again}")
-    return {example.user: found[example.user]["summary"] for example in examples}
 
 
 # ---- The run
@@ -192,25 +120,24 @@ def main() -> None:
 
 
 def summarize(model, tokenizer, domain, texts: dict[str, list[str]], budget, args, bar):
-    """Yield (user, root of the tree of summaries) as users finish, args.users_per_round users at a time."""
+    """Yield (user, root of the tree of summaries) as users finish; long histories first, so that the end is short."""
     paradigm = {"hierarchical": trsr.hierarchical, "recurrent": trsr.recurrent}[args.paradigm]
-    tokens = 0
+    generator, written = Generator(model, args.batch_size, args.max_new_tokens, model.config.eos_token_id), 0
 
-    def progress(_prompts: int, new_tokens: int) -> None:
-        nonlocal tokens
-        tokens += new_tokens
-        bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tokens/s")
+    def submit(prompts: list[tuple], first: bool) -> None:
+        keys, texts = zip(*prompts, strict=True)
+        generator.submit(zip(keys, tokenizer.encode(list(texts)), strict=True), first)
 
-    def write_texts(prompts: list[str]) -> list[str]:
-        ids, eos = tokenizer.encode(prompts), model.config.eos_token_id
-        answers = generate(model, ids, args.max_new_tokens, eos, args.batch_size, progress)
-        return [tokenizer.decode(answer) for answer in answers]
+    def finished() -> list[tuple]:
+        nonlocal written
+        done = generator.step()
+        written += sum(len(ids) for _, ids in done)
+        bar.set_postfix_str(f"{written / max(bar.format_dict['elapsed'], 1e-9):.0f} tokens/s", refresh=bool(done))
+        return [(key, tokenizer.decode(ids)) for key, ids in done]
 
-    users = list(texts)
-    for start in range(0, len(users), args.users_per_round):
-        together = users[start : start + args.users_per_round]
-        tasks = {user: paradigm(texts[user], domain, budget, args.block_size) for user in together}
-        yield from trsr.run_rounds(tasks, write_texts)
+    users = sorted(texts, key=lambda user: -len(texts[user]))
+    tasks = ((user, paradigm(texts[user], domain, budget, args.block_size)) for user in users)
+    yield from trsr.run_tasks(tasks, lambda: len(generator.waiting) < args.batch_size, submit, finished)
 
 
 if __name__ == "__main__":

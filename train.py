@@ -32,7 +32,8 @@ import trsr
 from llama import CheckpointError, Llama, Pack, Tree, make_tree, pack_trees
 from lora import ATTENTION, AdapterError, LoRAConfig, apply_lora, save_adapter
 from prepare.dataset import atomic_write, load_dataset, read_jsonl, write_jsonl
-from summarize import claim_config, gather, join_processes, load_summaries, locked, peak_memory, read_config
+from runfolder.state import claim_config, load_summaries, locked, read_config
+from summarize import gather, join_processes, peak_memory
 
 
 def parse_arguments():

@@ -181,7 +181,7 @@ def cut(texts: Iterable[str], limit: int) -> list[str]:
 # ---- Summarization (sections 4.1 and 4.2)
 #
 # A paradigm is a generator for one user: it yields the prompts that it needs answered now, receives the answers, and
-# returns the root of the tree of summaries. run_rounds drives those of many users together.
+# returns the root of the tree of summaries. run_tasks drives those of many users together.
 
 Node = dict  # {"summary": str} and "items": [first, last + 1], "previous": Node, or "children": [Node, ...]
 Summarization = Generator[list[str], list[str], Node]
@@ -266,18 +266,36 @@ def recurrent(items: list[str], domain: Domain, budget: Budget, block_size: int)
     return node
 
 
-def run_rounds(tasks: dict[str, Summarization], generate: Callable[[list[str]], list[str]]) -> Iterator[tuple]:
-    """Yield (user, root) as users finish. A round hands all pending prompts of all users to generate at once."""
-    answers: dict[str, list[str] | None] = dict.fromkeys(tasks)
-    while answers:
-        pending = {}
-        for user, answer in answers.items():
-            try:
-                pending[user] = tasks[user].send(answer)
-            except StopIteration as finished:
-                yield user, finished.value
-        texts = iter(generate([prompt for prompts in pending.values() for prompt in prompts]) if pending else [])
-        answers = {user: [next(texts) for _ in prompts] for user, prompts in pending.items()}
+def run_tasks(
+    tasks: Iterable[tuple[str, Summarization]], room: Callable, submit: Callable, finished: Callable
+) -> Iterator[tuple[str, Node]]:
+    """Yield (user, root) as users finish; a user goes on as soon as the user's own prompts are answered.
+
+    room() tells whether more users are welcome; submit(prompts, first) takes ((user, number), prompt) pairs, `first`
+    if they come before others'; finished() returns ((user, number), answer) pairs of any user.
+    """
+    waiting: dict[str, tuple[Summarization, dict[int, str], int]] = {}  # answers so far, and how many there will be
+
+    def advance(user: str, task: Summarization, answers: list[str] | None) -> Iterator[tuple[str, Node]]:
+        try:
+            prompts = task.send(answers)
+            waiting[user] = task, {}, len(prompts)
+            submit([((user, i), prompt) for i, prompt in enumerate(prompts)], answers is not None)
+        except StopIteration as end:
+            yield user, end.value
+
+    tasks = iter(tasks)
+    while True:
+        while room() and (started := next(tasks, None)):
+            yield from advance(*started, None)
+        if not waiting:
+            return
+        for (user, i), answer in finished():
+            task, answers, n = waiting[user]
+            answers[i] = answer
+            if len(answers) == n:
+                del waiting[user]
+                yield from advance(user, task, [answers[i] for i in range(n)])
 
 
 # ---- Recommendation (section 4.3)

@@ -174,7 +174,13 @@ def test_scores_are_two_columns_of_the_logits(tiny):
 def test_the_mask_is_the_rule_spelled_out():
     trees = random_trees(4, 3)
     (pack,) = pack_trees(trees, 999, pad_to=64)
-    mask, d, b = pack.mask()[0, 0], pack.documents.tolist(), pack.branches.tolist()
+    d, b = pack.documents.tolist(), pack.branches.tolist()
+    mask, first = torch.zeros(len(d), len(d), dtype=torch.bool), 0
+    for keys, seen in pack.mask(block=24):
+        assert seen.any(0).all()  # no key that nobody sees
+        mask[first : first + len(seen), keys] = seen
+        first += len(seen)
+    assert first == len(d)
     for q in range(len(d)):
         for k in range(len(d)):
             sees = k <= q and (d[k] == 0 or (d[k] == d[q] and b[k] in (0, b[q])))
@@ -243,6 +249,33 @@ def test_greedy_ids_equal_transformers_generate(model_folder, tiny):
         expected.append(row[: row.index(2)] if 2 in row else row)
     assert max(map(len, expected)) == 64
     assert generate(tiny, prompts, 64, [2], batch_size=6) == expected
+
+
+def test_prompts_that_begin_alike_are_read_once_and_continue_as_if_alone(tiny):
+    parts = [random_ids(n, seed=n).tolist() for n in (40, 45, 9, 21, 7, 33, 14, 18)]
+    prompts = [parts[i % 2] + parts[2 + i] for i in range(6)] + [parts[3], parts[0] + parts[2]]
+    trees, places = llama.grow_trees(prompts)
+    assert sorted(places.values()) == list(range(8))
+    assert sum(tree.size for tree in trees) < sum(map(len, prompts)) - 3 * 40
+    for (t, b), place in places.items():
+        assert trees[t].prefix + trees[t].branches[b] == prompts[place]
+    alone = [generate(tiny, [p], 24, [2])[0] for p in prompts]
+    for batch_size in (1, 3, 8):
+        assert generate(tiny, prompts, 24, [2], batch_size) == alone
+
+
+def test_prompts_that_come_late_and_first(tiny):
+    prompts = [random_ids(n, seed=n).tolist() for n in (25, 61, 23, 40, 8, 33, 12)]
+    generator, found = llama.Generator(tiny, 2, 12, [2]), []
+    generator.submit(enumerate(prompts[:4]))
+    while generator.waiting or generator.rows:
+        for key, ids in generator.step():
+            found.append(key)
+            assert ids == generate(tiny, [prompts[key]], 12, [2])[0]
+            if key == 0:
+                generator.submit(enumerate(prompts[4:], 4), first=True)
+    assert sorted(found) == list(range(7))
+    assert found.index(6) < found.index(3)
 
 
 def test_generation_does_not_depend_on_the_batch(tiny):

@@ -14,7 +14,7 @@ from conftest import ROOT, run, write_dataset, write_model
 import trsr
 from llama import Tokenizer, load_model
 from prepare.dataset import load_dataset, read_jsonl
-from summarize import FIELDS, claim_config, locked
+from runfolder.state import FIELDS, claim_config, locked
 
 
 def summarize(run_folder, data, model, *more, **options):
@@ -88,7 +88,7 @@ def test_the_target_is_not_in_the_text_that_is_summarized(tmp_path, model_folder
     assert (tmp_path / "a" / "summaries.jsonl").read_bytes() == (tmp_path / "b" / "summaries.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("more", [("--batch-size", 3), ("--batch-size", 1, "--users-per-round", 4)])
+@pytest.mark.parametrize("more", [("--batch-size", 3), ("--batch-size", 1)])
 def test_batches_do_not_change_the_file(tmp_path, finished, data_folder, model_folder, more):
     summarize(tmp_path / "run", data_folder, model_folder, *more)
     assert (tmp_path / "run/summaries.jsonl").read_bytes() == (
@@ -107,7 +107,7 @@ def test_two_processes_write_the_same_file(tmp_path, finished, data_folder, mode
 def test_kills_at_random_moments_lose_no_finished_user(tmp_path, finished, data_folder, model_folder):
     folder, rng = tmp_path / "run", random.Random(0)
     command = [sys.executable, ROOT / "summarize.py", "--data", data_folder, "--model", model_folder, "--run", folder]
-    command += ["--max-new-tokens", "12", "--batch-size", "1", "--users-per-round", "1"]
+    command += ["--max-new-tokens", "12", "--batch-size", "1"]
     part, seen = folder / "summaries.part0.jsonl", 0
     for _ in range(4):
         process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -1,5 +1,6 @@
 """trsr.py: the method on texts, with a tokenizer of one token a word and language models that are plain functions."""
 
+import random
 import re
 from collections import Counter
 
@@ -176,21 +177,30 @@ def test_a_context_without_room_for_the_instruction_is_named():
         solve(trsr.hierarchical(["x"], PRODUCTS, budget(10), 5), lambda p: "s")
 
 
-def test_rounds_hand_all_pending_prompts_of_all_users_over_at_once():
-    users = {f"u{n}": [f"{n}-{i}" for i in range(n)] for n in (0, 3, 12, 30)}
-    for paradigm, expected in ((trsr.hierarchical, [1 + 3 + 6, 2]), (trsr.recurrent, [3, 2, 2, 1, 1, 1])):
-        batches = []
+@pytest.mark.parametrize("paradigm", [trsr.hierarchical, trsr.recurrent])
+@pytest.mark.parametrize("seed", range(3))
+def test_users_answered_in_any_order_get_the_same_trees(paradigm, seed):
+    users = {f"u{n}": [f"{n}-{i}" for i in range(n)] for n in (0, 3, 12, 30, 17, 5)}
+    rng, queue, most = random.Random(seed), [], 0
 
-        def generate(prompts, batches=batches):
-            batches.append(len(prompts))
-            return [f"summary of {len(p)} characters" for p in prompts]
+    def submit(prompts, first):
+        nonlocal most
+        assert first == (prompts[0][0][0] in begun)
+        begun.update(user for (user, _), _ in prompts)
+        queue.extend(prompts)
+        most = max(most, len(queue))
 
-        tasks = {u: paradigm(items, PRODUCTS, budget(), 5) for u, items in users.items()}
-        found = dict(trsr.run_rounds(tasks, generate))
-        assert batches == expected
-        for u, items in users.items():  # batched = alone
-            alone, _ = solve(paradigm(items, PRODUCTS, budget(), 5), lambda p: f"summary of {len(p)} characters")
-            assert found[u] == alone
+    def finished():
+        return [(key, f"summary of {len(p)} characters") for key, p in (queue.pop(rng.randrange(len(queue))),)]
+
+    begun = set()
+    tasks = ((u, paradigm(items, PRODUCTS, budget(), 5)) for u, items in users.items())
+    found = dict(trsr.run_tasks(tasks, lambda: len(queue) < 3, submit, finished))
+    assert found.keys() == users.keys()
+    assert most <= 2 + 6  # room() is asked before each user
+    for u, items in users.items():
+        alone, _ = solve(paradigm(items, PRODUCTS, budget(), 5), lambda p: f"summary of {len(p)} characters")
+        assert found[u] == alone
 
 
 # ---- recommendation

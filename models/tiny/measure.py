@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 import trsr
-from llama import Tokenizer, generate, load_model
+from llama import Generator, Tokenizer, load_model
 from models.tiny.corpus import (
     DOMAIN,
     Condition,
@@ -75,14 +75,18 @@ def summarize(folder: Path, users: list[User], paradigm: str, device: torch.devi
     tokenizer = Tokenizer(folder, model.config.vocab_size)
     budget = trsr.Budget(model.config.max_position_embeddings - 150, tokenizer.encode, Counter())
 
-    def write(prompts: list[str]) -> list[str]:
-        answers = generate(model, tokenizer.encode(prompts), 150, model.config.eos_token_id, batch_size=64)
-        return [tokenizer.decode(ids) for ids in answers]
+    generator = Generator(model, 64, 150, model.config.eos_token_id)
+
+    def submit(prompts: list[tuple], first: bool) -> None:
+        generator.submit([(key, tokenizer.encode([prompt])[0]) for key, prompt in prompts], first)
+
+    def finished() -> list[tuple]:
+        return [(key, tokenizer.decode(ids)) for key, ids in generator.step()]
 
     histories = ([text_of(product) for product in user.history] for user in users)
-    tasks = {str(i): PARADIGMS[paradigm](texts, DOMAIN, budget, BLOCK) for i, texts in enumerate(histories)}
-    roots = dict(trsr.run_rounds(tasks, write))
-    return [roots[name]["summary"] for name in tasks]
+    tasks = [(i, PARADIGMS[paradigm](texts, DOMAIN, budget, BLOCK)) for i, texts in enumerate(histories)]
+    roots = dict(trsr.run_tasks(tasks, lambda: len(generator.waiting) < 64, submit, finished))
+    return [roots[i]["summary"] for i in range(len(users))]
 
 
 def shares(users: list[User], summaries: list[str]) -> tuple[float, float]:

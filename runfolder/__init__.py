@@ -1,0 +1,1 @@
+"""What the scripts leave in a run folder, and ways to look at it."""
