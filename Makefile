@@ -5,11 +5,23 @@ BIN = .venv/bin
 
 .PHONY: demo test lint clean
 
+DEMO_TRAINING = --loss answer --lr 2e-3 --epochs 1 --batch-size 16
+
 demo: .venv/installed
-	$(BIN)/python -m prepare.demo --out data/demo --train-users 120 --val-users 20 --test-users 60
-	$(BIN)/python summarize.py --batch-size 64
-	$(BIN)/python train.py
+	rm -rf runs/demo runs/demo-recurrent runs/demo-recent-only
+	$(BIN)/python -m prepare.demo --out data/demo --train-users 150 --val-users 10 --test-users 200
+	$(BIN)/python summarize.py --paradigm hierarchical --batch-size 64 --max-new-tokens 120
+	$(BIN)/python summarize.py --paradigm recurrent --batch-size 64 --max-new-tokens 120 --run runs/demo-recurrent
+	$(BIN)/python -m runfolder.show runs/demo
+	$(BIN)/python -m runfolder.show runs/demo-recurrent
+	$(BIN)/python train.py $(DEMO_TRAINING)
+	$(BIN)/python train.py $(DEMO_TRAINING) --run runs/demo-recurrent
+	$(BIN)/python train.py $(DEMO_TRAINING) --paradigm recent-only --run runs/demo-recent-only
+	$(BIN)/python evaluate.py --untrained
+	$(BIN)/python evaluate.py --run runs/demo-recent-only
+	$(BIN)/python evaluate.py --run runs/demo-recurrent
 	$(BIN)/python evaluate.py --k 3 5 10
+	$(BIN)/python -m runfolder.compare runs/demo-recent-only runs/demo runs/demo-recurrent
 
 test: .venv/installed-test lint
 	$(BIN)/python -m pytest

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 import trsr
-from llama import CheckpointError, find_model, fingerprint, load_model
+from llama import CheckpointError, Pack, find_model, fingerprint, load_model
 from lora import AdapterError, load_adapter
 from prepare.dataset import load_dataset, popularity, write_json, write_jsonl
+from runfolder.page import write_report
 from runfolder.state import load_summaries, read_config
 from summarize import join_processes, peak_memory
 from train import make_recommender, pack_candidates, rank_packs
@@ -33,6 +34,7 @@ def parse_arguments():
     flag("--untrained", action="store_true", help="the base model, without the run's adapter")
     flag("--users", type=trsr.positive, help="only the first so many users")
     flag("--seed", type=trsr.natural, default=0, help="of the candidates' order and the resampling of users")
+    flag("--report", action="store_true", help="write RUN/report.html too, for a browser")
     return parser.parse_args()
 
 
@@ -55,6 +57,15 @@ def format_table(rows: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+def longest_prompts(packs: list[Pack]) -> list[int]:
+    """Return the length in tokens of each user's longest prompt."""
+    lengths: Counter = Counter()
+    for pack in packs:
+        for (user, _), row in pack.leaves.items():
+            lengths[user] = max(lengths[user], int(pack.positions[row]) + 1)
+    return [lengths[user] for user in sorted(lengths)]
+
+
 def means_and_intervals(ranks: list[int], args) -> dict[str, dict]:
     """Return each metric's mean over users and its 95 % interval."""
     metrics = trsr.metrics_at(ranks, args.k)
@@ -72,7 +83,7 @@ def main() -> None:
         raise trsr.InputError(f"{args.run}: nothing trained here yet; first run python train.py --run {args.run}")
     own = {name: value for name, value in vars(args).items() if value is not None and value != "auto"}
     args = argparse.Namespace(**trained | {"users": None} | own)  # what was not asked for is as it was trained
-    args.pack_tokens = 8192 if device.type == "cuda" else 2048
+    args.pack_tokens = 8192 if device.type == "cuda" else 4096
     args.pad_to = args.pack_tokens if device.type == "cuda" else 1
     folder = find_model(args.model, args.revision)
     if fingerprint(folder) != args.fingerprint:
@@ -114,12 +125,14 @@ def main() -> None:
         print(f"trimmed to the context: {number} {what}")
     suffix = "-untrained" if args.untrained else ""
     lines, results = args.run / f"scores-{args.split}{suffix}.jsonl", args.run / f"results{suffix}.json"
-    names = ("user", "positive", "rank", "candidates", "scores")
-    columns = ([e.user for e in examples], [e.positive for e in examples], ranks, candidates, scores)
+    names = ("user", "positive", "rank", "candidates", "scores", "prompt_tokens")
+    users, positives = [e.user for e in examples], [e.positive for e in examples]
+    columns = (users, positives, ranks, candidates, scores, longest_prompts(packs))
     write_jsonl(lines, (dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)))
     report = {"data": args.data, "split": args.split, "users": len(examples), "model": args.model, "row": row}
     write_json(results, report | {"paradigm": args.paradigm, "table": table, "trimmed": dict(trimmed)})
-    print(f"wrote   {results}, {lines}")
+    page = f", {write_report(args.run, args.split, suffix)}" if args.report else ""
+    print(f"wrote   {results}, {lines}{page}")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 
 import sentencepiece
@@ -116,18 +117,20 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     return x * rotary[0] + torch.cat((-second, first), dim=-1) * rotary[1]
 
 
-_compiled_flex_attention = torch.compile(flex_attention)
+@cache
+def _compiled_flex_attention() -> Callable:
+    return torch.compile(flex_attention)  # when it is first needed, since this alone takes two seconds
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | BlockMask | None") -> Tensor:
     """Return softmax(q k^T / sqrt(D)) v (B, H, T, D) for q (B, H, T, D) and k, v (B, K, S, D).
 
-    mask: a BlockMask (FlexAttention), a Pack's blocks of queries, a boolean tensor that is True where a query sees a
-    key, or None for causal.
+    mask: a BlockMask (FlexAttention), a Pack's blocks of queries, a tensor with 0 where a query sees a key and -inf
+    elsewhere, or None for causal.
     """
     grouped = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):
-        return _compiled_flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)
+        return _compiled_flex_attention()(q, k, v, block_mask=mask, enable_gqa=grouped)
     if isinstance(mask, list):
         queries = q.split([len(seen) for _, seen in mask], dim=2)
         parts = (
@@ -136,6 +139,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | BlockMask | None") -
         )
         return torch.cat([F.scaled_dot_product_attention(*part, enable_gqa=grouped) for part in parts], dim=2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+
+
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a boolean mask as what attention adds: 0 where True, -inf elsewhere. Once here, or once in each layer."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -math.inf)
 
 
 class KVCache:
@@ -237,6 +245,10 @@ class Decoder(nn.Module):
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         x = self.embed_tokens(ids)
+        if isinstance(mask, Tensor):
+            mask = additive(mask, x.dtype)
+        elif isinstance(mask, list):
+            mask = [(keys, additive(seen, x.dtype)) for keys, seen in mask]
         rotary = rotary_tables(self.config, positions, x.dtype)
         for layer in self.layers:
             x = layer(x, rotary, positions, mask, cache)

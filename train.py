@@ -58,7 +58,7 @@ def parse_arguments():
     flag("--lora-dropout", type=float, default=0.05, help="on the adapter's input")
     flag("--lora-targets", nargs="+", default=list(ATTENTION), help="linear layers to adapt")
     flag = parser.add_argument_group("running").add_argument
-    flag("--pack-tokens", type=trsr.positive, help="tokens in a forward pass (without it: 8192 on GPUs, 2048 on CPUs)")
+    flag("--pack-tokens", type=trsr.positive, help="tokens in a forward pass (without it: 8192 on GPUs, 4096 on CPUs)")
     flag("--save-every", type=trsr.positive, default=50, help="steps between checkpoints; an epoch ends with one too")
     flag("--k", type=trsr.positive, nargs="+", default=[3, 5, 10], help="validation recall is summed over these")
     return parser.parse_args()
@@ -315,7 +315,7 @@ def main() -> None:
     args.paradigm = args.paradigm or summarized.get("paradigm", "hierarchical")
     half = args.dtype == "bf16" or (args.dtype == "auto" and device.type == "cuda")
     args.dtype, args.autocast = "bf16" if half else "fp32", half and not args.lora_r
-    args.pack_tokens = args.pack_tokens or (8192 if device.type == "cuda" else 2048)
+    args.pack_tokens = args.pack_tokens or (8192 if device.type == "cuda" else 4096)
     args.pad_to = args.pack_tokens if device.type == "cuda" else 1  # one length, so that kernels are compiled once
     domain, items, splits = load_dataset(args.data, ("train", "val"))
     train, val = splits["train"], splits["val"]

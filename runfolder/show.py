@@ -1,0 +1,66 @@
+"""Show how a user's summary grows: the blocks of the history, and what the model wrote of each.
+
+python -m runfolder.show runs/demo                          # the run's first test user
+python -m runfolder.show runs/demo --user S0-test-00007
+"""
+
+import argparse
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+from prepare.dataset import load_dataset, read_jsonl
+from runfolder.state import FIELDS, read_config
+from trsr import InputError, run_main
+
+WIDTH = 110
+
+
+def steps(node: dict, depth: int = 0) -> Iterator[tuple[int, str, list[int], str]]:
+    """Yield (depth, what was summarized, its items [first, last + 1], summary) in the order of the writing."""
+    for child in node.get("children", ()):
+        yield from steps(child, depth + 1)
+    if "previous" in node:
+        yield from steps(node["previous"], depth)
+    if "children" in node:
+        yield depth, f"the {len(node['children'])} summaries together", [0, 0], node["summary"]
+    else:
+        first, end = node["items"]
+        items = f"items {first + 1} to {end}"
+        yield depth, f"the summary before and {items}" if "previous" in node else items, node["items"], node["summary"]
+
+
+def records_of(run: Path) -> dict[str, dict]:
+    """Return the run's summaries by user; InputError where there are none."""
+    path = run / "summaries.jsonl"
+    if not path.is_file():
+        raise InputError(f"{path}: no summaries; first run python summarize.py --run {run}")
+    return {record["user"]: record for _, record in read_jsonl(path, FIELDS)}
+
+
+def main() -> None:
+    """Print one user's blocks and summaries."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="run folder, after summarize.py")
+    parser.add_argument("--user", help="a user of the dataset (without it: the first of test.jsonl)")
+    args = parser.parse_args()
+    records, data = records_of(args.run), read_config(args.run)["summarize"]["data"]
+    _, items, splits = load_dataset(data, ("train", "val", "test"))
+    examples = {example.user: example for split in ("test", "val", "train") for example in splits[split]}
+    user = args.user or next(iter(examples))
+    if user not in examples or user not in records:
+        raise InputError(f"{args.run}: no summary of user {user!r}; the users stand in {args.run}/summaries.jsonl")
+    history = [items[i] for i in examples[user].history]
+    print(f"{args.run}: {user}, {len(history)} items, {records[user]['paradigm']}")
+    for depth, what, span, summary in steps(records[user]["tree"]):
+        margin = "  " * depth
+        print(f"\n{margin}{what}")
+        for number in range(*span):
+            line = f"{margin}  {number + 1:>2}. {history[number]}"
+            print(line if len(line) <= WIDTH else line[: WIDTH - 4] + " ...")
+        lines = {"initial_indent": f"{margin}  -> ", "subsequent_indent": f"{margin}     "}
+        print(textwrap.fill(summary, WIDTH, **lines))
+
+
+if __name__ == "__main__":
+    run_main(main)
