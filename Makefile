@@ -20,7 +20,7 @@ demo: .venv/installed
 	$(BIN)/python evaluate.py --untrained
 	$(BIN)/python evaluate.py --run runs/demo-recent-only
 	$(BIN)/python evaluate.py --run runs/demo-recurrent
-	$(BIN)/python evaluate.py --k 3 5 10
+	$(BIN)/python evaluate.py --k 3 5 10 --report
 	$(BIN)/python -m runfolder.compare runs/demo-recent-only runs/demo runs/demo-recurrent
 
 test: .venv/installed-test lint

@@ -16,11 +16,13 @@ import numpy as np
 import torch
 
 import trsr
-from llama import CheckpointError, Pack, find_model, fingerprint, load_model
+from llama import CheckpointError, Pack, load_model
 from lora import AdapterError, load_adapter
+from models.hub import find_model
 from prepare.dataset import load_dataset, popularity, write_json, write_jsonl
+from runfolder.compare import format_table
 from runfolder.page import write_report
-from runfolder.state import load_summaries, read_config
+from runfolder.state import fingerprint, load_summaries, read_config
 from summarize import join_processes, peak_memory
 from train import make_recommender, pack_candidates, rank_packs
 
@@ -43,18 +45,6 @@ def popularity_ranks(examples: list[trsr.Example], counts: Counter, seed: int) -
     rng = np.random.default_rng(seed)
     lists = ([e.positive, *e.negatives] for e in examples)
     return [trsr.rank_of_positive([counts[i] + rng.random() for i in items], 0) for items in lists]
-
-
-def format_table(rows: dict[str, dict]) -> str:
-    """Return rows (name -> metric -> {"mean", "interval"}) as a table, a line a row and its intervals below it."""
-    names = list(next(iter(rows.values())))
-    lines = [" " * 12 + "".join(f"{name:>16}" for name in names)]
-    for title, metrics in rows.items():
-        lines.append(f"{title:<12}" + "".join(f"{metrics[name]['mean']:>16.4f}" for name in names))
-        if "interval" in metrics[names[0]]:
-            pairs = (metrics[name]["interval"] for name in names)
-            lines.append(" " * 12 + "".join(f"{f'{low:.3f}-{high:.3f}':>16}" for low, high in pairs))
-    return "\n".join(lines)
 
 
 def longest_prompts(packs: list[Pack]) -> list[int]:

@@ -6,13 +6,12 @@ and tensor names are the checkpoint's own, so nothing is renamed or permuted on 
     config, layers      Config, Llama               the model, with one attention for two kinds of batch:
     packed attention    Tree, pack_trees, Pack      many texts that share beginnings in one row (training, scoring)
     cached attention    KVCache, generate           greedy generation
-    files               find_model, load_model, Tokenizer
+    files               load_model, Tokenizer
 
 Shapes: B rows, T tokens of a row, S cache slots of a row, H heads, K key-value heads, D head size, C hidden size,
 V vocabulary. Positions count from 0 in tokens.
 """
 
-import hashlib
 import json
 import logging
 import math
@@ -25,8 +24,6 @@ from pathlib import Path
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from huggingface_hub import errors as hub
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
@@ -573,31 +570,12 @@ def generate(
 
 # ---- Files
 
-HUB_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*")
-
 
 def _read_json(path: Path) -> dict:
     try:
         return dict(json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: no JSON object here ({error}); --model takes a Llama checkpoint") from None
-
-
-def find_model(name: str, revision: str | None = None) -> Path:
-    """Return the folder of a model: a local folder as it is, a hub id (`owner/name`) downloaded or from the cache."""
-    if Path(name).is_dir():
-        return Path(name)
-    if Path(name).is_absolute() or name.startswith(".") or name.count("/") != 1:
-        raise CheckpointError(f"{name}: no such model folder")
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
-    except hub.GatedRepoError:
-        why = "access is gated: accept its licence on the hub, then run `hf auth login`"
-    except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError, hub.HFValidationError):
-        why = f"neither a folder here nor a model on the hub (revision {revision or 'main'})"
-    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, OSError):
-        why = "not a folder here, and the hub cannot be reached; download the model and pass its folder"
-    raise CheckpointError(f"{name}: {why}") from None
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -615,25 +593,6 @@ def weight_files(folder: Path) -> list[Path]:
     if missing := [n for n in names if not (folder / n).is_file()]:
         raise CheckpointError(f"{folder}: missing {', '.join(missing)} (weights are read from safetensors only)")
     return [folder / n for n in names]
-
-
-def fingerprint(folder: Path) -> str:
-    """Return a hash that tells models apart: config, tokenizer, and of every shard its header and 4 KiB a tensor."""
-    state = hashlib.sha256()
-    for name in ("config.json", "generation_config.json", "tokenizer.model", "tokenizer.json"):
-        state.update((folder / name).read_bytes() if (folder / name).is_file() else b"-")
-    for path in weight_files(folder):
-        with open(path, "rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            if size > path.stat().st_size:
-                raise CheckpointError(f"{path}: not a safetensors file, or cut short; fetch it again")
-            header = file.read(size)
-            state.update(header)
-            for entry in json.loads(header).values():
-                if "data_offsets" in entry:
-                    file.seek(8 + size + entry["data_offsets"][0])
-                    state.update(file.read(4096))
-    return state.hexdigest()[:32]
 
 
 def load_model(

@@ -20,9 +20,10 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import trsr
-from llama import CheckpointError, Generator, Tokenizer, find_model, fingerprint, load_model
+from llama import CheckpointError, Generator, Tokenizer, load_model
+from models.hub import find_model
 from prepare.dataset import load_dataset, read_jsonl, write_jsonl
-from runfolder.state import FIELDS, claim_config, collect_records, locked
+from runfolder.state import FIELDS, claim_config, collect_records, fingerprint, locked
 
 
 def parse_arguments():

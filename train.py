@@ -12,7 +12,6 @@ After an interruption the same command goes on from RUN/checkpoint/.
 
 import json
 import math
-import shutil
 import signal
 import time
 from collections import Counter
@@ -20,19 +19,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 import llama
 import trsr
 from llama import CheckpointError, Llama, Pack, Tree, make_tree, pack_trees
-from lora import ATTENTION, AdapterError, LoRAConfig, apply_lora, save_adapter
-from prepare.dataset import atomic_write, load_dataset, read_jsonl, write_jsonl
-from runfolder.state import claim_config, load_summaries, locked, read_config
+from lora import ATTENTION, AdapterError, LoRAConfig, apply_lora
+from models.hub import find_model
+from prepare.dataset import load_dataset, read_jsonl, write_jsonl
+from runfolder.checkpoint import full, load_checkpoint, save_best, save_checkpoint, trainable
+from runfolder.state import claim_config, fingerprint, load_summaries, locked, read_config
 from summarize import gather, join_processes, peak_memory
 
 
@@ -137,16 +134,6 @@ def shard(model: Llama, device: torch.device) -> None:
     register_fsdp_forward_method(model, "loss")
 
 
-def trainable(model: Llama) -> dict[str, Tensor]:
-    """Return the parameters that are trained, by name."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def full(tensor: Tensor) -> Tensor:
-    """Return a sharded tensor whole, another as it is. Every process must call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def reduced(value: float, device: torch.device, op: dist.ReduceOp = dist.ReduceOp.SUM) -> float:
     """Return value reduced over the processes."""
     if not dist.is_initialized():
@@ -182,63 +169,6 @@ def train_step(model: Llama, optimizer, packs: list[Pack], count: int, args, dev
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss, norm
-
-
-# ---- Checkpoints: one safetensors file with what is trained, the optimizer's state and, in its header, the progress
-
-
-def save_checkpoint(run: Path, model: Llama, optimizer, progress: dict, rank: int) -> None:
-    """Write the state after progress["step"] steps, whole or not at all, then remove older ones."""
-    tensors = {}
-    for name, parameter in trainable(model).items():
-        assert parameter in optimizer.state, f"{name} has no optimizer state"
-        state = {"parameter": parameter.detach()} | optimizer.state[parameter]
-        tensors |= {f"{key}/{name}": full(tensor).cpu().contiguous() for key, tensor in state.items()}
-    if rank == 0:
-        (run / "checkpoint").mkdir(exist_ok=True)
-        path = run / "checkpoint" / f"step-{progress['step']:08d}.safetensors"
-        with atomic_write(path, "wb") as file:
-            save_file(tensors, file.name, metadata={"progress": json.dumps(progress)})
-        for old in set(path.parent.iterdir()) - {path}:
-            old.unlink()
-
-
-def load_checkpoint(run: Path, model: Llama, optimizer, device: torch.device) -> dict | None:
-    """Put the newest whole checkpoint into model and optimizer; return its progress, None where there is none."""
-    for path in sorted((run / "checkpoint").glob("step-*.safetensors"), reverse=True):
-        try:
-            with safe_open(path, framework="pt") as file:
-                progress = json.loads(file.metadata()["progress"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            print(f"{path}: ignored, it is not whole ({error})")
-            continue
-        for key, tensor in tensors.items():
-            kind, name = key.split("/")
-            parameter = model.get_parameter(name)
-            if isinstance(parameter, DTensor) and tensor.dim():
-                tensor = distribute_tensor(tensor.to(device), parameter.device_mesh, parameter.placements)
-            if kind == "parameter":
-                parameter.data.copy_(tensor)
-            else:
-                optimizer.state[parameter][kind] = tensor.to(device) if tensor.dim() else tensor
-        return progress
-    return None
-
-
-def save_best(run: Path, model: Llama, folder: Path, args, rank: int) -> None:
-    """Write what evaluate.py needs: the adapter, or with --lora-r 0 the whole model as a folder of its own."""
-    tensors = {name: full(parameter) for name, parameter in trainable(model).items()}
-    if rank == 0 and args.lora_r:
-        save_adapter(run / "adapter", tensors, args.lora, args.model)
-    elif rank == 0:
-        (run / "model").mkdir(exist_ok=True)
-        for source in (*folder.glob("*config.json"), *folder.glob("tokenizer*")):
-            shutil.copyfile(source, run / "model" / source.name)
-        dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-        tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
-        with atomic_write(run / "model" / "model.safetensors", "wb") as file:
-            save_file(tensors, file.name, metadata={"format": "pt"})
 
 
 # ---- The run
@@ -320,7 +250,7 @@ def main() -> None:
     domain, items, splits = load_dataset(args.data, ("train", "val"))
     train, val = splits["train"], splits["val"]
     summaries = load_summaries(args.run, items, train + val) if args.paradigm in trsr.SUMMARIZED else {}
-    folder = llama.find_model(args.model, args.revision)
+    folder = find_model(args.model, args.revision)
     if args.batch_size % (1 + len(train[0].negatives)):
         raise trsr.InputError(f"--batch-size is no multiple of the {1 + len(train[0].negatives)} examples of a user")
     settings = {f: v for f, v in vars(args).items() if f not in ("run", "autocast", "pad_to", "save_every")}
@@ -334,7 +264,7 @@ def main() -> None:
     with locked(args.run, hold=rank == 0):
         if rank == 0:
             started = (args.run / "checkpoint").is_dir()
-            claim_config(args.run, "train", settings | {"fingerprint": llama.fingerprint(folder)}, started)
+            claim_config(args.run, "train", settings | {"fingerprint": fingerprint(folder)}, started)
             n, n_trained = (sum(p.numel() for p in ps) for ps in (model.parameters(), trainable(model).values()))
             print(f"data    {args.data}: {len(train)} users to train on, {len(val)} to validate on")
             print(f"model   {args.model}: {n / 1e6:.1f}M parameters, {n_trained / 1e6:.2f}M trained, {args.dtype}")

@@ -40,18 +40,25 @@ def rows_of(runs: list[Path]) -> tuple[dict, dict[str, dict]]:
     return first, rows
 
 
+def format_table(rows: dict[str, dict]) -> str:
+    """Return rows (name -> metric -> {"mean", "interval"}) as a table, a line a row and its intervals below it."""
+    names, width = list(next(iter(rows.values()))), 2 + max(map(len, rows))
+    lines = [" " * width + "".join(f"{name:>13}" for name in names)]
+    for title, metrics in rows.items():
+        lines.append(f"{title:<{width}}" + "".join(f"{metrics[name]['mean']:>13.4f}" for name in names))
+        if "interval" in metrics[names[0]]:
+            pairs = (metrics[name]["interval"] for name in names)
+            lines.append(" " * width + "".join(f"{f'{low:.3f}-{high:.3f}':>13}" for low, high in pairs))
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", help="run folders, after evaluate.py")
     first, rows = rows_of(parser.parse_args().runs)
-    names = [name for name in first["table"]["random"] if not name.startswith("NDCG")]
-    width = 2 + max(map(len, rows))
-    print(f"{first['users']} users of {first['data']}/{first['split']}.jsonl")
-    print(" " * width + "".join(f"{name:>11}" for name in names) + "   95 % interval of the first")
-    for title, row in rows.items():
-        low_high = "-".join(f"{x:.3f}" for x in row[names[0]].get("interval", ()))
-        print(f"{title:<{width}}" + "".join(f"{row[name]['mean']:>11.4f}" for name in names) + f"   {low_high}")
+    print(f"{first['users']} users of {first['data']}/{first['split']}.jsonl; below each mean its 95 % interval")
+    print(format_table(rows))
 
 
 if __name__ == "__main__":

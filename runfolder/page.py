@@ -22,7 +22,7 @@ from runfolder.state import read_config
 from trsr import SUMMARIZED, InputError, run_main
 
 SHOWN_USERS = 6
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 260, 52, 12, 12, 40  # of a plot, in its own units
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 260, 52, 20, 12, 40  # of a plot, in its own units
 STYLE = """
 :root { color-scheme: light dark; --page: #fbfbf9; --card: #fff; --ink: #1c1c1a; --faint: #6a6a64; --line: #dcdcd4;
   --a: #1f5fbf; --b: #b8481b; --c: #2c7a4b; --d: #8040a0; --good: #e3f1e6; }
@@ -31,13 +31,15 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; padding: 1.5rem 1rem 4rem; background: var(--page); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 64rem; margin: 0 auto; }
+main { max-width: 68rem; margin: 0 auto; }
 h1 { font-size: 1.5rem; margin: 0 0 .25rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
 h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; } p { margin: .3rem 0; } .faint { color: var(--faint); }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th { font-weight: 600; } th:first-child, td:first-child { text-align: left; } .own { background: var(--good); }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .92rem; }
+th, td { padding: .3rem .5rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap;
+  font-variant-numeric: tabular-nums; }
+th { font-weight: 600; } th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 7rem; }
+.own { background: var(--good); }
 td small { display: block; color: var(--faint); }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem; }
 figure { margin: 0; padding: .8rem; background: var(--card); border: 1px solid var(--line); border-radius: .5rem; }
@@ -63,7 +65,9 @@ COLORS = ("var(--a)", "var(--b)", "var(--c)", "var(--d)")
 
 def ticks(low: float, high: float, n: int = 5) -> list[float]:
     """Return about n round numbers that reach from low or below it to high or above it."""
-    span = (high - low) or abs(high) or 1.0
+    if low == high:
+        low, high = min(low, 0), max(high, 0) or 1
+    span = high - low
     power = 10.0 ** np.floor(np.log10(span / n))
     step = next(power * f for f in (1, 2, 5, 10) if span / (power * f) <= n)
     return [float(step * i) for i in range(int(np.floor(low / step)), int(np.ceil(high / step)) + 1)]
@@ -76,7 +80,7 @@ def tag(name: str, content: object = "", **attributes: object) -> str:
     return f"<{name}{options}>{content}</{name}>"
 
 
-def axes(xs: Sequence[float], ys: Sequence[float], x_name: str, y_name: str) -> tuple[str, Callable, Callable]:
+def axes(xs: Sequence[float], ys: Sequence[float], x_name: str) -> tuple[str, Callable, Callable]:
     """Return the axes' markup and the functions from x and y to the plot's units."""
     x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
 
@@ -107,10 +111,10 @@ def figure(title: str, drawing: str, y_name: str, names: Sequence[str] = ()) -> 
 
 def line_plot(title: str, x_name: str, y_name: str, lines: dict[str, list[tuple[float, float]]]) -> str:
     """Return a plot of (x, y) points, a line a name; nothing where there are no points."""
-    points = [point for line in lines.values() for point in line]
-    if not points:
+    xs, ys = ([point[i] for line in lines.values() for point in line] for i in (0, 1))
+    if not xs:
         return ""
-    drawing, x_of, y_of = axes(*zip(*points, strict=True), x_name, y_name)
+    drawing, x_of, y_of = axes(xs, [0, *ys], x_name)
     for line, color in zip(lines.values(), COLORS, strict=False):
         places = [(round(x_of(x), 1), round(y_of(y), 1)) for x, y in line]
         path = " ".join(f"{x},{y}" for x, y in places)
@@ -123,7 +127,7 @@ def line_plot(title: str, x_name: str, y_name: str, lines: dict[str, list[tuple[
 def histogram(title: str, x_name: str, values: Sequence[float], limit: float) -> str:
     """Return a histogram of values, with a line at limit."""
     counts, edges = np.histogram(values, bins=24, range=(0, max(limit, *values)))
-    drawing, x_of, y_of = axes([0, limit, *values], [0, int(counts.max())], x_name, "users")
+    drawing, x_of, y_of = axes([0, limit, *values], [0, int(counts.max())], x_name)
     for count, low, high in zip(counts, edges, edges[1:], strict=False):
         size = {"x": x_of(low) + 0.5, "y": y_of(count), "width": x_of(high) - x_of(low) - 1}
         drawing += tag("rect", **size, height=y_of(0) - y_of(count), fill=COLORS[0])

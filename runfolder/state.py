@@ -1,12 +1,14 @@
-"""The run folder: its lock, the settings that were used in it, and the summaries."""
+"""The run folder: its lock, the settings and the model that were used in it, and the summaries."""
 
 import fcntl
+import hashlib
 import json
 from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
 import trsr
+from llama import CheckpointError, weight_files
 from prepare.dataset import read_json, read_jsonl, write_json, write_jsonl
 
 # A line of summaries.jsonl; key is a hash of all that determines the summary: the settings and the history's texts.
@@ -73,3 +75,22 @@ def load_summaries(run: Path, items: dict[str, str], examples: Iterable[trsr.Exa
             what = "no summary" if record is None else "the summary is of another history"
             raise trsr.InputError(f"{path}: user {example.user!r}: {what}; {again}")
     return {example.user: found[example.user]["summary"] for example in examples}
+
+
+def fingerprint(folder: Path) -> str:
+    """Return a hash that tells models apart: config, tokenizer, and of every shard its header and 4 KiB a tensor."""
+    state = hashlib.sha256()
+    for name in ("config.json", "generation_config.json", "tokenizer.model", "tokenizer.json"):
+        state.update((folder / name).read_bytes() if (folder / name).is_file() else b"-")
+    for path in weight_files(folder):
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if size > path.stat().st_size:
+                raise CheckpointError(f"{path}: not a safetensors file, or cut short; fetch it again")
+            header = file.read(size)
+            state.update(header)
+            for entry in json.loads(header).values():
+                if "data_offsets" in entry:
+                    file.seek(8 + size + entry["data_offsets"][0])
+                    state.update(file.read(4096))
+    return state.hexdigest()[:32]

@@ -12,6 +12,8 @@ from transformers import LlamaForCausalLM
 
 import llama
 from llama import CheckpointError, KVCache, Tokenizer, Tree, generate, load_model, make_tree, pack_trees, score_packs
+from models.hub import find_model
+from runfolder.state import fingerprint
 
 CPU = torch.device("cpu")
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
@@ -361,19 +363,19 @@ def test_bad_weight_files_are_named(tmp_path):
 
 def test_a_model_that_is_nowhere_is_named(monkeypatch):
     with pytest.raises(CheckpointError, match="no such model folder"):
-        llama.find_model("./nowhere")
+        find_model("./nowhere")
     with pytest.raises(CheckpointError, match="neither a folder here nor a model on the hub"):
-        llama.find_model("not a/name")
+        find_model("not a/name")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match="hub cannot be reached"):
-        llama.find_model("owner/absent-model")
+        find_model("owner/absent-model")
 
 
 def test_fingerprint_tells_models_apart(tmp_path):
     write_model(tmp_path / "a", seed=0)
     write_model(tmp_path / "b", seed=0)
     write_model(tmp_path / "c", seed=1)
-    a, b, c = (llama.fingerprint(tmp_path / name) for name in "abc")
+    a, b, c = (fingerprint(tmp_path / name) for name in "abc")
     assert a == b != c
 
 

@@ -115,7 +115,7 @@ def test_compare_prints_a_row_a_run(runs, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "4 users of" in out
     titles = ["random", "popularity", "untrained (recurrent)", "recent-only", "recurrent (one)", "recurrent (two)"]
-    assert [line.split("  ")[0] for line in out.splitlines()[2:]] == titles
+    assert [line.split("  ")[0] for line in out.splitlines()[2:] if line[0] != " "] == titles
 
 
 def test_what_is_missing_or_differs_is_named(runs, tmp_path):

@@ -1,0 +1,27 @@
+"""Where a model comes from: a folder, or the Hugging Face hub."""
+
+from pathlib import Path
+
+from huggingface_hub import errors as hub
+from huggingface_hub import snapshot_download
+
+from llama import CheckpointError
+
+HUB_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*")
+
+
+def find_model(name: str, revision: str | None = None) -> Path:
+    """Return the folder of a model: a local folder as it is, a hub id (`owner/name`) downloaded or from the cache."""
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).is_absolute() or name.startswith(".") or name.count("/") != 1:
+        raise CheckpointError(f"{name}: no such model folder")
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+    except hub.GatedRepoError:
+        why = "access is gated: accept its licence on the hub, then run `hf auth login`"
+    except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError, hub.HFValidationError):
+        why = f"neither a folder here nor a model on the hub (revision {revision or 'main'})"
+    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, OSError):
+        why = "not a folder here, and the hub cannot be reached; download the model and pass its folder"
+    raise CheckpointError(f"{name}: {why}") from None
