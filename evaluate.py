@@ -14,17 +14,18 @@ from collections import Counter
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 import trsr
-from llama import CheckpointError, Pack, load_model
+from llama import CheckpointError, Pack, compile_layers, load_model, score_packs
 from lora import AdapterError, load_adapter
 from models.hub import find_model
 from prepare.dataset import load_dataset, popularity, write_json, write_jsonl
 from runfolder.compare import format_table
 from runfolder.page import write_report
+from runfolder.processes import gather, host_workers, join_processes, peak_memory
 from runfolder.state import fingerprint, load_summaries, read_config
-from summarize import join_processes, peak_memory
-from train import make_recommender, pack_candidates, rank_packs
+from train import make_recommender, share_out, user_packs
 
 
 def parse_arguments():
@@ -47,13 +48,25 @@ def popularity_ranks(examples: list[trsr.Example], counts: Counter, seed: int) -
     return [trsr.rank_of_positive([counts[i] + rng.random() for i in items], 0) for items in lists]
 
 
-def longest_prompts(packs: list[Pack]) -> list[int]:
-    """Return the length in tokens of each user's longest prompt."""
+def score(model, recommender, examples, candidates, answers, args, show: bool) -> tuple[dict, list[int], Counter]:
+    """Return the (Yes, No) logits by (user, candidate), each user's longest prompt in tokens, and what was trimmed.
+
+    The users are shared out over the processes by their candidates' lengths; every process gets the whole result.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     lengths: Counter = Counter()
-    for pack in packs:
+
+    def measure(pack: Pack) -> None:
         for (user, _), row in pack.leaves.items():
             lengths[user] = max(lengths[user], int(pack.positions[row]) + 1)
-    return [lengths[user] for user in sorted(lengths)]
+
+    sizes = [sum(len(recommender.items[i]) for i in items) for items in candidates]
+    mine = sorted(share_out(sizes, world)[rank])
+    packs = user_packs(recommender, examples, candidates, mine, args, show)
+    parts = gather((score_packs(model, packs, answers, measure), lengths, recommender.budget.trimmed))
+    scores = {key: value for part, _, _ in parts for key, value in part.items()}
+    lengths, trimmed = (sum((part[i] for part in parts), Counter()) for i in (1, 2))
+    return scores, [lengths[user] for user in range(len(examples))], trimmed
 
 
 def means_and_intervals(ranks: list[int], args) -> dict[str, dict]:
@@ -75,6 +88,7 @@ def main() -> None:
     args = argparse.Namespace(**trained | {"users": None} | own)  # what was not asked for is as it was trained
     args.pack_tokens = 8192 if device.type == "cuda" else 4096
     args.pad_to = args.pack_tokens if device.type == "cuda" else 1
+    args.workers = host_workers(device)
     folder = find_model(args.model, args.revision)
     if fingerprint(folder) != args.fingerprint:
         raise trsr.InputError(f"{args.model}: not the model that {args.run} was trained on ({trained['model']})")
@@ -87,6 +101,8 @@ def main() -> None:
     if kind == "adapter" and not args.untrained:
         load_adapter(model, args.run / "adapter")
     model.eval()
+    if device.type == "cuda":
+        compile_layers(model)
     recommender, answers = make_recommender(args, model, folder, domain, items, summaries)
     row = "untrained" if args.untrained else "trained"
     if rank == 0:
@@ -94,11 +110,12 @@ def main() -> None:
         print(f"model   {args.model}, {row} ({kind}), {args.dtype}, on {world} x {device.type}")
         print(f"prompt  {args.paradigm}, {args.history_items} recent items, {recommender.budget.tokens} tokens at most")
     start = time.perf_counter()
-    candidates, packs = pack_candidates(recommender, examples, args, show=rank == 0)
-    scores, ranks = rank_packs(model, examples, candidates, packs, answers, show=rank == 0)
+    candidates = [trsr.shuffled_candidates(example) for example in examples]
+    logits, lengths, trimmed = score(model, recommender, examples, candidates, answers, args, show=rank == 0)
     seconds = time.perf_counter() - start
     if rank > 0:
         return
+    scores, ranks = trsr.rank_users(examples, candidates, logits)
 
     chance = trsr.random_metrics(len(candidates[0]), args.k)
     by_popularity = popularity_ranks(examples, popularity(splits["train"]), args.seed)
@@ -110,14 +127,13 @@ def main() -> None:
     print(format_table(table))
     print("below each mean is its 95 % interval over users")
     print(f"{len(examples)} users in {seconds:.1f} s; peak {peak_memory(device)}")
-    trimmed = recommender.budget.trimmed
     for what, number in trimmed.items():
         print(f"trimmed to the context: {number} {what}")
     suffix = "-untrained" if args.untrained else ""
     lines, results = args.run / f"scores-{args.split}{suffix}.jsonl", args.run / f"results{suffix}.json"
     names = ("user", "positive", "rank", "candidates", "scores", "prompt_tokens")
     users, positives = [e.user for e in examples], [e.positive for e in examples]
-    columns = (users, positives, ranks, candidates, scores, longest_prompts(packs))
+    columns = (users, positives, ranks, candidates, scores, lengths)
     write_jsonl(lines, (dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)))
     report = {"data": args.data, "split": args.split, "users": len(examples), "model": args.model, "row": row}
     write_json(results, report | {"paradigm": args.paradigm, "table": table, "trimmed": dict(trimmed)})

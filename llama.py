@@ -127,7 +127,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | BlockMask | None") -
     """
     grouped = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):
-        return _compiled_flex_attention()(q, k, v, block_mask=mask, enable_gqa=grouped)
+        flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
+        return flex(q, k, v, block_mask=mask, enable_gqa=grouped)
     if isinstance(mask, list):
         queries = q.split([len(seen) for _, seen in mask], dim=2)
         parts = (
@@ -438,16 +439,30 @@ def _build_pack(trees: list[Tree], trunk: int, held: list[tuple], pad_to: int, l
 
 @torch.no_grad()
 def score_packs(model: Llama, packs: Iterable[Pack], vocabulary: Sequence[int], progress=lambda pack: None) -> dict:
-    """Return {(tree, branch): fp32 logits of the tokens in vocabulary after its last token}; progress gets each."""
-    device, scores = next(model.parameters()).device, {}
-    for pack in packs:
-        here = pack.to(device)
-        rows = torch.tensor(list(pack.leaves.values()), device=device)
-        select = (torch.zeros_like(rows), rows)
-        logits = model(here.ids[None], here.positions[None], here.mask(), select=select, vocabulary=vocabulary)
-        scores |= zip(pack.leaves, logits.float().tolist(), strict=True)
+    """Return {(tree, branch): fp32 logits of vocabulary after its last token}; progress gets each pack when done."""
+    device, scores, running = next(model.parameters()).device, {}, deque()
+
+    def collect() -> None:
+        pack, logits = running.popleft()
+        scores.update(zip(pack.leaves, logits.tolist(), strict=True))
         progress(pack)
+
+    for pack in packs:
+        here, rows = pack.to(device), torch.tensor(list(pack.leaves.values()))
+        select = (torch.zeros_like(rows).to(device), rows.to(device))
+        logits = model(here.ids[None], here.positions[None], here.mask(), select=select, vocabulary=vocabulary)
+        running.append((pack, logits.float()))
+        if len(running) > 1:  # a result is fetched when the GPU has the next pack to work on
+            collect()
+    while running:
+        collect()
     return scores
+
+
+def compile_layers(model: Llama) -> None:
+    """Compile the layers for packs of one length on a GPU: one compilation serves all of them."""
+    for layer in model.model.layers:
+        layer.compile(dynamic=False)
 
 
 # ---- Greedy generation with a cache

@@ -9,20 +9,17 @@ interruption the same command goes on from there.
 """
 
 import json
-import os
-import resource
 from collections import Counter
 from dataclasses import asdict
-from datetime import timedelta
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 import trsr
 from llama import CheckpointError, Generator, Tokenizer, load_model
 from models.hub import find_model
 from prepare.dataset import load_dataset, read_jsonl, write_jsonl
+from runfolder.processes import gather, join_processes, peak_memory
 from runfolder.state import FIELDS, claim_config, collect_records, fingerprint, locked
 
 
@@ -37,40 +34,6 @@ def parse_arguments():
     flag("--int8", action="store_true", help="8-bit weights through bitsandbytes, as in the paper")
     flag("--batch-size", type=trsr.positive, default=16, help="prompts decoded together")
     return parser.parse_args()
-
-
-# ---- Processes: the same script runs alone and under torchrun
-
-
-def join_processes() -> tuple[int, int, torch.device]:
-    """Return this process's rank, the number of processes and its device; under torchrun, meet the others first."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    if world > 1:
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, timeout=timedelta(hours=12)
-        )  # a process may finish its users long before others
-    return rank, world, device
-
-
-def gather(value: object) -> list:
-    """Return the value that each process passes, in the order of their ranks. Every process must call it."""
-    values = [value]
-    if dist.is_initialized():
-        values = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value)
-    return values
-
-
-def peak_memory(device: torch.device) -> str:
-    """Return the most memory that this process had in use at once: of its GPU, or on a CPU of the machine."""
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB of GPU memory"
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB of memory"
 
 
 # ---- The run

@@ -15,11 +15,15 @@ import math
 import signal
 import time
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import llama
@@ -29,8 +33,10 @@ from lora import ATTENTION, AdapterError, LoRAConfig, apply_lora
 from models.hub import find_model
 from prepare.dataset import load_dataset, read_jsonl, write_jsonl
 from runfolder.checkpoint import full, load_checkpoint, save_best, save_checkpoint, trainable
+from runfolder.processes import gather, host_workers, join_processes, peak_memory
 from runfolder.state import claim_config, fingerprint, load_summaries, locked, read_config
-from summarize import gather, join_processes, peak_memory
+
+USERS_PACKED = 64  # whose prompts are packed together in scoring
 
 
 def parse_arguments():
@@ -64,10 +70,43 @@ def parse_arguments():
 # ---- What is trained on: a tree for each user, and which users make a step
 
 
-def training_tree(recommender: trsr.Recommender, example: trsr.Example, answers: tuple[int, int]) -> Tree:
-    """Return the user's training examples: the positive's prompt answered Yes, the negatives' answered No."""
-    prompts = recommender.prompt_ids(example, [example.positive, *example.negatives])
-    return make_tree([[*ids, answers[min(i, 1)]] for i, ids in enumerate(prompts)])
+class Prompts(Dataset):
+    """Each user's prompts for some items as a tree, and what was trimmed; with answers, each ends with its own."""
+
+    def __init__(self, recommender: trsr.Recommender, users: list[tuple[trsr.Example, list[str]]], answers=None):
+        self.recommender, self.users, self.answers = recommender, users, answers
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def __getitem__(self, index: int) -> tuple[Tree, Counter]:
+        example, items = self.users[index]
+        self.recommender.budget.trimmed.clear()
+        prompts = self.recommender.prompt_ids(example, items)
+        if self.answers:
+            yes, no = self.answers
+            prompts = [[*ids, yes if i == example.positive else no] for ids, i in zip(prompts, items, strict=True)]
+        return make_tree(prompts), Counter(self.recommender.budget.trimmed)
+
+
+def tokenized(prompts: Prompts, args, show: bool) -> Iterator[Tree]:
+    """Yield the trees in order, made by args.workers processes; then the budget knows what all of them trimmed."""
+    trimmed: Counter = Counter()
+    loader = DataLoader(
+        prompts, batch_size=None, num_workers=args.workers, **({"prefetch_factor": 32} if args.workers else {})
+    )
+    for tree, cut in tqdm(loader, "tokenize", unit="user", disable=not show):
+        trimmed += cut
+        yield tree
+    prompts.recommender.budget.trimmed.update(trimmed - prompts.recommender.budget.trimmed)
+
+
+def training_trees(
+    recommender: trsr.Recommender, examples: list[trsr.Example], answers, args, show: bool
+) -> list[Tree]:
+    """Return each user's training examples: the positive's prompt answered Yes, the negatives' answered No."""
+    users = [(example, [example.positive, *example.negatives]) for example in examples]
+    return list(tokenized(Prompts(recommender, users, answers), args, show))
 
 
 def target_count(tree: Tree, loss: str) -> int:
@@ -105,22 +144,24 @@ def make_recommender(args, model: Llama, folder: Path, domain, items, summaries)
     return trsr.Recommender(args.paradigm, domain, items, summaries, args.history_items, budget), answers
 
 
-def pack_candidates(recommender: trsr.Recommender, examples: list[trsr.Example], args, show: bool):
-    """Return each user's candidates in random order, and packs with all of their prompts, a tree a user."""
-    candidates = [trsr.shuffled_candidates(example) for example in examples]
-    with tqdm(examples, "tokenize", unit="user", disable=not show) as bar:
-        prompts = (recommender.prompt_ids(e, items) for e, items in zip(bar, candidates, strict=True))
-        trees = [make_tree(ids) for ids in prompts]
-    return candidates, pack_trees(trees, args.pack_tokens, args.pad_to)
+def user_packs(recommender, examples, candidates, users: Sequence[int], args, show: bool) -> Iterator[Pack]:
+    """Yield packs with all prompts of these users (indices of examples), while workers tokenize the next ones."""
+    trees = tokenized(Prompts(recommender, [(examples[u], candidates[u]) for u in users]), args, show)
+    for start in range(0, len(users), USERS_PACKED):
+        for pack in pack_trees(list(islice(trees, USERS_PACKED)), args.pack_tokens, args.pad_to):
+            yield replace(pack, leaves={(users[start + t], b): row for (t, b), row in pack.leaves.items()})
+    next(trees, None)  # its last words
 
 
-def rank_packs(model: Llama, examples, candidates, packs: list[Pack], answers, show: bool):
-    """Return the users' candidate probabilities and positives' ranks; the packs are shared out over the processes."""
+def validation_recall(model: Llama, examples, candidates, packs: list[Pack], answers, args) -> dict[str, float]:
+    """Return the recall at each k; the packs are shared out over the processes, equally many to each for FSDP."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine = (packs[rank::world] + packs[:1])[: -(-len(packs) // world)]  # equally many; scoring one twice does no harm
-    with tqdm(total=len(mine), desc="score", unit="pack", leave=False, disable=not show) as bar:
+    mine = (packs[rank::world] + packs[:1])[: -(-len(packs) // world)]  # scoring one twice does no harm
+    with tqdm(total=len(mine), desc="score", unit="pack", leave=False, disable=rank > 0) as bar:
         parts = gather(llama.score_packs(model, mine, answers, lambda _: bar.update()))
-    return trsr.rank_users(examples, candidates, {key: v for part in reversed(parts) for key, v in part.items()})
+    scores = {key: value for part in reversed(parts) for key, value in part.items()}
+    _, ranks = trsr.rank_users(examples, candidates, scores)
+    return {name: float(v.mean()) for name, v in trsr.metrics_at(ranks, args.k).items() if "Recall" in name}
 
 
 # ---- One optimizer step: FSDP2 where torchrun started several processes, nothing of it otherwise
@@ -247,13 +288,14 @@ def main() -> None:
     args.dtype, args.autocast = "bf16" if half else "fp32", half and not args.lora_r
     args.pack_tokens = args.pack_tokens or (8192 if device.type == "cuda" else 4096)
     args.pad_to = args.pack_tokens if device.type == "cuda" else 1  # one length, so that kernels are compiled once
+    args.workers = host_workers(device)
     domain, items, splits = load_dataset(args.data, ("train", "val"))
     train, val = splits["train"], splits["val"]
     summaries = load_summaries(args.run, items, train + val) if args.paradigm in trsr.SUMMARIZED else {}
     folder = find_model(args.model, args.revision)
     if args.batch_size % (1 + len(train[0].negatives)):
         raise trsr.InputError(f"--batch-size is no multiple of the {1 + len(train[0].negatives)} examples of a user")
-    settings = {f: v for f, v in vars(args).items() if f not in ("run", "autocast", "pad_to", "save_every")}
+    settings = {f: v for f, v in vars(args).items() if f not in ("run", "autocast", "pad_to", "save_every", "workers")}
     args.lora = LoRAConfig(args.lora_r, args.lora_alpha, args.lora_dropout, tuple(args.lora_targets))
     # Full fine-tuning keeps fp32 weights and computes under autocast; an adapter's frozen base can be bf16.
     model = llama.load_model(folder, torch.device("cpu"), torch.bfloat16 if half and args.lora_r else torch.float32)
@@ -270,9 +312,9 @@ def main() -> None:
             print(f"model   {args.model}: {n / 1e6:.1f}M parameters, {n_trained / 1e6:.2f}M trained, {args.dtype}")
             print(f"prompt  {args.paradigm}, {args.history_items} recent items, {recommender.budget.tokens} tokens")
             print(f"steps   {args.epochs} epochs, {args.batch_size} examples a step, on {world} x {device.type}")
-        with tqdm(train, "tokenize", unit="user", disable=rank > 0) as bar:
-            trees = [training_tree(recommender, example, answers) for example in bar]
-        candidates, val_packs = pack_candidates(recommender, val, args, show=rank == 0)
+        trees = training_trees(recommender, train, answers, args, show=rank == 0)
+        candidates = [trsr.shuffled_candidates(example) for example in val]
+        val_packs = list(user_packs(recommender, val, candidates, range(len(val)), args, show=rank == 0))
         for what, number in recommender.budget.trimmed.items() if rank == 0 else ():
             print(f"trimmed to the context: {number} {what}")
         if world > 1:
@@ -284,12 +326,12 @@ def main() -> None:
         def recall_of() -> dict[str, float]:
             model.eval()
             with torch.autocast(device.type, torch.bfloat16, enabled=args.autocast):
-                _, ranks = rank_packs(model, val, candidates, val_packs, answers, show=rank == 0)
+                recall = validation_recall(model, val, candidates, val_packs, answers, args)
             model.train()
             for module in model.modules():  # without a backward pass nothing else drops the gathered weights
                 if isinstance(module, FSDPModule):
                     module.reshard()
-            return {name: float(v.mean()) for name, v in trsr.metrics_at(ranks, args.k).items() if "Recall" in name}
+            return recall
 
         model.train()
         fit(args, model, optimizer, folder, device, trees, [example.user for example in train], recall_of)

@@ -1,1 +1,1 @@
-"""What the scripts leave in a run folder, and ways to look at it."""
+"""What the scripts share around the method: their processes, the run folder, and ways to look at it."""

@@ -1,0 +1,44 @@
+"""What the scripts share around torch.distributed: each of them runs alone and under torchrun."""
+
+import os
+import resource
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+def join_processes() -> tuple[int, int, torch.device]:
+    """Return this process's rank, the number of processes and its device; under torchrun, meet the others first."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, timeout=timedelta(hours=12)
+        )  # a process may finish its users long before others
+    return rank, world, device
+
+
+def gather(value: object) -> list:
+    """Return the value that each process passes, in the order of their ranks. Every process must call it."""
+    values = [value]
+    if dist.is_initialized():
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
+def peak_memory(device: torch.device) -> str:
+    """Return the most memory that this process had in use at once: of its GPU, or on a CPU of the machine."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB of GPU memory"
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB of memory"
+
+
+def host_workers(device: torch.device) -> int:
+    """Return how many processes tokenize while a GPU works; a CPU has its hands full."""
+    return min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if device.type == "cuda" else 0
