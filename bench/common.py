@@ -53,7 +53,7 @@ def models(args, device: torch.device, dtype: torch.dtype) -> tuple[Llama, Llama
     if fields["tie_word_embeddings"]:
         ours.lm_head.weight = ours.model.embed_tokens.weight
         theirs.tie_weights()
-    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config, device=device)  # it was on meta too
+    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config).to(device)  # it was on meta too
     return ours.eval(), theirs.eval()
 
 
