@@ -6,7 +6,7 @@ and tensor names are the checkpoint's own, so nothing is renamed or permuted on 
     config, layers      Config, Llama               the model, with one attention for two kinds of batch:
     packed attention    Tree, pack_trees, Pack      many texts that share beginnings in one row (training, scoring)
     cached attention    KVCache, generate           greedy generation
-    files               load_model, Tokenizer
+    files               load_model
 
 Shapes: B rows, T tokens of a row, S cache slots of a row, H heads, K key-value heads, D head size, C hidden size,
 V vocabulary. Positions count from 0 in tokens.
@@ -21,7 +21,6 @@ from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 
-import sentencepiece
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -67,7 +66,7 @@ _ROPE = {"default": (), "linear": ("factor",), "llama3": _LLAMA3}  # the fields 
 def load_config(folder: Path) -> Config:
     """Return the configuration of a model folder; CheckpointError for an architecture or feature not built here."""
     path, generation = folder / "config.json", folder / "generation_config.json"
-    raw = _read_json(path)
+    raw = read_json_file(path)
     for field, supported in (("model_type", "llama"), ("hidden_act", "silu"), ("quantization_config", None)):
         if raw.get(field, supported) != supported or (field == "model_type" and field not in raw):
             raise CheckpointError(f"{path}: {field} is {raw.get(field)!r}, only {supported!r} is supported")
@@ -80,7 +79,7 @@ def load_config(folder: Path) -> Config:
         raw["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta"))
         raw["num_key_value_heads"] = raw.get("num_key_value_heads") or raw["num_attention_heads"]
         raw["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
-        eos = (_read_json(generation) if generation.is_file() else {}).get("eos_token_id", raw.get("eos_token_id"))
+        eos = (read_json_file(generation) if generation.is_file() else {}).get("eos_token_id", raw.get("eos_token_id"))
         raw["eos_token_id"] = tuple(eos) if isinstance(eos, list) else None if eos is None else (eos,)
         required = {f.name: raw[f.name] for f in fields(Config) if f.default is MISSING}
         optional = {f.name: raw[f.name] for f in fields(Config) if raw.get(f.name) is not None}
@@ -177,6 +176,24 @@ class PackWriter:
         return k, v
 
 
+@dataclass(frozen=True)
+class PrefixCache:
+    """Keys and values of a prefix of `length` tokens, kept from the first pack that begins with it for later ones."""
+
+    length: int
+    layers: list[tuple[Tensor, Tensor]]
+
+    def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor, mask) -> tuple[Tensor, Tensor]:
+        """Keep what begins k, v (1, K, T, D) and return them, or return them behind what was kept."""
+        if layer == len(self.layers):
+            self.layers.append((k[:, :, : self.length], v[:, :, : self.length]))
+            return k, v
+        return tuple(torch.cat(pair, dim=2) for pair in zip(self.layers[layer], (k, v), strict=True))
+
+
+Cache = KVCache | PackWriter | PrefixCache
+
+
 class Attention(nn.Module):
     """Grouped-query self-attention over the batch's own tokens or over a cache."""
 
@@ -189,7 +206,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c, config.num_key_value_heads * d, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * d, c, bias=bias)
 
-    def forward(self, x: Tensor, rotary, positions: Tensor, mask, cache: KVCache | PackWriter | None) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor, rotary, positions: Tensor, mask, cache: Cache | None) -> Tensor:  # noqa: D102
         B, T, _ = x.shape
         q, k, v = (p(x).view(B, T, -1, self.head_dim).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, rotary), rotate(k, rotary)  # (B, H, T, D), (B, K, T, D)
@@ -223,7 +240,7 @@ class Layer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary, positions: Tensor, mask, cache: KVCache | PackWriter | None) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor, rotary, positions: Tensor, mask, cache: Cache | None) -> Tensor:  # noqa: D102
         x = x + self.self_attn(self.input_layernorm(x), rotary, positions, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -238,7 +255,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, ids: Tensor, positions: Tensor | None, mask, cache: KVCache | PackWriter | None) -> Tensor:
+    def forward(self, ids: Tensor, positions: Tensor | None, mask, cache: Cache | None) -> Tensor:
         """Return hidden states (B, T, C) for ids (B, T)."""
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
@@ -249,7 +266,8 @@ class Decoder(nn.Module):
             mask = [(keys, additive(seen, x.dtype)) for keys, seen in mask]
         rotary = rotary_tables(self.config, positions, x.dtype)
         for layer in self.layers:
-            x = layer(x, rotary, positions, mask, cache)
+            run = layer if cache is None else layer.forward  # what is compiled is for packs alone
+            x = run(x, rotary, positions, mask, cache)
         return self.norm(x)
 
 
@@ -269,7 +287,7 @@ class Llama(nn.Module):
         ids: Tensor,
         positions: Tensor | None = None,
         mask: "Tensor | BlockMask | None" = None,
-        cache: KVCache | PackWriter | None = None,
+        cache: Cache | None = None,
         select: tuple | None = None,
         vocabulary: Sequence[int] | None = None,
     ) -> Tensor:
@@ -330,21 +348,23 @@ class Pack:
     weights: Tensor
     leaves: dict[tuple[int, int], int]  # (tree, branch) as given to pack_trees -> row of the branch's last token
     tokens: int  # T without padding
+    known: int = 0  # first rows that all packs of one large tree have in common, its prefix; 0 in other packs
 
     def to(self, device: torch.device) -> "Pack":
         """Return the pack with its tensors on device."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
-    def mask(self, block: int = 256) -> "BlockMask | list[tuple[Tensor, Tensor]]":
-        """Return who sees whom by tree_rule: a BlockMask on CUDA; elsewhere a list, for each `block` queries, of the
-        keys that any of them sees (S,), and which of them each sees (block, S), so that the others cost nothing.
+    def mask(self, first: int = 0, block: int = 256) -> "BlockMask | list[tuple[Tensor, Tensor]]":
+        """Return whom the queries from row `first` on see, by tree_rule: a BlockMask on CUDA; elsewhere a list, for
+        each `block` queries, of the keys that any sees (S,), and which of them each sees (block, S).
         """
-        rule, length = tree_rule(self.documents, self.branches), len(self.ids)
+        rule, rows = tree_rule(self.documents, self.branches), torch.arange(len(self.ids))
         if self.ids.is_cuda:
-            return create_block_mask(rule, None, None, length, length, device=self.ids.device)
-        blocks, rows = [], torch.arange(length)
-        for queries in rows.split(block):
+            shifted = (lambda b, h, query, key: rule(b, h, query + first, key)) if first else rule
+            return create_block_mask(shifted, None, None, len(rows) - first, len(rows), device=self.ids.device)
+        blocks = []
+        for queries in rows[first:].split(block):
             seen = rule(None, None, queries[:, None], rows[None, : queries[-1] + 1])
             keys = seen.any(0).nonzero()[:, 0]
             blocks.append((keys, seen[:, keys]))
@@ -377,20 +397,27 @@ def make_tree(sequences: list[list[int]]) -> Tree:
 def pack_trees(trees: list[Tree], max_tokens: int, pad_to: int = 1, last_only: bool = False) -> list[Pack]:
     """Return packs of up to max_tokens tokens that hold all trees, best fit first, padded to a multiple of pad_to.
 
-    A tree larger than a pack is split between its branches; a single sequence larger than that makes a pack larger.
+    A tree larger than a pack is split between its branches, in packs of its own that begin alike; a single sequence
+    larger than that makes a pack larger.
     Every token is a target except a sequence's first; with last_only just the last token of each branch.
     """
     trunk = common_prefix([tree.prefix for tree in trees]) if trees else 0
     pieces: list[tuple[int, int, list[int]]] = []  # (size without the trunk, tree, its branches)
+    packs = []
     for t, tree in enumerate(trees):
-        start = len(tree.prefix) - trunk
-        group, size = [], start
+        groups, start = [[]], len(tree.prefix) - trunk
+        size = start
         for b, branch in enumerate(tree.branches):
-            if group and trunk + size + len(branch) > max_tokens:
-                pieces.append((size, t, group))
-                group, size = [], start
-            group, size = [*group, b], size + len(branch)
-        pieces.append((size, t, group))
+            if groups[-1] and trunk + size + len(branch) > max_tokens:
+                groups.append([])
+                size = start
+            groups[-1].append(b)
+            size += len(branch)
+        if len(groups) == 1:
+            pieces.append((size, t, groups[0]))
+        else:
+            split = (_build_pack(trees, trunk, [(0, t, group)], pad_to, last_only) for group in groups)
+            packs += [replace(pack, known=len(tree.prefix)) for pack in split]
     bins: list[tuple[int, list]] = []
     for piece in sorted(pieces, key=lambda p: -p[0]):
         room = [(max_tokens - used - piece[0], i) for i, (used, _) in enumerate(bins)]
@@ -399,7 +426,7 @@ def pack_trees(trees: list[Tree], max_tokens: int, pad_to: int = 1, last_only: b
             bins.append((trunk + piece[0], [piece]))
         else:
             bins[best] = (bins[best][0] + piece[0], [*bins[best][1], piece])
-    return [_build_pack(trees, trunk, held, pad_to, last_only) for _, held in bins]
+    return packs + [_build_pack(trees, trunk, held, pad_to, last_only) for _, held in bins]
 
 
 def _build_pack(trees: list[Tree], trunk: int, held: list[tuple], pad_to: int, last_only: bool) -> Pack:
@@ -441,6 +468,7 @@ def _build_pack(trees: list[Tree], trunk: int, held: list[tuple], pad_to: int, l
 def score_packs(model: Llama, packs: Iterable[Pack], vocabulary: Sequence[int], progress=lambda pack: None) -> dict:
     """Return {(tree, branch): fp32 logits of vocabulary after its last token}; progress gets each pack when done."""
     device, scores, running = next(model.parameters()).device, {}, deque()
+    large, prefix = None, None  # the last tree that was split, and the keys and values of its prefix
 
     def collect() -> None:
         pack, logits = running.popleft()
@@ -448,9 +476,15 @@ def score_packs(model: Llama, packs: Iterable[Pack], vocabulary: Sequence[int], 
         progress(pack)
 
     for pack in packs:
-        here, rows = pack.to(device), torch.tensor(list(pack.leaves.values()))
+        here, first = pack.to(device), 0
+        if pack.known and large == next(iter(pack.leaves))[0]:
+            first = pack.known
+        elif pack.known:
+            large, prefix = next(iter(pack.leaves))[0], PrefixCache(pack.known, [])
+        rows = torch.tensor(list(pack.leaves.values())) - first
+        inputs = (here.ids[None, first:], here.positions[None, first:], here.mask(first))
         select = (torch.zeros_like(rows).to(device), rows.to(device))
-        logits = model(here.ids[None], here.positions[None], here.mask(), select=select, vocabulary=vocabulary)
+        logits = model(*inputs, prefix if pack.known else None, select=select, vocabulary=vocabulary)
         running.append((pack, logits.float()))
         if len(running) > 1:  # a result is fetched when the GPU has the next pack to work on
             collect()
@@ -586,7 +620,8 @@ def generate(
 # ---- Files
 
 
-def _read_json(path: Path) -> dict:
+def read_json_file(path: Path) -> dict:
+    """Return the JSON object in a file of a model folder."""
     try:
         return dict(json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, TypeError) as error:
@@ -599,7 +634,7 @@ def weight_files(folder: Path) -> list[Path]:
     if not index.is_file():
         names = ["model.safetensors"]
     else:
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json_file(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index}: field 'weight_map' is missing")
         names = sorted(set(map(str, weight_map.values())))
@@ -659,48 +694,3 @@ def quantize_int8(model: Llama, threshold: float) -> None:
                 new.weight = Int8Params(old.weight.data, requires_grad=False, has_fp16_weights=False)
                 new.bias = old.bias
                 setattr(parent, name, new)
-
-
-class Tokenizer:
-    """Texts to ids and back, from SentencePiece's tokenizer.model or, with the optional extra, tokenizer.json.
-
-    Special tokens that are written out in a text, such as `</s>`, are encoded as plain text.
-    """
-
-    def __init__(self, folder: Path, vocab_size: int):
-        self.pieces = self.fast = None
-        path, options = folder / "tokenizer.model", folder / "tokenizer_config.json"
-        try:
-            if path.is_file():
-                self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
-                add_bos = _read_json(options).get("add_bos_token", True) if options.is_file() else True
-                self.bos = [self.pieces.bos_id()] if add_bos else []
-                size = self.pieces.vocab_size()
-            elif (path := folder / "tokenizer.json").is_file():
-                import tokenizers
-
-                self.fast = tokenizers.Tokenizer.from_file(str(path))
-                self.fast.encode_special_tokens = True
-                size = self.fast.get_vocab_size(with_added_tokens=True)
-            else:
-                raise CheckpointError(f"{folder}: no tokenizer.model or tokenizer.json; copy the model's own there")
-        except ImportError:
-            need = "needs the optional extra: pip install 'llm-trsr[tokenizers]', or pip install tokenizers"
-            raise CheckpointError(f"{path}: {need}") from None
-        except CheckpointError:
-            raise
-        except Exception as error:  # the two packages raise no narrower type for a broken file
-            raise CheckpointError(f"{path}: not a tokenizer ({error})") from None
-        # Embeddings may have a few more rows than the tokenizer has pieces: padding, or an added token.
-        if not size <= vocab_size < size + 256:
-            raise CheckpointError(f"{path}: {size} pieces, but the model's embedding has {vocab_size} rows")
-
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """Return each text's ids, with the beginning-of-text token where the model has one."""
-        if self.fast is not None:
-            return [encoding.ids for encoding in self.fast.encode_batch(texts)]
-        return [self.bos + ids for ids in self.pieces.encode(texts)]
-
-    def decode(self, ids: list[int]) -> str:
-        """Return the text of ids, special tokens left out."""
-        return self.pieces.decode(ids) if self.fast is None else self.fast.decode(ids)

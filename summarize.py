@@ -16,8 +16,9 @@ import torch
 from tqdm import tqdm
 
 import trsr
-from llama import CheckpointError, Generator, Tokenizer, load_model
+from llama import CheckpointError, Generator, load_model
 from models.hub import find_model
+from models.tokenizer import Tokenizer
 from prepare.dataset import load_dataset, read_jsonl, write_jsonl
 from runfolder.processes import gather, join_processes, peak_memory
 from runfolder.state import FIELDS, claim_config, collect_records, fingerprint, locked

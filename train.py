@@ -31,6 +31,7 @@ import trsr
 from llama import CheckpointError, Llama, Pack, Tree, make_tree, pack_trees
 from lora import ATTENTION, AdapterError, LoRAConfig, apply_lora
 from models.hub import find_model
+from models.tokenizer import Tokenizer
 from prepare.dataset import load_dataset, read_jsonl, write_jsonl
 from runfolder.checkpoint import full, load_checkpoint, save_best, save_checkpoint, trainable
 from runfolder.processes import gather, host_workers, join_processes, peak_memory
@@ -137,7 +138,7 @@ def share_out(sizes: list[int], shares: int) -> list[list[int]]:
 
 def make_recommender(args, model: Llama, folder: Path, domain, items, summaries) -> tuple[trsr.Recommender, tuple]:
     """Return what makes the prompts, and the token ids of Yes and No."""
-    tokenizer = llama.Tokenizer(folder, model.config.vocab_size)
+    tokenizer = Tokenizer(folder, model.config.vocab_size)
     context = min(args.max_length, model.config.max_position_embeddings)
     budget = trsr.Budget(context - 1, tokenizer.encode, Counter())  # one token is the answer's
     answers = trsr.answer_ids(tokenizer.encode, domain)

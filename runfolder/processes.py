@@ -1,5 +1,6 @@
 """What the scripts share around torch.distributed: each of them runs alone and under torchrun."""
 
+import atexit
 import os
 import resource
 from datetime import timedelta
@@ -17,9 +18,9 @@ def join_processes() -> tuple[int, int, torch.device]:
         torch.cuda.set_device(device)
     if world > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, timeout=timedelta(hours=12)
-        )  # a process may finish its users long before others
+        # A process may finish its users long before the others.
+        dist.init_process_group(backend, timeout=timedelta(hours=12))
+        atexit.register(dist.destroy_process_group)  # or else its threads may abort a process that is done
     return rank, world, device
 
 

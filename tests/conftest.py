@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama import CheckpointError
 from lora import AdapterError
-from trsr import run_main
+from trsr import DOMAINS, run_main
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -60,7 +60,7 @@ def tokenizer_model(tmp_path_factory):
     """Path of a SentencePiece model with byte fallback and Llama's conventions, 640 pieces."""
     folder = tmp_path_factory.mktemp("tokenizer")
     rng = random.Random(0)
-    texts = [p.read_text() for p in sorted(ROOT.glob("*.py"))]
+    texts = [(ROOT / "LICENSE").read_text(), *(str(domain) for domain in DOMAINS.values())] * 8
     lines = [line for text in texts for line in text.splitlines()]
     lines += [f"Title: {rng.choice(COLORS)} {rng.choice(THINGS)}; Color: {rng.choice(COLORS)}" for _ in range(300)]
     lines += ["### User:", "### Assistant:"] * 50

@@ -8,8 +8,9 @@ from conftest import run, write_model
 
 import evaluate
 import trsr
-from llama import Tokenizer, load_model
+from llama import load_model
 from lora import load_adapter
+from models.tokenizer import Tokenizer
 from prepare.dataset import load_dataset
 
 

@@ -11,8 +11,9 @@ from conftest import SHARED, needs_shared, write_model
 from transformers import LlamaForCausalLM
 
 import llama
-from llama import CheckpointError, KVCache, Tokenizer, Tree, generate, load_model, make_tree, pack_trees, score_packs
+from llama import CheckpointError, KVCache, Tree, generate, load_model, make_tree, pack_trees, score_packs
 from models.hub import find_model
+from models.tokenizer import Tokenizer
 from runfolder.state import fingerprint
 
 CPU = torch.device("cpu")
@@ -189,11 +190,24 @@ def test_the_mask_is_the_rule_spelled_out():
             assert mask[q, k].item() == sees
 
 
-def test_one_tree_larger_than_a_pack_is_split_between_branches(tiny):
-    trees = random_trees(1, 8)
-    packs = pack_trees(trees, 24)
-    assert len(packs) > 1
-    assert sum(len(p.leaves) for p in packs) == 8
+def test_a_tree_larger_than_a_pack_is_split_and_its_prefix_computed_once(tiny, monkeypatch):
+    trees = [random_trees(1, 8)[0], *random_trees(2, 2, seed=1), random_trees(1, 30, seed=2)[0]]
+    packs = pack_trees(trees, 40)
+    assert sum(len(p.leaves) for p in packs) == 8 + 4 + 30
+    assert {len({t for t, _ in p.leaves}) for p in packs if p.known} == {1}
+    read = []
+    forward = tiny.forward
+    monkeypatch.setattr(tiny, "forward", lambda ids, *a, **k: read.append(ids.shape[1]) or forward(ids, *a, **k))
+    scores = score_packs(tiny, packs, [17, 400])
+    split = [tree for t, tree in enumerate(trees) if any(p.known and (t, 0) in p.leaves for p in packs)]
+    assert len(split) == 2
+    repeated = sum(len(p.ids) for p in packs) - sum(read)
+    assert repeated == sum(p.known for p in packs) - sum(len(tree.prefix) for tree in split)
+    shuffled = score_packs(tiny, packs[::-1], [17, 400])  # any order will do
+    for (t, b), found in scores.items():
+        alone = forward(torch.tensor([trees[t].prefix + trees[t].branches[b]]))[0, -1, [17, 400]]
+        assert (torch.tensor(found) - alone).abs().max() < 1e-4
+        assert (torch.tensor(shuffled[t, b]) - alone).abs().max() < 1e-4
 
 
 def separate_loss(model, trees):

@@ -12,7 +12,8 @@ import torch
 from conftest import ROOT, run, write_dataset, write_model
 
 import trsr
-from llama import Tokenizer, load_model
+from llama import load_model
+from models.tokenizer import Tokenizer
 from prepare.dataset import load_dataset, read_jsonl
 from runfolder.state import FIELDS, claim_config, locked
 

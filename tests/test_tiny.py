@@ -10,8 +10,9 @@ import torch
 from transformers import LlamaForCausalLM
 
 import trsr
-from llama import Tokenizer, load_config, load_model
+from llama import load_config, load_model
 from models.tiny import corpus, make, measure
+from models.tokenizer import Tokenizer
 from prepare import demo
 
 FOLDER = Path(make.__file__).parent

@@ -299,7 +299,7 @@ def test_the_answers_are_read_off_the_prompt_and_must_be_one_token_each():
 
 @needs_shared
 def test_yes_and_no_on_the_real_llama2_tokenizer():
-    from llama import Tokenizer
+    from models.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(SHARED / "tokenizers" / "llama2", 32000)
     for domain in DOMAINS.values():

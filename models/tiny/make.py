@@ -25,8 +25,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from llama import Llama, Tokenizer, load_config, load_model
+from llama import Llama, load_config, load_model
 from models.tiny import corpus
+from models.tokenizer import Tokenizer
 from prepare.dataset import write_json
 from trsr import ANSWERS, answer_ids, natural, positive, run_main
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 import trsr
-from llama import Generator, Tokenizer, load_model
+from llama import Generator, load_model
 from models.tiny.corpus import (
     DOMAIN,
     Condition,
@@ -35,6 +35,7 @@ from models.tiny.corpus import (
     taste_claim,
     text_of,
 )
+from models.tokenizer import Tokenizer
 from prepare.demo import User, make_shop, make_user
 
 SHOP, BLOCK = 2001, 5
