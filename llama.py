@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
-from torch.utils.checkpoint import checkpoint
 
 WORTH_SHARING = 32  # tokens that prompts must have in common, or else they are read apart
 
@@ -300,17 +299,40 @@ class Llama(nn.Module):
         return self.lm_head(x) if vocabulary is None else F.linear(x, self.lm_head.weight[list(vocabulary)])
 
     def loss(self, pack: "Pack", chunk: int = 1024) -> Tensor:
-        """Return the sum of weight * cross-entropy over the pack's targets, in fp32 (equation 1, summed).
-
-        The logits of `chunk` targets at a time exist, and are computed again in the backward pass: over a whole pack
-        they would take more memory than the rest of the model's activations.
-        """
+        """Return the sum of weight * cross-entropy over the pack's targets, in fp32 (equation 1, summed)."""
         x = self.model(pack.ids[None], pack.positions[None], pack.mask(), None)[0, pack.rows]
-        parts = zip(x.split(chunk), pack.next_ids.split(chunk), pack.weights.split(chunk), strict=True)
-        return sum(checkpoint(self._chunk_loss, *part, use_reentrant=False) for part in parts)
+        return CrossEntropy.apply(x, self.lm_head.weight, pack.next_ids, pack.weights, chunk)
 
-    def _chunk_loss(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        return (F.cross_entropy(self.lm_head(x).float(), ids, reduction="none") * weights).sum()
+
+class CrossEntropy(torch.autograd.Function):
+    """Sum of weight * cross-entropy of the logits x W^T, `chunk` rows at a time.
+
+    The gradients are made on the way forward, from the same logits: over a whole pack those would take more memory than
+    all other activations, and to compute them again in the backward pass takes time.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, head: Tensor, ids: Tensor, weights: Tensor, chunk: int) -> Tensor:  # noqa: D102
+        loss = torch.zeros((), device=x.device)
+        needs = zip((x, head), ctx.needs_input_grad, strict=False)
+        dx, dhead = (torch.zeros_like(tensor) if need else None for tensor, need in needs)
+        for start in range(0, len(x), chunk):
+            part = slice(start, start + chunk)
+            logs = F.log_softmax(F.linear(x[part], head).float(), dim=-1)
+            due, weight = ids[part, None], weights[part, None]
+            loss -= (logs.gather(1, due) * weight).sum()
+            if dx is None:
+                continue
+            change = logs.exp_().scatter_add_(1, due, -torch.ones_like(weight)).to(x.dtype)  # softmax - one-hot
+            dx[part] = (change @ head) * weight
+            if dhead is not None:
+                dhead += change.T @ (x[part] * weight).to(x.dtype)
+        ctx.save_for_backward(dx, dhead)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # noqa: D102
+        return *(None if t is None else t * grad for t in ctx.saved_tensors), None, None, None
 
 
 # ---- Packing: texts that share a beginning, computed once. A tree is a prefix and its branches; a pack is one row with

@@ -59,7 +59,7 @@ class LoRALinear(nn.Module):
         if self.merged:
             return y
         low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.weight.to(x.dtype))
-        return y + self.scaling * F.linear(low, self.lora_B.weight.to(x.dtype))
+        return y + F.linear(low * self.scaling, self.lora_B.weight.to(x.dtype))
 
     @torch.no_grad()
     def merge(self, sign: int = 1) -> None:

@@ -18,7 +18,12 @@ from bench.random_model import SHAPES
 from llama import Config, Llama, Tree
 
 WORK = {"mind": (410, 53), "amazon": (750, 155)}
-INSTRUCTION, VARIED, CANDIDATES, VOCABULARY = 100, 0.25, 21, 32000
+INSTRUCTION, VARIED, CANDIDATES = 100, 0.25, 21
+
+
+def vocabulary_of(shape: str) -> int:
+    """Return the rows of a shape's embedding: `tiny` is models/tiny's shape, the others have Llama 2's vocabulary."""
+    return 2048 if shape == "tiny" else 32000
 
 
 def bench_parser(description: str) -> argparse.ArgumentParser:
@@ -38,7 +43,8 @@ def models(args, device: torch.device, dtype: torch.dtype) -> tuple[Llama, Llama
     fields = SHAPES["small" if args.shape == "tiny" else args.shape] | {"rms_norm_eps": 1e-5}
     fields |= {"num_hidden_layers": args.layers} if args.layers else {}
     heads = fields["num_attention_heads"]
-    sizes = {"num_key_value_heads": heads, "head_dim": fields["hidden_size"] // heads, "vocab_size": VOCABULARY}
+    sizes = {"num_key_value_heads": heads, "head_dim": fields["hidden_size"] // heads}
+    sizes["vocab_size"] = vocabulary_of(args.shape)
     with torch.device("meta"):
         ours = Llama(Config(**fields | sizes | {"max_position_embeddings": 2048}))
         theirs = LlamaForCausalLM(LlamaConfig(**fields | sizes | {"max_position_embeddings": 2048}))
@@ -60,12 +66,12 @@ def models(args, device: torch.device, dtype: torch.dtype) -> tuple[Llama, Llama
 def random_trees(args, users: int, branches: int) -> list[Tree]:
     """Return users' prompts as trees of random tokens, with the lengths of the work; seeded."""
     rng = random.Random(f"bench {args.seed} {args.work}")
-    prefix, tail = WORK[args.work]
+    (prefix, tail), vocabulary = WORK[args.work], vocabulary_of(args.shape)
 
     def tokens(mean: float) -> list[int]:
-        return [rng.randrange(3, VOCABULARY) for _ in range(round(mean * rng.uniform(1 - VARIED, 1 + VARIED)))]
+        return [rng.randrange(3, vocabulary) for _ in range(round(mean * rng.uniform(1 - VARIED, 1 + VARIED)))]
 
-    instruction = [rng.randrange(3, VOCABULARY) for _ in range(INSTRUCTION)]
+    instruction = [rng.randrange(3, vocabulary) for _ in range(INSTRUCTION)]
     return [
         Tree(instruction + tokens(prefix - INSTRUCTION), [tokens(tail) for _ in range(branches)]) for _ in range(users)
     ]

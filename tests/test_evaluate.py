@@ -115,3 +115,10 @@ def test_what_evaluate_needs_is_named(tmp_path, trained, data_folder, model_fold
     (tmp_path / "other" / "tokenizer.model").write_bytes((model_folder / "tokenizer.model").read_bytes())
     assert "not the model that" in message("--run", trained, "--model", tmp_path / "other")
     assert "no dataset" in message("--run", trained, "--data", tmp_path / "nothing")
+
+
+def test_worker_processes_tokenize_the_same(trained, monkeypatch):
+    before = (trained / "scores-test.jsonl").read_bytes()
+    monkeypatch.setattr(evaluate, "host_workers", lambda device: 2)
+    run("evaluate.py", "--run", trained, "--k", 1, 3)
+    assert (trained / "scores-test.jsonl").read_bytes() == before
