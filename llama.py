@@ -575,7 +575,7 @@ class Generator:
         trees, places = grow_trees([ids for _, ids in prompts])
         first = len(self.rows)
         self.rows += [Row(key, len(ids), []) for key, ids in prompts]
-        size, pad = (8192, 8192) if self.device.type == "cuda" else (2048, 1)
+        size, pad = (8192, 256) if self.device.type == "cuda" else (2048, 1)
         for pack in pack_trees(trees, size, pad, last_only=True):
             rows, tokens = [], []
             for place, leaf in pack.leaves.items():

@@ -80,26 +80,36 @@ class Prompts(Dataset):
     def __len__(self) -> int:
         return len(self.users)
 
-    def __getitem__(self, index: int) -> tuple[Tree, Counter]:
+    def __getitem__(self, index: int) -> tuple[Tree | trsr.InputError, Counter]:
         example, items = self.users[index]
         self.recommender.budget.trimmed.clear()
-        prompts = self.recommender.prompt_ids(example, items)
+        try:
+            prompts = self.recommender.prompt_ids(example, items)
+        except trsr.InputError as error:  # raised in a worker it would come with a traceback
+            return error, Counter()
         if self.answers:
             yes, no = self.answers
             prompts = [[*ids, yes if i == example.positive else no] for ids, i in zip(prompts, items, strict=True)]
         return make_tree(prompts), Counter(self.recommender.budget.trimmed)
 
 
+def _as_it_is(item: object) -> object:
+    return item
+
+
 def tokenized(prompts: Prompts, args, show: bool) -> Iterator[Tree]:
     """Yield the trees in order, made by args.workers processes; then the budget knows what all of them trimmed."""
-    trimmed: Counter = Counter()
-    loader = DataLoader(
-        prompts, batch_size=None, num_workers=args.workers, **({"prefetch_factor": 32} if args.workers else {})
-    )
-    for tree, cut in tqdm(loader, "tokenize", unit="user", disable=not show):
+    known = prompts.recommender.budget.trimmed
+    trimmed = Counter(known)
+    options = {"num_workers": args.workers} | ({"prefetch_factor": 32} if args.workers else {})
+    options |= {"batch_size": None, "collate_fn": _as_it_is}  # the default would add a Counter to itself
+    for tree, cut in tqdm(DataLoader(prompts, **options), "prompts", unit="user", disable=not show):
+        if isinstance(tree, trsr.InputError):
+            raise tree
         trimmed += cut
         yield tree
-    prompts.recommender.budget.trimmed.update(trimmed - prompts.recommender.budget.trimmed)
+    known.clear()
+    known.update(trimmed)
 
 
 def training_trees(

@@ -122,3 +122,14 @@ def test_worker_processes_tokenize_the_same(trained, monkeypatch):
     monkeypatch.setattr(evaluate, "host_workers", lambda device: 2)
     run("evaluate.py", "--run", trained, "--k", 1, 3)
     assert (trained / "scores-test.jsonl").read_bytes() == before
+
+
+def test_a_worker_process_reports_bad_input_in_one_line(trained, monkeypatch):
+    monkeypatch.setattr(evaluate, "host_workers", lambda device: 2)
+    done = run("evaluate.py", "--run", trained, "--k", 1, check=False)
+    assert done.returncode == 0
+    monkeypatch.setattr(trsr.Recommender, "prompt_ids", lambda *_: (_ for _ in ()).throw(trsr.InputError("no room")))
+    done = run("evaluate.py", "--run", trained, "--k", 1, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].endswith(": no room")
+    assert "Traceback" not in done.stderr

@@ -1,11 +1,14 @@
 """train.py as a command, and its step against separate examples, other process counts and interruptions."""
 
+import argparse
 import json
 import random
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -315,3 +318,21 @@ def test_a_tied_model_trains_on_two_processes(tmp_path, data_folder, model_folde
     for (_, loss, _), (_, loss2, _) in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
         assert abs(loss - loss2) < 1e-4
     load_model(tmp_path / "two" / "model", torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_was_trimmed_adds_up_over_users_and_splits(workers, data_folder, model_folder):
+    domain, items, splits = load_dataset(data_folder, ("train", "val"))
+    tokenizer = Tokenizer(model_folder, 640)
+    budget = trsr.Budget(130, tokenizer.encode, Counter())
+    recommender = trsr.Recommender("whole-history", domain, items, {}, 3, budget)
+    args, expected = argparse.Namespace(workers=workers), Counter()
+    for split in ("train", "val"):
+        users = [(e, [e.positive, *e.negatives]) for e in splits[split]]
+        for example, candidates in users:
+            alone = trsr.Recommender("whole-history", domain, items, {}, 3, replace(budget, trimmed=Counter()))
+            alone.prompt_ids(example, candidates)
+            expected += alone.budget.trimmed
+        assert len(list(train.tokenized(train.Prompts(recommender, users), args, show=False))) == len(users)
+    assert expected
+    assert budget.trimmed == expected
