@@ -80,21 +80,17 @@ class Prompts(Dataset):
     def __len__(self) -> int:
         return len(self.users)
 
-    def __getitem__(self, index: int) -> tuple[Tree | trsr.InputError, Counter]:
+    def __getitem__(self, index: int) -> tuple[Tree | trsr.InputError, dict]:
         example, items = self.users[index]
         self.recommender.budget.trimmed.clear()
         try:
             prompts = self.recommender.prompt_ids(example, items)
         except trsr.InputError as error:  # raised in a worker it would come with a traceback
-            return error, Counter()
+            return error, {}
         if self.answers:
             yes, no = self.answers
             prompts = [[*ids, yes if i == example.positive else no] for ids, i in zip(prompts, items, strict=True)]
-        return make_tree(prompts), Counter(self.recommender.budget.trimmed)
-
-
-def _as_it_is(item: object) -> object:
-    return item
+        return make_tree(prompts), dict(self.recommender.budget.trimmed)
 
 
 def tokenized(prompts: Prompts, args, show: bool) -> Iterator[Tree]:
@@ -102,22 +98,13 @@ def tokenized(prompts: Prompts, args, show: bool) -> Iterator[Tree]:
     known = prompts.recommender.budget.trimmed
     trimmed = Counter(known)
     options = {"num_workers": args.workers} | ({"prefetch_factor": 32} if args.workers else {})
-    options |= {"batch_size": None, "collate_fn": _as_it_is}  # the default would add a Counter to itself
-    for tree, cut in tqdm(DataLoader(prompts, **options), "prompts", unit="user", disable=not show):
+    for tree, cut in tqdm(DataLoader(prompts, batch_size=None, **options), "prompts", unit="user", disable=not show):
         if isinstance(tree, trsr.InputError):
             raise tree
-        trimmed += cut
+        trimmed.update(cut)
         yield tree
     known.clear()
     known.update(trimmed)
-
-
-def training_trees(
-    recommender: trsr.Recommender, examples: list[trsr.Example], answers, args, show: bool
-) -> list[Tree]:
-    """Return each user's training examples: the positive's prompt answered Yes, the negatives' answered No."""
-    users = [(example, [example.positive, *example.negatives]) for example in examples]
-    return list(tokenized(Prompts(recommender, users, answers), args, show))
 
 
 def target_count(tree: Tree, loss: str) -> int:
@@ -323,7 +310,8 @@ def main() -> None:
             print(f"model   {args.model}: {n / 1e6:.1f}M parameters, {n_trained / 1e6:.2f}M trained, {args.dtype}")
             print(f"prompt  {args.paradigm}, {args.history_items} recent items, {recommender.budget.tokens} tokens")
             print(f"steps   {args.epochs} epochs, {args.batch_size} examples a step, on {world} x {device.type}")
-        trees = training_trees(recommender, train, answers, args, show=rank == 0)
+        users = [(example, [example.positive, *example.negatives]) for example in train]
+        trees = list(tokenized(Prompts(recommender, users, answers), args, show=rank == 0))
         candidates = [trsr.shuffled_candidates(example) for example in val]
         val_packs = list(user_packs(recommender, val, candidates, range(len(val)), args, show=rank == 0))
         for what, number in recommender.budget.trimmed.items() if rank == 0 else ():
