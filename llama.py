@@ -146,16 +146,26 @@ class KVCache:
     """Keys and values of every layer for B rows, (B, K, S, D) each, written at the tokens' own positions."""
 
     def __init__(self, config: Config, batch: int, slots: int, device: torch.device, dtype: torch.dtype):
-        shape = (config.num_hidden_layers, 2, batch, config.num_key_value_heads, slots, config.head_dim)
-        self.store = torch.zeros(shape, device=device, dtype=dtype)
+        shape = (2, batch, config.num_key_value_heads, slots, config.head_dim)
+        self.layers = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+
+    def grow(self, slots: int) -> None:
+        """Make room for `slots` slots a row, a layer at a time, since two whole caches may not fit."""
+        for i, layer in enumerate(self.layers):
+            self.layers[i] = F.pad(layer, (0, 0, 0, max(0, slots - layer.shape[3])))
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` slots of a row to another row."""
+        for layer in self.layers:
+            layer[:, target, :, :length] = layer[:, source, :, :length]
 
     def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Write k, v (n, K, T, D) at positions (n, T) of the first n rows; return what mask (.., S) is about there."""
         n, visible = len(positions), mask.shape[-1]
         rows = torch.arange(n, device=positions.device)[:, None]
-        for cached, new in zip(self.store[layer], (k, v), strict=True):
+        for cached, new in zip(self.layers[layer], (k, v), strict=True):
             cached[rows, :, positions] = new.transpose(1, 2)
-        keys, values = self.store[layer, :, :n, :, :visible]
+        keys, values = self.layers[layer][:, :n, :, :visible]
         return keys, values
 
 
@@ -170,7 +180,7 @@ class PackWriter:
 
     def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor, mask) -> tuple[Tensor, Tensor]:
         """Write k, v (1, K, T, D); return them."""
-        for cached, new in zip(self.cache.store[layer], (k, v), strict=True):
+        for cached, new in zip(self.cache.layers[layer], (k, v), strict=True):
             cached[self.rows, :, self.slots] = new[0, :, self.tokens].transpose(0, 1)
         return k, v
 
@@ -570,8 +580,8 @@ class Generator:
     def _prefill(self, prompts: list[tuple[object, list[int]]]) -> None:
         """Read prompts into the rows after those in use, and write the first token of each."""
         needed = max(len(ids) for _, ids in prompts) + self.max_new_tokens
-        if (extra := needed - self.cache.store.shape[4]) > 0:  # slots are made as they are needed
-            self.cache.store = F.pad(self.cache.store, (0, 0, 0, extra))
+        if needed > self.cache.layers[0].shape[3]:  # slots are made as they are needed
+            self.cache.grow(needed)
         trees, places = grow_trees([ids for _, ids in prompts])
         first = len(self.rows)
         self.rows += [Row(key, len(ids), []) for key, ids in prompts]
@@ -602,9 +612,7 @@ class Generator:
                 last = self.rows.pop()
                 if last is not row:  # the last row moves into the gap, so that the rows in use are the first ones
                     self.rows[i] = last
-                    self.cache.store[:, :, i, :, : last.length] = self.cache.store[
-                        :, :, len(self.rows), :, : last.length
-                    ]
+                    self.cache.move(len(self.rows), i, last.length)
         return done
 
 
