@@ -17,13 +17,13 @@ import torch
 import torch.distributed as dist
 
 import trsr
-from llama import CheckpointError, Pack, compile_layers, load_model, score_packs
-from lora import AdapterError, load_adapter
+from llama import Pack, compile_layers, load_model, score_packs
+from lora import load_adapter
 from models.hub import find_model
 from prepare.dataset import load_dataset, popularity, write_json, write_jsonl
 from runfolder.compare import format_table
 from runfolder.page import write_report
-from runfolder.processes import gather, host_workers, join_processes, peak_memory
+from runfolder.processes import gather, host_workers, join_processes, peak_memory, run_script
 from runfolder.state import fingerprint, load_summaries, read_config
 from train import make_recommender, share_out, user_packs
 
@@ -142,4 +142,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    trsr.run_main(main, CheckpointError, AdapterError)
+    run_script(main)

@@ -16,11 +16,11 @@ import torch
 from tqdm import tqdm
 
 import trsr
-from llama import CheckpointError, Generator, load_model
+from llama import Generator, load_model
 from models.hub import find_model
 from models.tokenizer import Tokenizer
 from prepare.dataset import load_dataset, read_jsonl, write_jsonl
-from runfolder.processes import gather, join_processes, peak_memory
+from runfolder.processes import gather, join_processes, peak_memory, run_script
 from runfolder.state import FIELDS, claim_config, collect_records, fingerprint, locked
 
 
@@ -106,4 +106,4 @@ def summarize(model, tokenizer, domain, texts: dict[str, list[str]], budget, arg
 
 
 if __name__ == "__main__":
-    trsr.run_main(main, CheckpointError)
+    run_script(main)

@@ -28,13 +28,13 @@ from tqdm import tqdm
 
 import llama
 import trsr
-from llama import CheckpointError, Llama, Pack, Tree, make_tree, pack_trees
-from lora import ATTENTION, AdapterError, LoRAConfig, apply_lora
+from llama import Llama, Pack, Tree, make_tree, pack_trees
+from lora import ATTENTION, LoRAConfig, apply_lora
 from models.hub import find_model
 from models.tokenizer import Tokenizer
 from prepare.dataset import load_dataset, read_jsonl, write_jsonl
 from runfolder.checkpoint import full, load_checkpoint, save_best, save_checkpoint, trainable
-from runfolder.processes import gather, host_workers, join_processes, peak_memory
+from runfolder.processes import gather, host_workers, join_processes, peak_memory, run_script
 from runfolder.state import claim_config, fingerprint, load_summaries, locked, read_config
 
 USERS_PACKED = 64  # whose prompts are packed together in scoring
@@ -340,4 +340,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    trsr.run_main(main, CheckpointError, AdapterError)
+    run_script(main)

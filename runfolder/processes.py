@@ -1,12 +1,17 @@
 """What the scripts share around torch.distributed: each of them runs alone and under torchrun."""
 
-import atexit
 import os
 import resource
+import sys
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+from llama import CheckpointError
+from lora import AdapterError
+from trsr import run_main
 
 
 def join_processes() -> tuple[int, int, torch.device]:
@@ -20,7 +25,6 @@ def join_processes() -> tuple[int, int, torch.device]:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         # A process may finish its users long before the others.
         dist.init_process_group(backend, timeout=timedelta(hours=12))
-        atexit.register(dist.destroy_process_group)  # or else its threads may abort a process that is done
     return rank, world, device
 
 
@@ -43,3 +47,13 @@ def peak_memory(device: torch.device) -> str:
 def host_workers(device: torch.device) -> int:
     """Return how many processes tokenize while a GPU works; a CPU has its hands full."""
     return min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if device.type == "cuda" else 0
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's main, its errors in one line each; then end at once if this is one of several processes."""
+    run_main(main, CheckpointError, AdapterError)
+    if dist.is_initialized():
+        # The usual way out aborts now and then in a thread of the process group, when all work is done.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
