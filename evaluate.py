@@ -21,6 +21,7 @@ from llama import Pack, compile_layers, load_model, score_packs
 from lora import load_adapter
 from models.hub import find_model
 from prepare.dataset import load_dataset, popularity, write_json, write_jsonl
+from runfolder.command import natural, positive, script_parser
 from runfolder.compare import format_table
 from runfolder.page import write_report
 from runfolder.processes import gather, host_workers, join_processes, peak_memory, run_script
@@ -30,13 +31,13 @@ from train import make_recommender, share_out, user_packs
 
 def parse_arguments():
     """Return the command line's settings."""
-    parser = trsr.script_parser(__doc__)
+    parser = script_parser(__doc__)
     flag = parser.add_argument_group("evaluation").add_argument
     flag("--split", choices=["val", "test"], default="test", help="users to rank candidates for")
-    flag("--k", type=trsr.positive, nargs="+", default=[3, 5, 10], help="cut-offs of the metrics")
+    flag("--k", type=positive, nargs="+", default=[3, 5, 10], help="cut-offs of the metrics")
     flag("--untrained", action="store_true", help="the base model, without the run's adapter")
-    flag("--users", type=trsr.positive, help="only the first so many users")
-    flag("--seed", type=trsr.natural, default=0, help="of the candidates' order and the resampling of users")
+    flag("--users", type=positive, help="only the first so many users")
+    flag("--seed", type=natural, default=0, help="of the candidates' order and the resampling of users")
     flag("--report", action="store_true", help="write RUN/report.html too, for a browser")
     return parser.parse_args()
 

@@ -20,20 +20,21 @@ from llama import Generator, load_model
 from models.hub import find_model
 from models.tokenizer import Tokenizer
 from prepare.dataset import load_dataset, read_jsonl, write_jsonl
+from runfolder.command import positive, script_parser
 from runfolder.processes import gather, join_processes, peak_memory, run_script
 from runfolder.state import FIELDS, claim_config, collect_records, fingerprint, locked
 
 
 def parse_arguments():
     """Return the command line's settings."""
-    parser = trsr.script_parser(__doc__)
+    parser = script_parser(__doc__)
     flag = parser.add_argument_group("summarization").add_argument
     flag("--paradigm", choices=trsr.SUMMARIZED, default="hierarchical", help="how the blocks become one summary")
-    flag("--block-size", type=trsr.positive, default=5, help="items a block")
-    flag("--max-new-tokens", type=trsr.positive, default=150, help="longest summary, in tokens")
-    flag("--max-length", type=trsr.positive, default=2048, help="longest prompt and summary together, in tokens")
+    flag("--block-size", type=positive, default=5, help="items a block")
+    flag("--max-new-tokens", type=positive, default=150, help="longest summary, in tokens")
+    flag("--max-length", type=positive, default=2048, help="longest prompt and summary together, in tokens")
     flag("--int8", action="store_true", help="8-bit weights through bitsandbytes, as in the paper")
-    flag("--batch-size", type=trsr.positive, default=16, help="prompts decoded together")
+    flag("--batch-size", type=positive, default=16, help="prompts decoded together")
     return parser.parse_args()
 
 

@@ -34,6 +34,7 @@ from models.hub import find_model
 from models.tokenizer import Tokenizer
 from prepare.dataset import load_dataset, read_jsonl, write_jsonl
 from runfolder.checkpoint import full, load_checkpoint, save_best, save_checkpoint, trainable
+from runfolder.command import natural, positive, script_parser
 from runfolder.processes import gather, host_workers, join_processes, peak_memory, run_script
 from runfolder.state import claim_config, fingerprint, load_summaries, locked, read_config
 
@@ -42,29 +43,29 @@ USERS_PACKED = 64  # whose prompts are packed together in scoring
 
 def parse_arguments():
     """Return the command line's settings; the defaults are the paper's and its authors' code's."""
-    parser = trsr.script_parser(__doc__)
+    parser = script_parser(__doc__)
     flag = parser.add_argument_group("prompt").add_argument
     flag("--paradigm", choices=trsr.PARADIGMS, help="what the prompt tells of the user (without it: the run's summary)")
-    flag("--history-items", type=trsr.natural, default=3, help="recent items in the prompt")
-    flag("--max-length", type=trsr.positive, default=2048, help="longest prompt with its answer, in tokens")
+    flag("--history-items", type=natural, default=3, help="recent items in the prompt")
+    flag("--max-length", type=positive, default=2048, help="longest prompt with its answer, in tokens")
     flag = parser.add_argument_group("optimization").add_argument
-    flag("--epochs", type=trsr.positive, default=8, help="passes over the training users")
+    flag("--epochs", type=positive, default=8, help="passes over the training users")
     flag("--lr", type=float, default=1e-4, help="learning rate, constant")
-    flag("--batch-size", type=trsr.positive, default=64, help="examples in an optimizer step, over all processes")
+    flag("--batch-size", type=positive, default=64, help="examples in an optimizer step, over all processes")
     flag("--betas", type=float, nargs=2, default=(0.9, 0.95), help="AdamW's decay rates")
     flag("--weight-decay", type=float, default=5e-4, help="AdamW's weight decay")
     flag("--max-grad-norm", type=float, default=1.0, help="larger gradients are scaled down to this norm")
     flag("--loss", choices=["prompt", "answer"], default="prompt", help="prompt: equation 1; answer: Yes or No alone")
-    flag("--seed", type=trsr.natural, default=0, help="of the data's order, the adapter's start and dropout")
+    flag("--seed", type=natural, default=0, help="of the data's order, the adapter's start and dropout")
     flag = parser.add_argument_group("adapter").add_argument
-    flag("--lora-r", type=trsr.natural, default=8, help="rank; 0 trains the whole model")
+    flag("--lora-r", type=natural, default=8, help="rank; 0 trains the whole model")
     flag("--lora-alpha", type=float, default=16.0, help="the adapter counts alpha / r")
     flag("--lora-dropout", type=float, default=0.05, help="on the adapter's input")
     flag("--lora-targets", nargs="+", default=list(ATTENTION), help="linear layers to adapt")
     flag = parser.add_argument_group("running").add_argument
-    flag("--pack-tokens", type=trsr.positive, help="tokens in a forward pass (without it: 8192 on GPUs, 4096 on CPUs)")
-    flag("--save-every", type=trsr.positive, default=50, help="steps between checkpoints; an epoch ends with one too")
-    flag("--k", type=trsr.positive, nargs="+", default=[3, 5, 10], help="validation recall is summed over these")
+    flag("--pack-tokens", type=positive, help="tokens in a forward pass (without it: 8192 on GPUs, 4096 on CPUs)")
+    flag("--save-every", type=positive, default=50, help="steps between checkpoints; an epoch ends with one too")
+    flag("--k", type=positive, nargs="+", default=[3, 5, 10], help="validation recall is summed over these")
     return parser.parse_args()
 
 

@@ -3,7 +3,7 @@
 Read this file first, top to bottom; it follows section 4 of the paper:
 
     items    -> text                      item_text                              (4.1.1)
-    history  -> blocks -> one summary     hierarchical | recurrent, run_rounds   (4.1, 4.2)
+    history  -> blocks -> one summary     hierarchical | recurrent, run_tasks    (4.1, 4.2)
     summary, recent items, candidate      recommendation_prompts                 (4.3)
     logits of Yes and No -> probability   yes_probability                        (equations 2 and 3)
     scores   -> Recall, MRR, NDCG         rank_of_positive, metrics_at           (5.2.1)
@@ -12,16 +12,12 @@ It knows neither the model nor torch. A language model enters as two functions: 
 `encode`, texts to token ids.
 """
 
-import argparse
 import hashlib
 import json
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 
 import numpy as np
 
@@ -434,48 +430,9 @@ def bootstrap_intervals(metrics: dict[str, np.ndarray], resamples: int = 2000, s
     return {name: (float(a), float(b)) for name, a, b in zip(metrics, low, high, strict=True)}
 
 
-# ---- Around the method: flags that the scripts share, and errors in one line
+# ---- What a result was made of
 
 
 def content_hash(value: object) -> str:
     """Return a hash of anything that JSON can write."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def natural(text: str, least: int = 0) -> int:
-    """Return text as a whole number, for argparse; `positive` is the same from 1."""
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"expected a whole number from {least}, not {text!r}")
-    return int(text)
-
-
-positive = partial(natural, least=1)
-
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
-
-
-def script_parser(description: str) -> argparse.ArgumentParser:
-    """Return an argument parser with the flags that all three scripts share."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=_Help)
-    flag = parser.add_argument_group("files").add_argument
-    flag("--data", help="dataset folder, made by prepare (without it: the run's, else data/demo)")
-    flag("--model", help="Llama folder or hub id (without it: the run's, else models/tiny)")
-    flag("--revision", help="commit, tag or branch of a hub id")
-    # torchrun takes --run for an abbreviation of its own --run-path, hence the second name.
-    flag("--run", "--run-dir", type=Path, default=Path("runs/demo"), help="run folder")
-    flag = parser.add_argument_group("machine").add_argument
-    flag("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 on GPUs, fp32 on CPUs")
-    return parser
-
-
-def run_main(main: Callable[[], None], *errors: type[Exception]) -> None:
-    """Run a script's main; what a user can mend, and errors, end it with one line and exit status 2."""
-    try:
-        main()
-    except (InputError, OSError, *errors) as error:
-        print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)  # what a shell makes of Ctrl-C

@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 
 from bench.random_model import SHAPES
-from trsr import InputError, positive, run_main
+from runfolder.command import positive, run_main
+from trsr import InputError
 
 
 def stage(name: str, *arguments: object) -> tuple[str, float, str]:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from llama import Llama, load_config
 from prepare.dataset import write_json
-from trsr import run_main
+from runfolder.command import run_main
 
 
 def shape(hidden: int, intermediate: int, layers: int, heads: int, tied: bool = False) -> dict:

@@ -15,7 +15,8 @@ import torch
 
 from bench.common import CANDIDATES, bench_parser, ceiling, models, random_trees, seconds, weights_read
 from llama import Tree, compile_layers, pack_trees, score_packs
-from trsr import InputError, run_main
+from runfolder.command import run_main
+from trsr import InputError
 
 ANSWERS = (17, 1711)  # two tokens in place of Yes and No
 AUTHORS_LENGTH = 2048

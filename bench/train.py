@@ -19,7 +19,8 @@ from peft import LoraConfig, get_peft_model
 from bench.common import bench_parser, ceiling, models, random_trees, seconds, weights_read
 from llama import Tree, pack_trees
 from lora import ATTENTION, LoRAConfig, adapter_tensors, apply_lora
-from trsr import InputError, run_main
+from runfolder.command import run_main
+from trsr import InputError
 
 
 def sequences_of(trees: list[Tree]) -> list[list[int]]:

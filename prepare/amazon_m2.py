@@ -16,7 +16,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from prepare.common import Item, Session, Table, attributes, prepare, script_parser
-from trsr import InputError, run_main
+from runfolder.command import run_main
+from trsr import InputError
 
 ATTRIBUTES = {
     "Title": "title",

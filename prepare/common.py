@@ -19,7 +19,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from prepare.dataset import save_dataset
-from trsr import InputError, positive
+from runfolder.command import positive
+from trsr import InputError
 
 Item = tuple[str, str, dict[str, str]]  # (`file:line`, id, attributes)
 

@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from prepare.common import split_sizes
 from prepare.dataset import save_dataset
-from trsr import InputError, positive, rank_of_positive, run_main
+from runfolder.command import positive, run_main
+from trsr import InputError, rank_of_positive
 
 USERS = {"train": 1000, "val": 100, "test": 200}
 SHORTEST, LONGEST, RECENT = 10, 25, 3  # purchases before the target, and how many of them the need takes

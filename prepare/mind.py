@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from prepare.common import Item, Session, Table, attributes, prepare, script_parser
-from trsr import InputError, run_main
+from runfolder.command import run_main
+from trsr import InputError
 
 NEWS = ("id", "category", "subcategory", "title", "abstract", "url", "title entities", "abstract entities")
 BEHAVIORS = ("impression id", "user", "time", "history", "impressions")

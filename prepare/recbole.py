@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from prepare.common import Item, Session, Table, attributes, prepare, script_parser
-from trsr import DOMAINS, InputError, run_main
+from runfolder.command import run_main
+from trsr import DOMAINS, InputError
 
 TYPES = ("token", "token_seq", "float", "float_seq")
 

@@ -8,7 +8,8 @@ import argparse
 from pathlib import Path
 
 from prepare.dataset import read_json
-from trsr import InputError, run_main
+from runfolder.command import run_main
+from trsr import InputError
 
 
 def results_of(run: Path, untrained: bool = False) -> dict | None:

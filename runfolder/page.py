@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from prepare.dataset import atomic_write, load_dataset, read_json, read_jsonl
+from runfolder.command import run_main
 from runfolder.show import records_of, steps
 from runfolder.state import read_config
-from trsr import SUMMARIZED, InputError, run_main
+from trsr import SUMMARIZED, InputError
 
 SHOWN_USERS = 6
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 260, 52, 20, 12, 40  # of a plot, in its own units

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from llama import CheckpointError
 from lora import AdapterError
-from trsr import run_main
+from runfolder.command import run_main
 
 
 def join_processes() -> tuple[int, int, torch.device]:

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from prepare.dataset import load_dataset, read_jsonl
+from runfolder.command import run_main
 from runfolder.state import FIELDS, read_config
-from trsr import InputError, run_main
+from trsr import InputError
 
 WIDTH = 110
 

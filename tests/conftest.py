@@ -17,7 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama import CheckpointError
 from lora import AdapterError
-from trsr import DOMAINS, run_main
+from runfolder.command import run_main
+from trsr import DOMAINS
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"

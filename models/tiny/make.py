@@ -29,7 +29,8 @@ from llama import Llama, load_config, load_model
 from models.tiny import corpus
 from models.tokenizer import Tokenizer
 from prepare.dataset import write_json
-from trsr import ANSWERS, answer_ids, natural, positive, run_main
+from runfolder.command import natural, positive, run_main
+from trsr import ANSWERS, answer_ids
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

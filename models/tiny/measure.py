@@ -37,6 +37,7 @@ from models.tiny.corpus import (
 )
 from models.tokenizer import Tokenizer
 from prepare.demo import User, make_shop, make_user
+from runfolder.command import positive, run_main
 
 SHOP, BLOCK = 2001, 5
 PARADIGMS = {"hierarchical": trsr.hierarchical, "recurrent": trsr.recurrent}
@@ -120,8 +121,8 @@ def main() -> None:
     """Print the two shares for both paradigms, and that of right answers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("models/tiny"))
-    parser.add_argument("--users", type=trsr.positive, default=300)
-    parser.add_argument("--questions", type=trsr.positive, default=200, help="texts a kind of question")
+    parser.add_argument("--users", type=positive, default=300)
+    parser.add_argument("--questions", type=positive, default=200, help="texts a kind of question")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     users = make_users(args.users)
@@ -141,4 +142,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    trsr.run_main(main)
+    run_main(main)
