@@ -17,9 +17,10 @@ import torch
 import torch.distributed as dist
 
 import trsr
-from llama import Pack, compile_layers, load_model, score_packs
+from llama import compile_layers, load_model, score_packs
 from lora import load_adapter
 from models.hub import find_model
+from models.packs import Pack
 from prepare.dataset import load_dataset, popularity, write_json, write_jsonl
 from runfolder.command import natural, positive, script_parser
 from runfolder.compare import format_table

@@ -17,7 +17,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from pathlib import Path
 
@@ -25,9 +25,10 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.utils.checkpoint import checkpoint
 
-WORTH_SHARING = 32  # tokens that prompts must have in common, or else they are read apart
+from models.packs import BLOCK, Pack, grow_trees, pack_trees
 
 
 class CheckpointError(ValueError):
@@ -142,74 +143,66 @@ def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -math.inf)
 
 
-class KVCache:
-    """Keys and values of every layer for B rows, (B, K, S, D) each, written at the tokens' own positions."""
+@dataclass
+class Slots:
+    """A layer's keys and values of B rows, (B, K, S, D) each; a token's slot is its position."""
 
-    def __init__(self, config: Config, batch: int, slots: int, device: torch.device, dtype: torch.dtype):
-        shape = (2, batch, config.num_key_value_heads, slots, config.head_dim)
-        self.layers = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+    keys: Tensor
+    values: Tensor
+    steady = True  # the same shapes in every call
 
-    def grow(self, slots: int) -> None:
-        """Make room for `slots` slots a row, a layer at a time, since two whole caches may not fit."""
-        for i, layer in enumerate(self.layers):
-            self.layers[i] = F.pad(layer, (0, 0, 0, max(0, slots - layer.shape[3])))
-
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` slots of a row to another row."""
-        for layer in self.layers:
-            layer[:, target, :, :length] = layer[:, source, :, :length]
-
-    def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, positions: Tensor, k: Tensor, v: Tensor, mask) -> tuple[Tensor, Tensor]:
         """Write k, v (n, K, T, D) at positions (n, T) of the first n rows; return what mask (.., S) is about there."""
         n, visible = len(positions), mask.shape[-1]
         rows = torch.arange(n, device=positions.device)[:, None]
-        for cached, new in zip(self.layers[layer], (k, v), strict=True):
-            cached[rows, :, positions] = new.transpose(1, 2)
-        keys, values = self.layers[layer][:, :n, :, :visible]
-        return keys, values
+        self.keys[rows, :, positions] = k.transpose(1, 2)
+        self.values[rows, :, positions] = v.transpose(1, 2)
+        return self.keys[:n, :, :visible], self.values[:n, :, :visible]
 
 
 @dataclass(frozen=True)
 class PackWriter:
-    """A cache for reading a pack's sequences into rows of a KVCache, while the tokens attend to one another."""
+    """Writes a pack's sequences into rows of a layer's slots, while the tokens attend to one another."""
 
-    cache: KVCache
-    rows: Tensor  # (N,), as the next two: the row of the cache where a token goes, its slot there
+    layer: Slots
+    rows: Tensor  # (N,), as the next two: the row where a token goes, its slot there
     slots: Tensor
     tokens: Tensor  # and where in the pack it stands; a shared one goes to several rows
+    steady = False
 
-    def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor, mask) -> tuple[Tensor, Tensor]:
+    def update(self, positions: Tensor, k: Tensor, v: Tensor, mask) -> tuple[Tensor, Tensor]:
         """Write k, v (1, K, T, D); return them."""
-        for cached, new in zip(self.cache.layers[layer], (k, v), strict=True):
-            cached[self.rows, :, self.slots] = new[0, :, self.tokens].transpose(0, 1)
+        self.layer.keys[self.rows, :, self.slots] = k[0, :, self.tokens].transpose(0, 1)
+        self.layer.values[self.rows, :, self.slots] = v[0, :, self.tokens].transpose(0, 1)
         return k, v
 
 
-@dataclass(frozen=True)
+@dataclass
 class PrefixCache:
-    """Keys and values of a prefix of `length` tokens, kept from the first pack that begins with it for later ones."""
+    """A layer's keys and values of a prefix of `length` tokens, kept from the first pack that begins with it."""
 
     length: int
-    layers: list[tuple[Tensor, Tensor]]
+    kept: tuple[Tensor, Tensor] | None = None
+    steady = False
 
-    def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor, mask) -> tuple[Tensor, Tensor]:
+    def update(self, positions: Tensor, k: Tensor, v: Tensor, mask) -> tuple[Tensor, Tensor]:
         """Keep what begins k, v (1, K, T, D) and return them, or return them behind what was kept."""
-        if layer == len(self.layers):
-            self.layers.append((k[:, :, : self.length], v[:, :, : self.length]))
+        if self.kept is None:
+            self.kept = k[:, :, : self.length], v[:, :, : self.length]
             return k, v
-        return tuple(torch.cat(pair, dim=2) for pair in zip(self.layers[layer], (k, v), strict=True))
+        return tuple(torch.cat(pair, dim=2) for pair in zip(self.kept, (k, v), strict=True))
 
 
-Cache = KVCache | PackWriter | PrefixCache
+Cache = Slots | PackWriter | PrefixCache  # of one layer
 
 
 class Attention(nn.Module):
     """Grouped-query self-attention over the batch's own tokens or over a cache."""
 
-    def __init__(self, config: Config, layer: int):
+    def __init__(self, config: Config):
         super().__init__()
         c, d, bias = config.hidden_size, config.head_dim, config.attention_bias
-        self.layer, self.head_dim = layer, d
+        self.head_dim = d
         self.q_proj = nn.Linear(c, config.num_attention_heads * d, bias=bias)
         self.k_proj = nn.Linear(c, config.num_key_value_heads * d, bias=bias)
         self.v_proj = nn.Linear(c, config.num_key_value_heads * d, bias=bias)
@@ -220,7 +213,7 @@ class Attention(nn.Module):
         q, k, v = (p(x).view(B, T, -1, self.head_dim).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, rotary), rotate(k, rotary)  # (B, H, T, D), (B, K, T, D)
         if cache is not None:
-            k, v = cache.update(self.layer, positions, k, v, mask)  # (B, K, S, D)
+            k, v = cache.update(positions, k, v, mask)  # (B, K, S, D)
         y = attend(q, k, v, mask)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -242,10 +235,10 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """One transformer block, normalized before attention and before the MLP."""
 
-    def __init__(self, config: Config, layer: int):
+    def __init__(self, config: Config):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
@@ -261,11 +254,12 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.checkpointing = False  # compute a layer again in the backward pass instead of keeping what is in it
 
-    def forward(self, ids: Tensor, positions: Tensor | None, mask, cache: Cache | None) -> Tensor:
-        """Return hidden states (B, T, C) for ids (B, T)."""
+    def forward(self, ids: Tensor, positions: Tensor | None, mask, cache: Sequence[Cache] | None) -> Tensor:
+        """Return hidden states (B, T, C) for ids (B, T); cache is a list, of each layer's."""
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         x = self.embed_tokens(ids)
@@ -274,9 +268,14 @@ class Decoder(nn.Module):
         elif isinstance(mask, list):
             mask = [(keys, additive(seen, x.dtype)) for keys, seen in mask]
         rotary = rotary_tables(self.config, positions, x.dtype)
-        for layer in self.layers:
-            run = layer if cache is None else layer.forward  # what is compiled is for packs alone
-            x = run(x, rotary, positions, mask, cache)
+        if x.is_cuda and torch.is_grad_enabled():
+            x.requires_grad_()  # as in the later layers, so that one compilation serves them all
+        for layer, cached in zip(self.layers, cache or [None] * len(self.layers), strict=True):
+            run = layer if cached is None or cached.steady else layer.forward  # what is compiled fits fixed shapes
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(run, x, rotary, positions, mask, cached, use_reentrant=False)
+            else:
+                x = run(x, rotary, positions, mask, cached)
         return self.norm(x)
 
 
@@ -296,7 +295,7 @@ class Llama(nn.Module):
         ids: Tensor,
         positions: Tensor | None = None,
         mask: "Tensor | BlockMask | None" = None,
-        cache: Cache | None = None,
+        cache: Sequence[Cache] | None = None,
         select: tuple | None = None,
         vocabulary: Sequence[int] | None = None,
     ) -> Tensor:
@@ -345,162 +344,14 @@ class CrossEntropy(torch.autograd.Function):
         return *(None if t is None else t * grad for t in ctx.saved_tensors), None, None, None
 
 
-# ---- Packing: texts that share a beginning, computed once. A tree is a prefix and its branches; a pack is one row with
-# many trees, whose common first tokens (the trunk) stand in it once. Plain text is a tree of one branch.
-
-
-@dataclass(frozen=True)
-class Tree:
-    """Token sequences prefix + branch, for each branch. Branches are not empty."""
-
-    prefix: list[int]
-    branches: list[list[int]]
-
-    @property
-    def size(self) -> int:
-        """Tokens that it takes in a pack without a trunk."""
-        return len(self.prefix) + sum(map(len, self.branches))
-
-
-@dataclass(frozen=True)
-class Pack:
-    """A row of T tokens, where each stands in the trees, and N next-token targets.
-
-    Target i: at row rows[i] token next_ids[i] is due and counts weights[i] times. A row may have several, since the
-    last token of a prefix predicts the first token of every branch; a token that n sequences share has weight n, so
-    that the loss is that of the sequences apart.
-    """
-
-    ids: Tensor  # (T,), and so the next three
-    positions: Tensor
-    documents: Tensor  # 0 the trunk, then 1, 2, ... a tree each; -1 padding
-    branches: Tensor  # 0 a prefix, then 1, 2, ...
-    rows: Tensor  # (N,), and so the next two
-    next_ids: Tensor
-    weights: Tensor
-    leaves: dict[tuple[int, int], int]  # (tree, branch) as given to pack_trees -> row of the branch's last token
-    tokens: int  # T without padding
-    known: int = 0  # first rows that all packs of one large tree have in common, its prefix; 0 in other packs
-
-    def to(self, device: torch.device) -> "Pack":
-        """Return the pack with its tensors on device."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
-
-    def mask(self, first: int = 0, block: int = 256) -> "BlockMask | list[tuple[Tensor, Tensor]]":
-        """Return whom the queries from row `first` on see, by tree_rule: a BlockMask on CUDA; elsewhere a list, for
-        each `block` queries, of the keys that any sees (S,), and which of them each sees (block, S).
-        """
-        rule, rows = tree_rule(self.documents, self.branches), torch.arange(len(self.ids))
-        if self.ids.is_cuda:
-            shifted = (lambda b, h, query, key: rule(b, h, query + first, key)) if first else rule
-            return create_block_mask(shifted, None, None, len(rows) - first, len(rows), device=self.ids.device)
-        blocks = []
-        for queries in rows[first:].split(block):
-            seen = rule(None, None, queries[:, None], rows[None, : queries[-1] + 1])
-            keys = seen.any(0).nonzero()[:, 0]
-            blocks.append((keys, seen[:, keys]))
-        return blocks
-
-
-def tree_rule(documents: Tensor, branches: Tensor) -> Callable:
-    """Return the attention rule of a pack: (batch, head, query row, key row) -> whether the query sees the key."""
-
-    def rule(_batch, _head, query, key):
-        same_path = (branches[key] == 0) | (branches[key] == branches[query])
-        return (key <= query) & ((documents[key] == 0) | ((documents[key] == documents[query]) & same_path))
-
-    return rule
-
-
-def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
-    """Return the number of leading tokens that all sequences share."""
-    # The least and the greatest sequence differ first where any two do.
-    low, high = min(sequences), max(sequences)
-    return next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
-
-
-def make_tree(sequences: list[list[int]]) -> Tree:
-    """Return the tree of token sequences that begin alike; every branch keeps one token at least."""
-    shared = min(common_prefix(sequences), min(map(len, sequences)) - 1)
-    return Tree(sequences[0][:shared], [ids[shared:] for ids in sequences])
-
-
-def pack_trees(trees: list[Tree], max_tokens: int, pad_to: int = 1, last_only: bool = False) -> list[Pack]:
-    """Return packs of up to max_tokens tokens that hold all trees, best fit first, padded to a multiple of pad_to.
-
-    A tree larger than a pack is split between its branches, in packs of its own that begin alike; a single sequence
-    larger than that makes a pack larger.
-    Every token is a target except a sequence's first; with last_only just the last token of each branch.
-    """
-    trunk = common_prefix([tree.prefix for tree in trees]) if trees else 0
-    pieces: list[tuple[int, int, list[int]]] = []  # (size without the trunk, tree, its branches)
-    packs = []
-    for t, tree in enumerate(trees):
-        groups, start = [[]], len(tree.prefix) - trunk
-        size = start
-        for b, branch in enumerate(tree.branches):
-            if groups[-1] and trunk + size + len(branch) > max_tokens:
-                groups.append([])
-                size = start
-            groups[-1].append(b)
-            size += len(branch)
-        if len(groups) == 1:
-            pieces.append((size, t, groups[0]))
-        else:
-            split = (_build_pack(trees, trunk, [(0, t, group)], pad_to, last_only) for group in groups)
-            packs += [replace(pack, known=len(tree.prefix)) for pack in split]
-    bins: list[tuple[int, list]] = []
-    for piece in sorted(pieces, key=lambda p: -p[0]):
-        room = [(max_tokens - used - piece[0], i) for i, (used, _) in enumerate(bins)]
-        _, best = min((r for r in room if r[0] >= 0), default=(0, None))
-        if best is None:
-            bins.append((trunk + piece[0], [piece]))
-        else:
-            bins[best] = (bins[best][0] + piece[0], [*bins[best][1], piece])
-    return packs + [_build_pack(trees, trunk, held, pad_to, last_only) for _, held in bins]
-
-
-def _build_pack(trees: list[Tree], trunk: int, held: list[tuple], pad_to: int, last_only: bool) -> Pack:
-    columns = ids, positions, _, _ = [], [], [], []  # of tokens; then documents and branches
-    targets = rows, next_ids, weights = [], [], []
-
-    def add(segment: list[int], document: int, branch: int, parent: int | None, weight: int) -> int | None:
-        """Append a segment that continues row `parent`; return the row of its last token."""
-        if not segment:
-            return parent
-        first, n = len(ids), len(segment)
-        start = 0 if parent is None else positions[parent] + 1
-        for column, values in zip(
-            columns, (segment, range(start, start + n), [document] * n, [branch] * n), strict=True
-        ):
-            column.extend(values)
-        predecessors = ([] if parent is None else [parent]) + list(range(first, first + n - 1))
-        if last_only:
-            predecessors = predecessors[-1:] if branch else []
-        due = segment[len(segment) - len(predecessors) :]
-        for column, values in zip(targets, (predecessors, due, [weight] * len(due)), strict=True):
-            column.extend(values)
-        return first + n - 1
-
-    leaves = {}
-    root = add(trees[held[0][1]].prefix[:trunk], 0, 0, None, sum(len(group) for _, _, group in held))
-    for document, (_, t, group) in enumerate(held, 1):
-        stem = add(trees[t].prefix[trunk:], document, 0, root, len(group))
-        for branch, b in enumerate(group, 1):
-            leaves[t, b] = add(trees[t].branches[b], document, branch, stem, 1)
-    tokens = len(ids)
-    for column, value in zip(columns, (0, 0, -1, 0), strict=True):
-        column.extend([value] * (-tokens % pad_to))
-    made = (torch.tensor(column, dtype=torch.long) for column in (*columns, rows, next_ids))
-    return Pack(*made, torch.tensor(weights, dtype=torch.float32), leaves, tokens)
+# ---- Scoring
 
 
 @torch.no_grad()
 def score_packs(model: Llama, packs: Iterable[Pack], vocabulary: Sequence[int], progress=lambda pack: None) -> dict:
     """Return {(tree, branch): fp32 logits of vocabulary after its last token}; progress gets each pack when done."""
     device, scores, running = next(model.parameters()).device, {}, deque()
-    large, prefix = None, None  # the last tree that was split, and the keys and values of its prefix
+    large, prefix = None, None  # the last tree that was split, and each layer's keys and values of its prefix
 
     def collect() -> None:
         pack, logits = running.popleft()
@@ -512,7 +363,7 @@ def score_packs(model: Llama, packs: Iterable[Pack], vocabulary: Sequence[int], 
         if pack.known and large == next(iter(pack.leaves))[0]:
             first = pack.known
         elif pack.known:
-            large, prefix = next(iter(pack.leaves))[0], PrefixCache(pack.known, [])
+            large, prefix = next(iter(pack.leaves))[0], [PrefixCache(pack.known) for _ in model.model.layers]
         rows = torch.tensor(list(pack.leaves.values())) - first
         inputs = (here.ids[None, first:], here.positions[None, first:], here.mask(first))
         select = (torch.zeros_like(rows).to(device), rows.to(device))
@@ -526,7 +377,8 @@ def score_packs(model: Llama, packs: Iterable[Pack], vocabulary: Sequence[int], 
 
 
 def compile_layers(model: Llama) -> None:
-    """Compile the layers for packs of one length on a GPU: one compilation serves all of them."""
+    """Compile the layers for batches of fixed shape on a GPU: one compilation for each shape serves all of them."""
+    torch._dynamo.config.recompile_limit = 64
     for layer in model.model.layers:
         layer.compile(dynamic=False)
 
@@ -548,15 +400,57 @@ class Row:
     tokens: list[int]
 
 
-class Generator:
-    """Greedy continuations, up to and without an end token, of prompts that may come at any time."""
+class KVCache:
+    """The slots of every layer for B rows; it starts with `slots` a row and can grow."""
 
-    def __init__(self, model: Llama, rows: int, max_new_tokens: int, eos_ids: Sequence[int]):
+    def __init__(self, config: Config, rows: int, slots: int, device: torch.device, dtype: torch.dtype):
+        def empty() -> Tensor:
+            shape = (rows, config.num_key_value_heads, slots, config.head_dim)
+            return torch.zeros(shape, device=device, dtype=dtype)
+
+        self.layers = [Slots(empty(), empty()) for _ in range(config.num_hidden_layers)]
+
+    @property
+    def slots(self) -> int:
+        """Slots of a row."""
+        return self.layers[0].keys.shape[2]
+
+    def grow(self, slots: int) -> None:
+        """Make room for `slots` slots a row, a layer at a time, since two whole caches may not fit."""
+        for layer in self.layers:
+            more = (0, 0, 0, slots - layer.keys.shape[2])
+            layer.keys, layer.values = F.pad(layer.keys, more), F.pad(layer.values, more)
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` slots of a row to another row."""
+        for layer in self.layers:
+            for tensor in (layer.keys, layer.values):
+                tensor[target, :, :length] = tensor[source, :, :length]
+
+
+class Generator:
+    """Greedy continuations, up to and without an end token, of prompts that may come at any time.
+
+    On a GPU a step for all rows is captured as one CUDA graph, unless `capture` is false because the model has layers
+    that ask the host.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        rows: int,
+        max_new_tokens: int,
+        eos_ids: Sequence[int],
+        slots: int = 0,
+        capture: bool = True,
+    ):
         self.model, self.n_rows, self.max_new_tokens, self.eos_ids = model, rows, max_new_tokens, eos_ids
         self.device, self.dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
         self.waiting: deque[tuple[object, list[int]]] = deque()
         self.rows: list[Row] = []  # in the first rows of the cache
-        self.cache = KVCache(model.config, rows, 0, self.device, self.dtype)
+        self.cache = KVCache(model.config, rows, slots, self.device, self.dtype)
+        self.capture, self.graph = capture and self.device.type == "cuda", None
+        self.inputs = torch.zeros(2, rows, dtype=torch.long, device=self.device)  # of the graph: tokens, positions
 
     def submit(self, prompts: Iterable[tuple[object, list[int]]], first: bool = False) -> None:
         """Queue (key, token ids) pairs at the end, or with `first` before all others."""
@@ -569,19 +463,38 @@ class Generator:
         if self.waiting and (free >= max(1, self.n_rows // 8) or len(self.waiting) <= free):
             self._prefill([self.waiting.popleft() for _ in range(min(free, len(self.waiting)))])
         elif self.rows:
-            tokens = torch.tensor([row.tokens[-1] for row in self.rows], device=self.device)
-            positions = torch.tensor([row.length for row in self.rows], device=self.device)
-            written = decode(self.model, tokens, positions, self.cache, max(row.length for row in self.rows) + 1)
-            for row, token in zip(self.rows, written.tolist(), strict=True):
+            for row, token in zip(self.rows, self._decode(), strict=True):
                 row.tokens.append(token)
                 row.length += 1
         return self._take_done()
 
+    def _decode(self) -> list[int]:
+        """Return the next token of each row in use."""
+        pairs = [(row.tokens[-1], row.length) for row in self.rows]
+        idle = [(0, 0)] * (self.n_rows - len(pairs) if self.capture else 0)  # a graph runs for all rows
+        inputs = torch.tensor(pairs + idle).T
+        if not self.capture:
+            visible = max(row.length for row in self.rows) + 1
+            return decode(self.model, *inputs.to(self.device), self.cache, visible).tolist()
+        self.inputs.copy_(inputs)
+        if self.graph is None:
+            side = torch.cuda.Stream()
+            with torch.cuda.stream(side):  # what is compiled must be so before the capture
+                for _ in range(2):
+                    decode(self.model, *self.inputs, self.cache, self.cache.slots)
+            side.synchronize()
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.written = decode(self.model, *self.inputs, self.cache, self.cache.slots)
+        self.graph.replay()
+        return self.written[: len(pairs)].tolist()
+
     def _prefill(self, prompts: list[tuple[object, list[int]]]) -> None:
         """Read prompts into the rows after those in use, and write the first token of each."""
         needed = max(len(ids) for _, ids in prompts) + self.max_new_tokens
-        if needed > self.cache.layers[0].shape[3]:  # slots are made as they are needed
-            self.cache.grow(needed)
+        if needed > self.cache.slots:  # slots are made as they are needed
+            self.cache.grow(needed if self.device.type == "cpu" else -(-needed // 512) * 512)
+            self.graph = None
         trees, places = grow_trees([ids for _, ids in prompts])
         first = len(self.rows)
         self.rows += [Row(key, len(ids), []) for key, ids in prompts]
@@ -595,10 +508,11 @@ class Generator:
                 tokens.append(path)
             rows, tokens = torch.cat(rows), torch.cat(tokens)
             here = pack.to(self.device)
-            writer = PackWriter(self.cache, *(t.to(self.device) for t in (rows, pack.positions[tokens], tokens)))
+            where = [t.to(self.device) for t in (rows, pack.positions[tokens], tokens)]
+            writers = [PackWriter(layer, *where) for layer in self.cache.layers]
             last = torch.tensor(list(pack.leaves.values()), device=self.device)
             select = (torch.zeros_like(last), last)
-            written = self.model(here.ids[None], here.positions[None], here.mask(), writer, select).argmax(-1).tolist()
+            written = self.model(here.ids[None], here.positions[None], here.mask(), writers, select).argmax(-1).tolist()
             for place, token in zip(pack.leaves, written, strict=True):
                 self.rows[first + places[place]].tokens.append(token)
 
@@ -618,22 +532,29 @@ class Generator:
 
 def decode(model: Llama, tokens: Tensor, positions: Tensor, cache: KVCache, visible: int) -> Tensor:
     """Read one token a row, (B,), at positions (B,), seeing `visible` slots at most; return the next tokens (B,)."""
-    slots = torch.arange(visible, device=tokens.device)
-    mask = slots <= positions[:, None, None, None]  # (B, 1, 1, S)
-    return model(tokens[:, None], positions[:, None], mask, cache)[:, -1].argmax(-1)
+    if tokens.is_cuda:
+        mask = length_mask(positions, visible)
+    else:
+        mask = torch.arange(visible) <= positions[:, None, None, None]  # (B, 1, 1, S)
+    return model(tokens[:, None], positions[:, None], mask, cache.layers)[:, -1].argmax(-1)
 
 
-def grow_trees(prompts: list[list[int]]) -> tuple[list[Tree], dict[tuple[int, int], int]]:
-    """Return trees of prompts that begin alike, and which prompt each (tree, branch) is."""
-    trees, places, group = [], {}, []
-    order = sorted(range(len(prompts)), key=lambda i: prompts[i])
-    for i, following in zip(order, [*order[1:], None], strict=True):
-        group.append(i)
-        if following is None or common_prefix([prompts[i], prompts[following]]) < WORTH_SHARING:
-            places |= {(len(trees), branch): j for branch, j in enumerate(group)}
-            trees.append(make_tree([prompts[j] for j in group]))
-            group = []
-    return trees, places
+def length_mask(positions: Tensor, slots: int) -> BlockMask:
+    """Return the mask by which the query of row b sees the slots up to positions[b]: whole blocks, then a part of one.
+
+    Blocks that a row has not reached are not read, so that unequal rows cost what each takes.
+    """
+    whole = (positions // BLOCK).int()[:, None, None]  # (B, 1, 1)
+    blocks = torch.arange(-(-slots // BLOCK), dtype=torch.int32, device=positions.device)
+    return BlockMask.from_kv_blocks(
+        torch.ones_like(whole),
+        (whole[..., None] + blocks) % len(blocks),  # the block where the row ends stands first
+        whole,
+        blocks.expand(len(positions), 1, 1, -1).contiguous(),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=lambda row, _head, _query, slot: slot <= positions[row],
+        seq_lengths=(1, slots),
+    )
 
 
 def generate(

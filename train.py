@@ -28,9 +28,10 @@ from tqdm import tqdm
 
 import llama
 import trsr
-from llama import Llama, Pack, Tree, make_tree, pack_trees
+from llama import Llama
 from lora import ATTENTION, LoRAConfig, apply_lora
 from models.hub import find_model
+from models.packs import Pack, Tree, make_tree, pack_trees
 from models.tokenizer import Tokenizer
 from prepare.dataset import load_dataset, read_jsonl, write_jsonl
 from runfolder.checkpoint import full, load_checkpoint, save_best, save_checkpoint, trainable

@@ -15,7 +15,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.random_model import SHAPES
-from llama import Config, Llama, Tree
+from llama import Config, Llama
+from models.packs import Tree
 
 WORK = {"mind": (410, 53), "amazon": (750, 155)}
 INSTRUCTION, VARIED, CANDIDATES = 100, 0.25, 21

@@ -14,7 +14,8 @@ import json
 import torch
 
 from bench.common import CANDIDATES, bench_parser, ceiling, models, random_trees, seconds, weights_read
-from llama import Tree, compile_layers, pack_trees, score_packs
+from llama import compile_layers, score_packs
+from models.packs import Tree, pack_trees
 from runfolder.command import run_main
 from trsr import InputError
 

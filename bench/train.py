@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 
 from bench.common import bench_parser, ceiling, models, random_trees, seconds, weights_read
-from llama import Tree, pack_trees
 from lora import ATTENTION, LoRAConfig, adapter_tensors, apply_lora
+from models.packs import Tree, pack_trees
 from runfolder.command import run_main
 from trsr import InputError
 

@@ -7,8 +7,9 @@ import torch
 from conftest import run
 from test_llama import random_trees, separate_loss, sequences
 
-from llama import generate, load_model, pack_trees, score_packs
+from llama import generate, load_model, score_packs
 from lora import LoRAConfig, adapter_tensors, apply_lora
+from models.packs import pack_trees
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 GPU = torch.device("cuda", 0)

@@ -11,8 +11,9 @@ from conftest import SHARED, needs_shared, write_model
 from transformers import LlamaForCausalLM
 
 import llama
-from llama import CheckpointError, KVCache, Tree, generate, load_model, make_tree, pack_trees, score_packs
+from llama import CheckpointError, KVCache, generate, load_model, score_packs
 from models.hub import find_model
+from models.packs import Tree, grow_trees, make_tree, pack_trees
 from models.tokenizer import Tokenizer
 from runfolder.state import fingerprint
 
@@ -245,11 +246,11 @@ def test_cached_decoding_equals_uncached(tiny):
     with torch.no_grad():
         whole = tiny(ids)
         slots = torch.arange(30)
-        prefix = tiny(ids[:, :20], slots[:20].expand(2, 20), (slots[:20] <= slots[:20, None])[None, None], cache)
+        prefix = tiny(ids[:, :20], slots[:20].expand(2, 20), (slots[:20] <= slots[:20, None])[None, None], cache.layers)
         assert (prefix - whole[:, :20]).abs().max() < 1e-4
         for t in range(20, 30):
             position = torch.full((2, 1), t)
-            step = tiny(ids[:, t : t + 1], position, (slots[: t + 1] <= t)[None, None, None], cache)
+            step = tiny(ids[:, t : t + 1], position, (slots[: t + 1] <= t)[None, None, None], cache.layers)
             assert (step[:, 0] - whole[:, t]).abs().max() < 1e-4
 
 
@@ -270,7 +271,7 @@ def test_greedy_ids_equal_transformers_generate(model_folder, tiny):
 def test_prompts_that_begin_alike_are_read_once_and_continue_as_if_alone(tiny):
     parts = [random_ids(n, seed=n).tolist() for n in (40, 45, 9, 21, 7, 33, 14, 18)]
     prompts = [parts[i % 2] + parts[2 + i] for i in range(6)] + [parts[3], parts[0] + parts[2]]
-    trees, places = llama.grow_trees(prompts)
+    trees, places = grow_trees(prompts)
     assert sorted(places.values()) == list(range(8))
     assert sum(tree.size for tree in trees) < sum(map(len, prompts)) - 3 * 40
     for (t, b), place in places.items():

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 
 import train
 import trsr
-from llama import Tree, load_model, pack_trees
+from llama import load_model
 from lora import LoRAConfig, adapter_tensors, apply_lora, load_adapter
+from models.packs import Tree, pack_trees
 from models.tokenizer import Tokenizer
 from prepare.dataset import load_dataset
 

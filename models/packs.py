@@ -1,0 +1,246 @@
+"""Packs: many texts that share beginnings in one row of tokens, each token computed once.
+
+A tree is a prefix and its branches, such as a user's prompts, which differ in the candidate alone. A pack holds many
+trees, whose common first tokens (the trunk) stand in it once. Plain text is a tree of one branch.
+
+    tokens     i i i | p p p a a b b | p p a a b b      the trunk, a tree, another tree
+    position   0 1 2 | 3 4 5 6 7 6 7 | 3 4 5 6 5 6      branches begin again where their prefix ends
+    document   0 0 0 | 1 1 1 1 1 1 1 | 2 2 2 2 2 2
+    branch     0 0 0 | 0 0 0 1 1 2 2 | 0 0 1 1 2 2
+
+One rule says who sees whom (tree_rule); every mask is made from it or checked against it. T: tokens of a pack.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+BLOCK = 128  # queries and keys of a block of FlexAttention's
+WORTH_SHARING = 32  # tokens that prompts must have in common, or else they are read apart
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Token sequences prefix + branch, for each branch. Branches are not empty."""
+
+    prefix: list[int]
+    branches: list[list[int]]
+
+    @property
+    def size(self) -> int:
+        """Tokens that it takes in a pack without a trunk."""
+        return len(self.prefix) + sum(map(len, self.branches))
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A row of T tokens, where each stands in the trees, and N next-token targets.
+
+    Target i: at row rows[i] token next_ids[i] is due and counts weights[i] times. A row may have several, since the
+    last token of a prefix predicts the first token of every branch; a token that n sequences share has weight n, so
+    that the loss is that of the sequences apart.
+    """
+
+    ids: Tensor  # (T,), and so the next three
+    positions: Tensor
+    documents: Tensor  # 0 the trunk, then 1, 2, ... a tree each; -1 padding
+    branches: Tensor  # 0 a prefix, then 1, 2, ...
+    rows: Tensor  # (N,), and so the next two
+    next_ids: Tensor
+    weights: Tensor
+    leaves: dict[tuple[int, int], int]  # (tree, branch) as given to pack_trees -> row of the branch's last token
+    tokens: int  # T without padding
+    known: int = 0  # first rows that all packs of one large tree have in common, its prefix; 0 in other packs
+
+    def to(self, device: torch.device) -> "Pack":
+        """Return the pack with its tensors on device."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+
+    def mask(self, first: int = 0, block: int = 256) -> "BlockMask | list[tuple[Tensor, Tensor]]":
+        """Return whom the queries from row `first` on see, by tree_rule: a BlockMask on CUDA; elsewhere a list, for
+        each `block` queries, of the keys that any sees (S,), and which of them each sees (block, S).
+        """
+        rule, rows = tree_rule(self.documents, self.branches), torch.arange(len(self.ids))
+        if self.ids.is_cuda:
+            return block_mask(self.documents, self.branches, first)
+        blocks = []
+        for queries in rows[first:].split(block):
+            seen = rule(None, None, queries[:, None], rows[None, : queries[-1] + 1])
+            keys = seen.any(0).nonzero()[:, 0]
+            blocks.append((keys, seen[:, keys]))
+        return blocks
+
+
+def tree_rule(documents: Tensor, branches: Tensor) -> Callable:
+    """Return the attention rule of a pack: (batch, head, query row, key row) -> whether the query sees the key."""
+
+    def rule(_batch, _head, query, key):
+        same_path = (branches[key] == 0) | (branches[key] == branches[query])
+        return (key <= query) & ((documents[key] == 0) | ((documents[key] == documents[query]) & same_path))
+
+    return rule
+
+
+def block_mask(documents: Tensor, branches: Tensor, first: int = 0) -> BlockMask:
+    """Return tree_rule, for the queries from row `first` on, as which blocks of keys each block of queries looks at.
+
+    In the rows before a block of queries lies what its first query sees: the trunk, its tree's prefix, its own branch.
+    What else later queries of the block see begins inside of the block. So a few comparisons make the mask, where
+    asking the rule of each query and key takes a tenth of scoring's time.
+    """
+    rows = torch.arange(len(documents), device=documents.device)
+    start, keys = rows[first::BLOCK], rows[::BLOCK]  # of the blocks of queries, of keys
+    last = (start + BLOCK - 1).clamp(max=len(documents) - 1)
+    tree = documents[start, None] == documents  # (blocks, T)
+    path = tree & (branches[start, None] == branches)
+    spans = []  # rows [low, high) that the first query sees, and whether all queries of the block see them
+    spans.append((0 * start, (documents == 0).sum() + 0 * start, start >= 0))
+    low = tree.int().argmax(1)  # the first True
+    same_tree = documents[start] == documents[last]
+    spans.append((low, low + (tree & (branches == 0)).sum(1), same_tree))
+    spans.append((path.int().argmax(1), last + 1, same_tree & (branches[start] == branches[last])))
+    some = whole = torch.zeros(len(start), len(keys), dtype=torch.bool, device=documents.device)
+    for low, high, by_all in spans:
+        some = some | ((keys < torch.minimum(high, last + 1)[:, None]) & (keys + BLOCK > low[:, None]))
+        inside = (keys >= low[:, None]) & (keys + BLOCK <= torch.minimum(high, start)[:, None])
+        whole = whole | (inside & by_all[:, None])
+    columns = []
+    for blocks in (some & ~whole, whole):
+        columns += [blocks.sum(1, dtype=torch.int32), blocks.int().argsort(dim=1, descending=True, stable=True).int()]
+    rule = tree_rule(documents, branches)
+    return BlockMask.from_kv_blocks(
+        *(column[None, None] for column in columns),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=(lambda b, h, query, key: rule(b, h, query + first, key)) if first else rule,
+        seq_lengths=(len(documents) - first, len(documents)),
+    )
+
+
+def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    """Return the number of leading tokens that all sequences share."""
+    # The least and the greatest sequence differ first where any two do.
+    low, high = min(sequences), max(sequences)
+    return next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
+
+
+def make_tree(sequences: list[list[int]]) -> Tree:
+    """Return the tree of token sequences that begin alike; every branch keeps one token at least."""
+    shared = min(common_prefix(sequences), min(map(len, sequences)) - 1)
+    return Tree(sequences[0][:shared], [ids[shared:] for ids in sequences])
+
+
+def pack_trees(trees: list[Tree], max_tokens: int, pad_to: int = 1, last_only: bool = False) -> list[Pack]:
+    """Return packs of up to max_tokens tokens that hold all trees, one as full as can be after the other, padded to a
+    multiple of pad_to.
+
+    A tree larger than a pack is split between its branches, in packs of its own that begin alike; a single sequence
+    larger than that makes a pack larger.
+    Every token is a target except a sequence's first; with last_only just the last token of each branch.
+    """
+    trunk = common_prefix([tree.prefix for tree in trees]) if trees else 0
+    pieces: list[tuple[int, int, list[int]]] = []  # (size without the trunk, tree, its branches)
+    packs = []
+    for t, tree in enumerate(trees):
+        groups, start = [[]], len(tree.prefix) - trunk
+        size = start
+        for b, branch in enumerate(tree.branches):
+            if groups[-1] and trunk + size + len(branch) > max_tokens:
+                groups.append([])
+                size = start
+            groups[-1].append(b)
+            size += len(branch)
+        if len(groups) == 1:
+            pieces.append((size, t, groups[0]))
+        else:
+            split = (_build_pack(trees, trunk, [(0, t, group)], pad_to, last_only) for group in groups)
+            packs += [replace(pack, known=len(tree.prefix)) for pack in split]
+    for chosen in fill_bins([size for size, *_ in pieces], max_tokens - trunk):
+        packs.append(_build_pack(trees, trunk, [pieces[i] for i in chosen], pad_to, last_only))
+    return packs
+
+
+def fill_bins(sizes: list[int], room: int) -> list[list[int]]:
+    """Return all indices of sizes in bins, each filled as near to room as the sizes left allow; what exceeds room is
+    in a bin of its own.
+    """
+    left, bins = sorted(range(len(sizes)), key=lambda i: -sizes[i]), []
+    while left:
+        sums = [1]  # bit s of sums[i]: some of the first i sizes sum to s
+        for i in left:
+            sums.append(sums[-1] | (sums[-1] << sizes[i]) & ((2 << max(room, 0)) - 1))
+        total, chosen = sums[-1].bit_length() - 1, []
+        for before, i in zip(reversed(sums[:-1]), reversed(left), strict=True):
+            if not before >> total & 1:
+                chosen.append(i)
+                total -= sizes[i]
+        bins.append(chosen or left[:1])
+        left = [i for i in left if i not in set(bins[-1])]
+    return bins
+
+
+def pack_length(trees: list[Tree], max_tokens: int) -> int:
+    """Return the length up to max_tokens at which the fewest packs hold all trees, with little room to spare.
+
+    Lengths are multiples of 256 (128 for short ones), since kernels are compiled for each that occurs.
+    """
+    trunk = common_prefix([tree.prefix for tree in trees])
+    sizes = [tree.size - trunk for tree in trees]
+    n = -(-sum(sizes) // max(1, max_tokens - trunk))
+    least = trunk + -(-sum(sizes) // n)
+    multiple = 2 * BLOCK if least > 4096 else BLOCK
+    for length in range(-(-least // multiple) * multiple, max_tokens, multiple):
+        if max(sizes) <= length - trunk and len(fill_bins(sizes, length - trunk)) == n:
+            return length
+    return max_tokens
+
+
+def _build_pack(trees: list[Tree], trunk: int, held: list[tuple], pad_to: int, last_only: bool) -> Pack:
+    columns = ids, positions, _, _ = [], [], [], []  # of tokens; then documents and branches
+    targets = rows, next_ids, weights = [], [], []
+
+    def add(segment: list[int], document: int, branch: int, parent: int | None, weight: int) -> int | None:
+        """Append a segment that continues row `parent`; return the row of its last token."""
+        if not segment:
+            return parent
+        first, n = len(ids), len(segment)
+        start = 0 if parent is None else positions[parent] + 1
+        for column, values in zip(
+            columns, (segment, range(start, start + n), [document] * n, [branch] * n), strict=True
+        ):
+            column.extend(values)
+        predecessors = ([] if parent is None else [parent]) + list(range(first, first + n - 1))
+        if last_only:
+            predecessors = predecessors[-1:] if branch else []
+        due = segment[len(segment) - len(predecessors) :]
+        for column, values in zip(targets, (predecessors, due, [weight] * len(due)), strict=True):
+            column.extend(values)
+        return first + n - 1
+
+    leaves = {}
+    root = add(trees[held[0][1]].prefix[:trunk], 0, 0, None, sum(len(group) for _, _, group in held))
+    for document, (_, t, group) in enumerate(held, 1):
+        stem = add(trees[t].prefix[trunk:], document, 0, root, len(group))
+        for branch, b in enumerate(group, 1):
+            leaves[t, b] = add(trees[t].branches[b], document, branch, stem, 1)
+    tokens = len(ids)
+    for column, value in zip(columns, (0, 0, -1, 0), strict=True):
+        column.extend([value] * (-tokens % pad_to))
+    made = (torch.tensor(column, dtype=torch.long) for column in (*columns, rows, next_ids))
+    return Pack(*made, torch.tensor(weights, dtype=torch.float32), leaves, tokens)
+
+
+def grow_trees(prompts: list[list[int]]) -> tuple[list[Tree], dict[tuple[int, int], int]]:
+    """Return trees of prompts that begin alike, and which prompt each (tree, branch) is."""
+    trees, places, group = [], {}, []
+    order = sorted(range(len(prompts)), key=lambda i: prompts[i])
+    for i, following in zip(order, [*order[1:], None], strict=True):
+        group.append(i)
+        if following is None or common_prefix([prompts[i], prompts[following]]) < WORTH_SHARING:
+            places |= {(len(trees), branch): j for branch, j in enumerate(group)}
+            trees.append(make_tree([prompts[j] for j in group]))
+            group = []
+    return trees, places
