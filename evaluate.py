@@ -103,7 +103,7 @@ def main() -> None:
     if kind == "adapter" and not args.untrained:
         load_adapter(model, args.run / "adapter")
     model.eval()
-    if device.type == "cuda":
+    if device.type == "cuda" and not args.no_compile:
         compile_layers(model)
     recommender, answers = make_recommender(args, model, folder, domain, items, summaries)
     row = "untrained" if args.untrained else "trained"

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.distributed as dist
@@ -31,15 +32,19 @@ import trsr
 from llama import Llama
 from lora import ATTENTION, LoRAConfig, apply_lora
 from models.hub import find_model
-from models.packs import Pack, Tree, make_tree, pack_trees
+from models.packs import Pack, Tree, make_tree, pack_length, pack_trees
 from models.tokenizer import Tokenizer
 from prepare.dataset import load_dataset, read_jsonl, write_jsonl
 from runfolder.checkpoint import full, load_checkpoint, save_best, save_checkpoint, trainable
 from runfolder.command import natural, positive, script_parser
-from runfolder.processes import gather, host_workers, join_processes, peak_memory, run_script
+from runfolder.estimate import preflight
+from runfolder.processes import ahead, gather, host_workers, join_processes, peak_memory, run_script
 from runfolder.state import claim_config, fingerprint, load_summaries, locked, read_config
 
 USERS_PACKED = 64  # whose prompts are packed together in scoring
+# Settings with which a run may go on in another way than it began.
+NOT_KEPT = ("run", "autocast", "pad_to", "save_every", "workers", "shard", "activation_checkpointing", "dry_run")
+NOT_KEPT += ("no_compile",)
 
 
 def parse_arguments():
@@ -65,6 +70,10 @@ def parse_arguments():
     flag("--lora-targets", nargs="+", default=list(ATTENTION), help="linear layers to adapt")
     flag = parser.add_argument_group("running").add_argument
     flag("--pack-tokens", type=positive, help="tokens in a forward pass (without it: 8192 on GPUs, 4096 on CPUs)")
+    help = "processes hold: zero2 a part of gradients and optimizer, zero3 of the weights too, replicate all of them"
+    flag("--shard", choices=["zero2", "zero3", "replicate"], default="zero2", help=help)
+    flag("--activation-checkpointing", action="store_true", help="less memory, a third more time")
+    flag("--dry-run", action="store_true", help="tell what the run will take, and stop")
     flag("--save-every", type=positive, default=50, help="steps between checkpoints; an epoch ends with one too")
     flag("--k", type=positive, nargs="+", default=[3, 5, 10], help="validation recall is summed over these")
     return parser.parse_args()
@@ -147,9 +156,16 @@ def make_recommender(args, model: Llama, folder: Path, domain, items, summaries)
 def user_packs(recommender, examples, candidates, users: Sequence[int], args, show: bool) -> Iterator[Pack]:
     """Yield packs with all prompts of these users (indices of examples), while workers tokenize the next ones."""
     trees = tokenized(Prompts(recommender, [(examples[u], candidates[u]) for u in users]), args, show)
+    held: list[tuple[int, Tree]] = []
     for start in range(0, len(users), USERS_PACKED):
-        for pack in pack_trees(list(islice(trees, USERS_PACKED)), args.pack_tokens, args.pad_to):
-            yield replace(pack, leaves={(users[start + t], b): row for (t, b), row in pack.leaves.items()})
+        some = users[start : start + USERS_PACKED]
+        held += zip(some, islice(trees, len(some)), strict=True)
+        packs = pack_trees([tree for _, tree in held], args.pack_tokens, args.pad_to)
+        # The emptiest pack is the last; its users wait for others to fill it.
+        waiting = start + len(some) < len(users) and not packs[-1].known
+        for pack in packs[: len(packs) - waiting]:
+            yield replace(pack, leaves={(held[t][0], b): row for (t, b), row in pack.leaves.items()})
+        held = [held[t] for t in dict.fromkeys(t for t, _ in packs[-1].leaves)] if waiting else []
     next(trees, None)  # its last words
 
 
@@ -167,12 +183,25 @@ def validation_recall(model: Llama, examples, candidates, packs: list[Pack], ans
 # ---- One optimizer step: FSDP2 where torchrun started several processes, nothing of it otherwise
 
 
-def shard(model: Llama, device: torch.device) -> None:
-    """Shard each layer's parameters, gradients and optimizer state over the processes (ZeRO stage 2) on device."""
+def shard(model: Llama, device: torch.device, mode: str) -> None:
+    """Shard parameters, gradients and optimizer state over the processes, layer by layer (FSDP2).
+
+    zero2 keeps the gathered weights until the step ends, zero3 until each layer has been computed.
+    """
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
-    for module in (*model.model.layers, model):
-        fully_shard(module, mesh=mesh, reshard_after_forward=False)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=mode == "zero3")
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
     register_fsdp_forward_method(model, "loss")
+
+
+def sum_gradients(model: Llama) -> None:
+    """Make every process's gradients the sum over all, in one message."""
+    parameters = list(trainable(model).values())
+    flat = torch.cat([p.grad.flatten() for p in parameters])
+    dist.all_reduce(flat)
+    for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = grad.view_as(parameter)
 
 
 def reduced(value: float, device: torch.device, op: dist.ReduceOp = dist.ReduceOp.SUM) -> float:
@@ -190,19 +219,22 @@ def train_step(model: Llama, optimizer, packs: list[Pack], count: int, args, dev
     count: the targets of the whole step, over which the loss is averaged; 0 means that these packs do not count.
     Raises FloatingPointError before the update where loss or gradient are not finite.
     """
-    rounds = int(reduced(len(packs), device, dist.ReduceOp.MAX))
+    sharded = isinstance(model, FSDPModule)
+    rounds = int(reduced(len(packs), device, dist.ReduceOp.MAX)) if sharded else len(packs)
     world = dist.get_world_size() if dist.is_initialized() else 1
     loss = torch.zeros((), device=device)
     for i in range(rounds):
         # FSDP's processes must run equally often: one that has fewer packs repeats its last without weight.
         weight = 1 / count if count and i < len(packs) else 0.0
-        if isinstance(model, FSDPModule):  # reduce gradients and drop the gathered weights once a step, at its end
+        if sharded:  # reduce gradients and drop the gathered weights once a step, at its end
             model.set_requires_gradient_sync(i == rounds - 1)
-            model.set_reshard_after_backward(i == rounds - 1)
+            model.set_reshard_after_backward(i == rounds - 1 or args.shard == "zero3")
         with torch.autocast(device.type, torch.bfloat16, enabled=args.autocast):
             part = model.loss(packs[min(i, len(packs) - 1)].to(device)) * weight
-        (part * world).backward()  # FSDP averages gradients over the processes; count is already that of all
+        (part * (world if sharded else 1)).backward()  # FSDP averages gradients; count is that of all processes
         loss += part.detach()
+    if world > 1 and not sharded:
+        sum_gradients(model)
     loss = reduced(loss.item(), device)
     norm = full(torch.nn.utils.clip_grad_norm_(trainable(model).values(), args.max_grad_norm)).item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -213,6 +245,20 @@ def train_step(model: Llama, optimizer, packs: list[Pack], count: int, args, dev
 
 
 # ---- The run
+
+
+def step_packs(trees: list[Tree], batch: list[int], rank: int, world: int, args) -> tuple:
+    """Return (users of the step, this process's packs, tokens of the step, targets of the step).
+
+    The targets are 0 where the process has no share of the step: then its packs are another's and do not count.
+    """
+    together = [trees[u] for u in batch]
+    mine = [together[i] for i in share_out([tree.size for tree in together], world)[rank]]
+    held = mine or together[:1]
+    length = pack_length(held, args.pack_tokens) if args.pad_to > 1 else args.pack_tokens
+    packs = pack_trees(held, length, min(length, args.pad_to), args.loss == "answer")
+    count = sum(target_count(tree, args.loss) for tree in together) if mine else 0
+    return batch, packs, sum(tree.size for tree in together), count
 
 
 def fit(args, model, optimizer, folder, device, trees: list[Tree], users: list[str], recall_of) -> None:
@@ -226,7 +272,7 @@ def fit(args, model, optimizer, folder, device, trees: list[Tree], users: list[s
         lines = [r for r in lines if r["step"] <= progress["step"]]  # what came after the checkpoint is done again
         lines = [r for r in lines if "validation" not in r or r["epoch"] <= progress["epoch"]]
         write_jsonl(metrics, lines)
-    interrupts = []
+    interrupts, speeds = [], []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _frame: interrupts.append(number))
     users_a_step = args.batch_size // len(trees[0].branches)
@@ -239,25 +285,28 @@ def fit(args, model, optimizer, folder, device, trees: list[Tree], users: list[s
                 file.write(json.dumps({"step": progress["step"], "epoch": epoch + 1} | record) + "\n")
 
     for epoch in range(progress["epoch"], args.epochs):
-        for batch in step_batches(len(trees), users_a_step, args.seed, epoch)[progress["batch"] :]:
+        batches = step_batches(len(trees), users_a_step, args.seed, epoch)[progress["batch"] :]
+        for batch, packs, size, count in ahead(step_packs(trees, batch, rank, world, args) for batch in batches):
             began = time.perf_counter()
-            together = [trees[u] for u in batch]
-            mine = [together[i] for i in share_out([tree.size for tree in together], world)[rank]]
-            packs = pack_trees(mine or together[:1], args.pack_tokens, args.pad_to, args.loss == "answer")
-            count = sum(target_count(tree, args.loss) for tree in together)
             torch.manual_seed((args.seed * 1_000_003 + progress["step"]) * 4096 + rank)  # dropout, also when resumed
             try:
-                loss, norm = train_step(model, optimizer, packs, count if mine else 0, args, device)
+                loss, norm = train_step(model, optimizer, packs, count, args, device)
             except FloatingPointError as error:
                 who = ", ".join(users[u] for u in batch)
                 message = f"step {progress['step'] + 1}: {error}; lower --lr, or look at the data of its users: {who}"
                 raise trsr.InputError(message) from None
             progress |= {"step": progress["step"] + 1, "batch": progress["batch"] + 1}
-            speed = sum(tree.size for tree in together) / (time.perf_counter() - began)
+            speed = size / (time.perf_counter() - began)
             log(loss=loss, grad_norm=norm, lr=args.lr, tokens_per_second=speed)
             shown = f"epoch {epoch + 1}, loss {loss:.4f}, lr {args.lr:g}, {speed:.0f} tokens/s, {peak_memory(device)}"
             bar.set_postfix_str(shown)
             bar.update()
+            speeds.append(speed)
+            if len(speeds) == 10 and rank == 0:
+                minutes = sum(tree.size for tree in trees) / median(speeds) / 60
+                bar.write(
+                    f"measured {median(speeds):.0f} tokens/s: {minutes:.1f} minutes an epoch; {peak_memory(device)}"
+                )
             stop = reduced(len(interrupts), device, dist.ReduceOp.MAX)
             if stop or progress["step"] % args.save_every == 0:
                 save_checkpoint(args.run, model, optimizer, progress, rank)
@@ -295,7 +344,7 @@ def main() -> None:
     folder = find_model(args.model, args.revision)
     if args.batch_size % (1 + len(train[0].negatives)):
         raise trsr.InputError(f"--batch-size is no multiple of the {1 + len(train[0].negatives)} examples of a user")
-    settings = {f: v for f, v in vars(args).items() if f not in ("run", "autocast", "pad_to", "save_every", "workers")}
+    settings = {f: v for f, v in vars(args).items() if f not in NOT_KEPT}
     args.lora = LoRAConfig(args.lora_r, args.lora_alpha, args.lora_dropout, tuple(args.lora_targets))
     # Full fine-tuning keeps fp32 weights and computes under autocast; an adapter's frozen base can be bf16.
     model = llama.load_model(folder, torch.device("cpu"), torch.bfloat16 if half and args.lora_r else torch.float32)
@@ -306,7 +355,8 @@ def main() -> None:
     with locked(args.run, hold=rank == 0):
         if rank == 0:
             started = (args.run / "checkpoint").is_dir()
-            claim_config(args.run, "train", settings | {"fingerprint": fingerprint(folder)}, started)
+            if not args.dry_run:
+                claim_config(args.run, "train", settings | {"fingerprint": fingerprint(folder)}, started)
             n, n_trained = (sum(p.numel() for p in ps) for ps in (model.parameters(), trainable(model).values()))
             print(f"data    {args.data}: {len(train)} users to train on, {len(val)} to validate on")
             print(f"model   {args.model}: {n / 1e6:.1f}M parameters, {n_trained / 1e6:.2f}M trained, {args.dtype}")
@@ -318,9 +368,16 @@ def main() -> None:
         val_packs = list(user_packs(recommender, val, candidates, range(len(val)), args, show=rank == 0))
         for what, number in recommender.budget.trimmed.items() if rank == 0 else ():
             print(f"trimmed to the context: {number} {what}")
-        if world > 1:
-            shard(model, device)
+        if rank == 0:
+            preflight(model, args, trees, world, device)
+        if args.dry_run:
+            return
+        if world > 1 and args.shard != "replicate":
+            shard(model, device, args.shard)
         model.to(device)
+        if device.type == "cuda" and not args.no_compile:
+            llama.compile_layers(model)
+        model.model.checkpointing = args.activation_checkpointing
         options = {"lr": args.lr, "betas": tuple(args.betas), "weight_decay": args.weight_decay}
         optimizer = torch.optim.AdamW(trainable(model).values(), **options)
 

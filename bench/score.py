@@ -55,7 +55,7 @@ def agreement(ours: dict, theirs: list, trees: list[Tree]) -> tuple[float, float
 def main() -> None:
     """Print users/s of each way, ratios, and how near to the machine's ceiling this project is."""
     parser = bench_parser(__doc__)
-    parser.add_argument("--users", type=int, help="users that this project scores (without it: 64 on GPUs, 6 on CPUs)")
+    parser.add_argument("--users", type=int, help="users that this project scores (without it: 160 on GPUs, 6 on CPUs)")
     parser.add_argument("--peer-users", type=int, default=2, help="users that the others score")
     parser.add_argument("--candidates", type=int, nargs="+", default=[CANDIDATES], help="numbers of candidates to time")
     parser.add_argument("--pack-tokens", type=int, help="tokens in a forward pass (without it: as evaluate.py)")
@@ -63,7 +63,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpu = device.type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
-    users = args.users or (64 if gpu else 6)
+    users = args.users or (160 if gpu else 6)
     pack_tokens = args.pack_tokens or (8192 if gpu else 4096)
     ours, theirs = models(args, device, dtype)
     trees = random_trees(args, users, CANDIDATES)

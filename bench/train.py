@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 
 from bench.common import bench_parser, ceiling, models, random_trees, seconds, weights_read
+from llama import compile_layers
 from lora import ATTENTION, LoRAConfig, adapter_tensors, apply_lora
-from models.packs import Tree, pack_trees
+from models.packs import Pack, Tree, pack_length, pack_trees
 from runfolder.command import run_main
 from trsr import InputError
 
@@ -28,9 +29,17 @@ def sequences_of(trees: list[Tree]) -> list[list[int]]:
     return [tree.prefix + branch for tree in trees for branch in tree.branches]
 
 
+def packs_of(trees: list[Tree], pack_tokens: int, device: torch.device) -> list[Pack]:
+    """Return the packs of a step, as train.py makes them."""
+    if device.type == "cpu":
+        return pack_trees(trees, pack_tokens)
+    length = pack_length(trees, pack_tokens)
+    return pack_trees(trees, length, length)
+
+
 def packed_step(model, optimizer, trees: list[Tree], pack_tokens: int, device: torch.device) -> float:
     """Make one optimizer step as train.py does; return the loss."""
-    packs = pack_trees(trees, pack_tokens, pack_tokens if device.type == "cuda" else 1)
+    packs = packs_of(trees, pack_tokens, device)
     count, total = sum(pack.weights.sum().item() for pack in packs), 0.0
     for pack in packs:
         loss = model.loss(pack.to(device)) / count
@@ -74,6 +83,8 @@ def main() -> None:
     ours, theirs = models(args, device, dtype)
     trees = random_trees(args, users, 2)
     apply_lora(ours, LoRAConfig(dropout=0.05))
+    if gpu:
+        compile_layers(ours)
     options = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": list(ATTENTION)}
     theirs = get_peft_model(theirs, LoraConfig(**options, bias="none", task_type="CAUSAL_LM"))
     mine = adapter_tensors(ours)
@@ -107,7 +118,7 @@ def main() -> None:
             rates[f"transformers + PEFT, {batch} a batch"] = examples / took
         except torch.OutOfMemoryError:
             print(f"a batch of {batch} does not fit")
-    packs = pack_trees(trees, pack_tokens, pack_tokens if gpu else 1)
+    packs = packs_of(trees, pack_tokens, device)
     real, places = sum(pack.tokens for pack in packs), sum(len(pack.ids) for pack in packs)
     flops, limit = 4 * weights_read(ours) * real / examples * rates["ours"], ceiling(device, dtype)
     best = max((name for name in rates if name != "ours"), key=rates.get)

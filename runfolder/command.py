@@ -34,6 +34,7 @@ def script_parser(description: str) -> argparse.ArgumentParser:
     flag("--run", "--run-dir", type=Path, default=Path("runs/demo"), help="run folder")
     flag = parser.add_argument_group("machine").add_argument
     flag("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 on GPUs, fp32 on CPUs")
+    flag("--no-compile", action="store_true", help="on GPUs, run the layers as written: slower, but no wait before it")
     return parser
 
 

@@ -3,7 +3,8 @@
 import os
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import torch
@@ -47,6 +48,15 @@ def peak_memory(device: torch.device) -> str:
 def host_workers(device: torch.device) -> int:
     """Return how many processes tokenize while a GPU works; a CPU has its hands full."""
     return min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if device.type == "cuda" else 0
+
+
+def ahead(items: Iterator) -> Iterator:
+    """Yield items, each of which a thread makes while the one before is worked on."""
+    with ThreadPoolExecutor(1) as pool:
+        due = pool.submit(next, items, None)
+        while (item := due.result()) is not None:
+            due = pool.submit(next, items, None)
+            yield item
 
 
 def run_script(main: Callable[[], None]) -> None:

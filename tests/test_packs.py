@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from test_llama import random_ids, random_trees
+from test_llama import random_ids
 from torch.nn.attention.flex_attention import flex_attention
 
 from llama import KVCache, decode, length_mask, load_model
