@@ -13,12 +13,11 @@ V vocabulary. Positions count from 0 in tokens.
 """
 
 import json
-import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -28,7 +27,10 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
+from models.int8 import Int8Linear, bitsandbytes_linear, quantize, replace_linears
 from models.packs import BLOCK, Pack, grow_trees, pack_trees
+
+PREFILL_TOKENS = 8192  # of prompts that a GPU reads at once before it writes
 
 
 class CheckpointError(ValueError):
@@ -393,11 +395,16 @@ def compile_layers(model: Llama) -> None:
 
 @dataclass
 class Row:
-    """One text in the making: its name, its length in the cache, and the tokens that the model wrote."""
+    """One text in the making: its name, its prompt, and the tokens that the model wrote."""
 
     key: object
-    length: int
+    prompt: list[int]
     tokens: list[int]
+
+    @property
+    def length(self) -> int:
+        """Slots in use; also the position of the last token, which is not in the cache yet."""
+        return len(self.prompt) + len(self.tokens) - 1
 
 
 class KVCache:
@@ -465,8 +472,17 @@ class Generator:
         elif self.rows:
             for row, token in zip(self.rows, self._decode(), strict=True):
                 row.tokens.append(token)
-                row.length += 1
         return self._take_done()
+
+    def shrink(self) -> None:
+        """Go on with half as many rows, where memory has run out; what was being written is begun again."""
+        self.submit([(row.key, row.prompt) for row in self.rows], first=True)
+        self.rows, self.graph, self.n_rows = [], None, self.n_rows // 2
+        for layer in self.cache.layers:
+            layer.keys = layer.keys[: self.n_rows].clone()
+            layer.values = layer.values[: self.n_rows].clone()
+        self.inputs = self.inputs[:, : self.n_rows].clone()
+        torch.cuda.empty_cache()
 
     def _decode(self) -> list[int]:
         """Return the next token of each row in use."""
@@ -497,8 +513,8 @@ class Generator:
             self.graph = None
         trees, places = grow_trees([ids for _, ids in prompts])
         first = len(self.rows)
-        self.rows += [Row(key, len(ids), []) for key, ids in prompts]
-        size, pad = (8192, 256) if self.device.type == "cuda" else (2048, 1)
+        self.rows += [Row(key, ids, []) for key, ids in prompts]
+        size, pad = (PREFILL_TOKENS, 256) if self.device.type == "cuda" else (2048, 1)
         for pack in pack_trees(trees, size, pad, last_only=True):
             rows, tokens = [], []
             for place, leaf in pack.leaves.items():
@@ -516,13 +532,16 @@ class Generator:
             for place, token in zip(pack.leaves, written, strict=True):
                 self.rows[first + places[place]].tokens.append(token)
 
+    def ends(self, row: Row) -> bool:
+        """Return whether the row is done."""
+        return row.tokens[-1] in self.eos_ids or len(row.tokens) == self.max_new_tokens
+
     def _take_done(self) -> list[tuple[object, list[int]]]:
         done = []
         for i in reversed(range(len(self.rows))):
             row = self.rows[i]
-            ended = row.tokens[-1] in self.eos_ids
-            if ended or len(row.tokens) == self.max_new_tokens:
-                done.append((row.key, row.tokens[: len(row.tokens) - ended]))
+            if self.ends(row):
+                done.append((row.key, row.tokens[: len(row.tokens) - (row.tokens[-1] in self.eos_ids)]))
                 last = self.rows.pop()
                 if last is not row:  # the last row moves into the gap, so that the rows in use are the first ones
                     self.rows[i] = last
@@ -597,21 +616,25 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def load_model(
-    folder: Path, device: torch.device, dtype: torch.dtype, int8: bool = False, int8_threshold: float = 6.0
+    folder: Path, device: torch.device, dtype: torch.dtype, int8: str | None = None, threshold: float = 6.0
 ) -> Llama:
     """Return the model of a folder on device, in dtype and eval mode.
 
     The files are mapped into memory: on a CPU, and where dtype is the files' own, the weights are the mapping itself.
-    int8: the layers' matrices as bitsandbytes LLM.int8. CheckpointError names files, tensors and shapes that are off.
+    int8: a way to have the layers' matrices in 8 bit (models/int8.py).
+    CheckpointError names files, tensors and shapes that are off.
     """
     with torch.device("meta"):
         model = Llama(load_config(folder))
     tied = model.config.tie_word_embeddings
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}  # tied weights once, as embed_tokens
+    if int8 == "weights":
+        replace_linears(model, Int8Linear)
+    scales = {name for name, _ in model.named_parameters() if name.endswith(".scale")}
     found: dict[str, Tensor] = {}
     for path in weight_files(folder):
         try:
-            with safe_open(path, framework="pt", device="cpu" if int8 else str(device)) as file:
+            with safe_open(path, framework="pt", device="cpu" if int8 == "bitsandbytes" else str(device)) as file:
                 for name in file.keys():  # noqa: SIM118
                     if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"):
                         continue
@@ -620,6 +643,8 @@ def load_model(
                         expected = f"expected shape {wanted[name]}" if name in wanted else "config.json has no place"
                         raise CheckpointError(f"{path}: tensor {name} has shape {shape}, {expected} for it")
                     found[name] = file.get_tensor(name).to(dtype)
+                    if name.removesuffix("weight") + "scale" in scales:  # at once, since all in 16 bit may not fit
+                        found[name], found[name.removesuffix("weight") + "scale"] = quantize(found[name])
         except SafetensorError as error:
             raise CheckpointError(f"{path}: not a safetensors file, or cut short ({error}); fetch it again") from None
     if missing := [name for name in wanted if name not in found]:
@@ -627,21 +652,6 @@ def load_model(
     model.load_state_dict(found, strict=False, assign=True)
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
-    if int8:
-        quantize_int8(model, int8_threshold)
+    if int8 == "bitsandbytes":
+        replace_linears(model, partial(bitsandbytes_linear, threshold=threshold))
     return model.to(device).eval()
-
-
-def quantize_int8(model: Llama, threshold: float) -> None:
-    """Replace the layers' linear modules by bitsandbytes' LLM.int8, which quantize as they move to their device."""
-    from bitsandbytes.nn import Int8Params, Linear8bitLt  # here, because it takes seconds and only --int8 needs it
-
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # it warns of every bf16 input
-    for layer in model.model.layers:
-        for parent in (layer.self_attn, layer.mlp):
-            for name, old in list(parent.named_children()):
-                options = {"bias": old.bias is not None, "has_fp16_weights": False, "threshold": threshold}
-                new = Linear8bitLt(old.in_features, old.out_features, **options)
-                new.weight = Int8Params(old.weight.data, requires_grad=False, has_fp16_weights=False)
-                new.bias = old.bias
-                setattr(parent, name, new)

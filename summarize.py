@@ -16,8 +16,9 @@ import torch
 from tqdm import tqdm
 
 import trsr
-from llama import Generator, load_model
+from llama import PREFILL_TOKENS, Generator, Llama, compile_layers, load_model
 from models.hub import find_model
+from models.int8 import WAYS
 from models.tokenizer import Tokenizer
 from prepare.dataset import load_dataset, read_jsonl, write_jsonl
 from runfolder.command import positive, script_parser
@@ -33,8 +34,9 @@ def parse_arguments():
     flag("--block-size", type=positive, default=5, help="items a block")
     flag("--max-new-tokens", type=positive, default=150, help="longest summary, in tokens")
     flag("--max-length", type=positive, default=2048, help="longest prompt and summary together, in tokens")
-    flag("--int8", action="store_true", help="8-bit weights through bitsandbytes, as in the paper")
-    flag("--batch-size", type=positive, default=16, help="prompts decoded together")
+    help = "8-bit weights: this project's, or `--int8 bitsandbytes` for LLM.int8 as in the paper (slower)"
+    flag("--int8", nargs="?", choices=WAYS, const="weights", help=help)
+    flag("--batch-size", type=positive, help="prompts decoded together (without it: 16 on CPUs, what fits on GPUs)")
     return parser.parse_args()
 
 
@@ -56,6 +58,10 @@ def main() -> None:
     model = load_model(folder, device, torch.bfloat16 if half else torch.float32, int8=args.int8)
     tokenizer = Tokenizer(folder, model.config.vocab_size)
     context = min(args.max_length, model.config.max_position_embeddings)
+    args.slots = context if device.type == "cuda" else 0  # on a CPU they come as they are needed
+    args.batch_size = args.batch_size or rows_that_fit(model, context, device)
+    if device.type == "cuda" and args.int8 != "bitsandbytes" and not args.no_compile:
+        compile_layers(model)
     budget = trsr.Budget(context - args.max_new_tokens, tokenizer.encode, Counter())
     with locked(args.run, hold=rank == 0):
         if rank == 0:
@@ -66,7 +72,8 @@ def main() -> None:
         pending = [user for user in texts if done.get(user) != keys[user]]
         if rank == 0:
             print(f"data    {data}: {len(texts)} users, {len(texts) - len(pending)} of them summarized before")
-            print(f"model   {name}, {settings['dtype']}{', int8' if args.int8 else ''}, on {world} x {device.type}")
+            eight = f", int8 ({args.int8})" if args.int8 else ""
+            print(f"model   {name}, {settings['dtype']}{eight}, on {world} x {device.type}, {args.batch_size} a batch")
             print(f"method  {args.paradigm}, {args.block_size} items a block, {args.max_new_tokens} new tokens at most")
         mine = pending[rank::world]
         with tqdm(total=len(mine), unit="user", disable=rank > 0) as bar:
@@ -85,10 +92,24 @@ def main() -> None:
             print(f"next    python train.py --data {data} --model {name} --run {args.run}")
 
 
+def rows_that_fit(model: Llama, slots: int, device: torch.device) -> int:
+    """Return how many prompts of `slots` tokens can be decoded together: by the memory that is free on a GPU."""
+    if device.type == "cpu":
+        return 16
+    c = model.config
+    itemsize = model.lm_head.weight.itemsize
+    row = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * slots * itemsize
+    reading = PREFILL_TOKENS * (8 * c.hidden_size + 3 * c.intermediate_size) * itemsize
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(1, min(128, int((0.95 * free - reading) // row)))
+
+
 def summarize(model, tokenizer, domain, texts: dict[str, list[str]], budget, args, bar):
     """Yield (user, root of the tree of summaries) as users finish; long histories first, so that the end is short."""
     paradigm = {"hierarchical": trsr.hierarchical, "recurrent": trsr.recurrent}[args.paradigm]
-    generator, written = Generator(model, args.batch_size, args.max_new_tokens, model.config.eos_token_id), 0
+    capture = args.int8 != "bitsandbytes"  # which asks the host in every layer
+    lengths = (args.batch_size, args.max_new_tokens, model.config.eos_token_id, args.slots)
+    generator, written = Generator(model, *lengths, capture), 0
 
     def submit(prompts: list[tuple], first: bool) -> None:
         keys, texts = zip(*prompts, strict=True)
@@ -96,7 +117,14 @@ def summarize(model, tokenizer, domain, texts: dict[str, list[str]], budget, arg
 
     def finished() -> list[tuple]:
         nonlocal written
-        done = generator.step()
+        try:
+            done = generator.step()
+        except torch.OutOfMemoryError:
+            if generator.n_rows == 1:
+                raise trsr.InputError("out of memory with one prompt a batch; lower --max-length, or --int8") from None
+            generator.shrink()
+            bar.write(f"out of memory: going on with {generator.n_rows} prompts a batch")
+            return []
         written += sum(len(ids) for _, ids in done)
         bar.set_postfix_str(f"{written / max(bar.format_dict['elapsed'], 1e-9):.0f} tokens/s", refresh=bool(done))
         return [(key, tokenizer.decode(ids)) for key, ids in done]

@@ -70,7 +70,7 @@ def test_int8_on_the_gpu(wide):
     ids = torch.randint(3, 640, (2, 30), generator=torch.Generator().manual_seed(0)).to(GPU)
     with torch.no_grad():
         full = load_model(wide, GPU, torch.bfloat16)(ids).float()
-        model = load_model(wide, GPU, torch.bfloat16, int8=True)
+        model = load_model(wide, GPU, torch.bfloat16, int8="bitsandbytes")
         assert 1e-4 < (model(ids).float() - full).norm() / full.norm() < 1e-1
     assert len(generate(model, [ids[0].tolist()], 8, [])[0]) == 8
 

@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM
 import llama
 from llama import CheckpointError, KVCache, generate, load_model, score_packs
 from models.hub import find_model
+from models.int8 import WAYS
 from models.packs import Tree, grow_trees, make_tree, pack_trees
 from models.tokenizer import Tokenizer
 from runfolder.state import fingerprint
@@ -310,11 +311,12 @@ def test_generation_stops_at_the_end_token(tiny):
     assert generate(tiny, [], 16, [2]) == []
 
 
-def test_int8_stays_close_to_the_full_model(model_folder):
+@pytest.mark.parametrize("way", WAYS)
+def test_int8_stays_close_to_the_full_model(model_folder, way):
     pytest.importorskip("bitsandbytes")
     ids = random_ids(2, 30)
     full = load_model(model_folder, CPU, torch.float32)(ids)
-    model = load_model(model_folder, CPU, torch.float32, int8=True)
+    model = load_model(model_folder, CPU, torch.float32, int8=way)
     assert model.model.layers[1].mlp.up_proj.weight.dtype == torch.int8
     assert model.lm_head.weight.dtype == torch.float32
     with torch.no_grad():

@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM
 import lora
 from llama import load_model
 from lora import AdapterError, LoRAConfig, adapter_tensors, apply_lora, load_adapter, merge, save_adapter, unmerge
+from models.int8 import WAYS
 
 CPU = torch.device("cpu")
 IDS = torch.randint(3, 640, (2, 25), generator=torch.Generator().manual_seed(0))
@@ -123,9 +124,10 @@ def test_dropout_is_on_the_adapter_alone(folder):
     assert torch.equal(model(IDS), model(IDS))
 
 
-def test_int8_base_takes_an_adapter_but_no_merge(folder):
+@pytest.mark.parametrize("way", WAYS)
+def test_int8_base_takes_an_adapter_but_no_merge(folder, way):
     pytest.importorskip("bitsandbytes")
-    model = apply_lora(load_model(folder, CPU, torch.float32, int8=True), LoRAConfig())
+    model = apply_lora(load_model(folder, CPU, torch.float32, int8=way), LoRAConfig())
     assert model(IDS).isfinite().all()
     with pytest.raises(AdapterError, match="cannot be merged"):
         merge(model)
