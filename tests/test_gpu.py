@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 from conftest import run
-from test_llama import random_trees, separate_loss, sequences
+from test_llama import random_ids, random_trees, separate_loss, sequences
 
-from llama import generate, load_model, score_packs
+from llama import Generator, compile_layers, generate, load_model, score_packs
 from lora import LoRAConfig, adapter_tensors, apply_lora
+from models.int8 import WAYS, few_rows_product, quantize
 from models.packs import pack_trees
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -65,12 +66,36 @@ def test_generation_on_the_gpu_equals_the_cpu(wide):
     assert generate(load_model(wide, GPU, torch.float32), prompts, 32, [2]) == expected
 
 
-def test_int8_on_the_gpu(wide):
+def test_compiled_and_captured_generation_equals_the_cpu(wide):
+    prompts = [random_ids(n, seed=n).tolist() for n in range(4, 250, 17)]
+    expected = generate(load_model(wide, torch.device("cpu"), torch.float32), prompts, 40, [2])
+    model = load_model(wide, GPU, torch.float32)
+    compile_layers(model)
+    generator, found = Generator(model, 6, 40, [2], slots=320), {}
+    generator.submit(enumerate(prompts))
+    while len(found) < len(prompts):
+        found |= generator.step()
+    assert generator.graph is not None
+    assert [found[i] for i in range(len(prompts))] == expected
+
+
+@pytest.mark.parametrize("rows", [1, 16, 24, 100, 128])
+@pytest.mark.parametrize(("out", "width"), [(4096, 4096), (11008, 4096), (4096, 11008), (200, 136)])
+def test_the_int8_product_for_few_rows(rows, out, width):
+    x = torch.randn(rows, width, device=GPU, generator=torch.Generator(GPU).manual_seed(0)).bfloat16()
+    weight, _ = quantize(torch.randn(out, width, device=GPU, generator=torch.Generator(GPU).manual_seed(1)))
+    found, expected = few_rows_product(x, weight), x.double() @ weight.double().T
+    assert (found - expected).norm() / expected.norm() < 1e-5
+    assert torch.equal(found, few_rows_product(x, weight))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_int8_on_the_gpu(wide, way):
     pytest.importorskip("bitsandbytes")
     ids = torch.randint(3, 640, (2, 30), generator=torch.Generator().manual_seed(0)).to(GPU)
     with torch.no_grad():
         full = load_model(wide, GPU, torch.bfloat16)(ids).float()
-        model = load_model(wide, GPU, torch.bfloat16, int8="bitsandbytes")
+        model = load_model(wide, GPU, torch.bfloat16, int8=way)
         assert 1e-4 < (model(ids).float() - full).norm() / full.norm() < 1e-1
     assert len(generate(model, [ids[0].tolist()], 8, [])[0]) == 8
 
