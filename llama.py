@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from models.int8 import Int8Linear, bitsandbytes_linear, quantize, replace_linears
-from models.packs import BLOCK, Pack, grow_trees, pack_trees
+from models.packs import BLOCK, Pack, common_prefix, grow_trees, pack_trees
 
 PREFILL_TOKENS = 8192  # of prompts that a GPU reads at once before it writes
 
@@ -170,7 +171,7 @@ class PackWriter:
     rows: Tensor  # (N,), as the next two: the row where a token goes, its slot there
     slots: Tensor
     tokens: Tensor  # and where in the pack it stands; a shared one goes to several rows
-    steady = False
+    steady = True
 
     def update(self, positions: Tensor, k: Tensor, v: Tensor, mask) -> tuple[Tensor, Tensor]:
         """Write k, v (1, K, T, D); return them."""
@@ -291,6 +292,7 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+        self.asks_host = False  # whether a layer waits for the GPU, so that no graph of it can be captured
 
     def forward(
         self,
@@ -438,25 +440,16 @@ class KVCache:
 class Generator:
     """Greedy continuations, up to and without an end token, of prompts that may come at any time.
 
-    On a GPU a step for all rows is captured as one CUDA graph, unless `capture` is false because the model has layers
-    that ask the host.
+    On a GPU a step for all rows is captured as one CUDA graph, if the model's layers do not ask the host.
     """
 
-    def __init__(
-        self,
-        model: Llama,
-        rows: int,
-        max_new_tokens: int,
-        eos_ids: Sequence[int],
-        slots: int = 0,
-        capture: bool = True,
-    ):
+    def __init__(self, model: Llama, rows: int, max_new_tokens: int, eos_ids: Sequence[int], slots: int = 0):
         self.model, self.n_rows, self.max_new_tokens, self.eos_ids = model, rows, max_new_tokens, eos_ids
         self.device, self.dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
         self.waiting: deque[tuple[object, list[int]]] = deque()
         self.rows: list[Row] = []  # in the first rows of the cache
         self.cache = KVCache(model.config, rows, slots, self.device, self.dtype)
-        self.capture, self.graph = capture and self.device.type == "cuda", None
+        self.capture, self.graph = self.device.type == "cuda" and not model.asks_host, None
         self.inputs = torch.zeros(2, rows, dtype=torch.long, device=self.device)  # of the graph: tokens, positions
 
     def submit(self, prompts: Iterable[tuple[object, list[int]]], first: bool = False) -> None:
@@ -466,13 +459,23 @@ class Generator:
     @torch.inference_mode()
     def step(self) -> list[tuple[object, list[int]]]:
         """Read waiting prompts into free rows, write a token in every row; return (key, tokens) of those done."""
-        free = self.n_rows - len(self.rows)
-        if self.waiting and (free >= max(1, self.n_rows // 8) or len(self.waiting) <= free):
-            self._prefill([self.waiting.popleft() for _ in range(min(free, len(self.waiting)))])
+        if due := self._due():
+            self._prefill([self.waiting.popleft() for _ in range(due)])
         elif self.rows:
             for row, token in zip(self.rows, self._decode(), strict=True):
                 row.tokens.append(token)
         return self._take_done()
+
+    def _due(self) -> int:
+        """Return how many waiting prompts to read now: none until they are worth it, on GPUs a full pack at most."""
+        free, tokens, first = self.n_rows - len(self.rows), 0, None
+        for n, (_, ids) in enumerate(islice(self.waiting, free if self.device.type == "cuda" else 0)):
+            first = first or ids
+            # What they have in common is read once, but written to each row.
+            tokens += len(ids) - (common_prefix([first, ids]) if n else 0)
+            if n and tokens > PREFILL_TOKENS:
+                return n
+        return min(free, len(self.waiting)) if len(self.waiting) <= free or free >= max(1, self.n_rows // 8) else 0
 
     def shrink(self) -> None:
         """Go on with half as many rows, where memory has run out; what was being written is begun again."""
@@ -514,7 +517,9 @@ class Generator:
         trees, places = grow_trees([ids for _, ids in prompts])
         first = len(self.rows)
         self.rows += [Row(key, ids, []) for key, ids in prompts]
-        size, pad = (PREFILL_TOKENS, 256) if self.device.type == "cuda" else (2048, 1)
+        size, pad = 2048, 1
+        if self.device.type == "cuda":  # few lengths, since kernels are compiled for each
+            size = pad = next_power_of_two(min(PREFILL_TOKENS, sum(tree.size for tree in trees)))
         for pack in pack_trees(trees, size, pad, last_only=True):
             rows, tokens = [], []
             for place, leaf in pack.leaves.items():
@@ -524,6 +529,9 @@ class Generator:
                 tokens.append(path)
             rows, tokens = torch.cat(rows), torch.cat(tokens)
             here = pack.to(self.device)
+            if pad > 1:  # likewise; to write a token again does no harm
+                more = -len(rows) % pad
+                rows, tokens = (torch.cat((t, t[-1:].expand(more))) for t in (rows, tokens))
             where = [t.to(self.device) for t in (rows, pack.positions[tokens], tokens)]
             writers = [PackWriter(layer, *where) for layer in self.cache.layers]
             last = torch.tensor(list(pack.leaves.values()), device=self.device)
@@ -547,6 +555,11 @@ class Generator:
                     self.rows[i] = last
                     self.cache.move(len(self.rows), i, last.length)
         return done
+
+
+def next_power_of_two(n: int) -> int:
+    """Return the least power of two that is not below n, nor below 512."""
+    return max(512, 1 << (n - 1).bit_length())
 
 
 def decode(model: Llama, tokens: Tensor, positions: Tensor, cache: KVCache, visible: int) -> Tensor:
@@ -654,4 +667,5 @@ def load_model(
         model.lm_head.weight = model.model.embed_tokens.weight
     if int8 == "bitsandbytes":
         replace_linears(model, partial(bitsandbytes_linear, threshold=threshold))
+        model.asks_host = threshold > 0
     return model.to(device).eval()

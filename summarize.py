@@ -107,9 +107,8 @@ def rows_that_fit(model: Llama, slots: int, device: torch.device) -> int:
 def summarize(model, tokenizer, domain, texts: dict[str, list[str]], budget, args, bar):
     """Yield (user, root of the tree of summaries) as users finish; long histories first, so that the end is short."""
     paradigm = {"hierarchical": trsr.hierarchical, "recurrent": trsr.recurrent}[args.paradigm]
-    capture = args.int8 != "bitsandbytes"  # which asks the host in every layer
     lengths = (args.batch_size, args.max_new_tokens, model.config.eos_token_id, args.slots)
-    generator, written = Generator(model, *lengths, capture), 0
+    generator, written = Generator(model, *lengths), 0
 
     def submit(prompts: list[tuple], first: bool) -> None:
         keys, texts = zip(*prompts, strict=True)

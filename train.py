@@ -32,7 +32,7 @@ import trsr
 from llama import Llama
 from lora import ATTENTION, LoRAConfig, apply_lora
 from models.hub import find_model
-from models.packs import Pack, Tree, make_tree, pack_length, pack_trees
+from models.packs import Pack, Tree, make_tree, pack_length, pack_trees, steady_length
 from models.tokenizer import Tokenizer
 from prepare.dataset import load_dataset, read_jsonl, write_jsonl
 from runfolder.checkpoint import full, load_checkpoint, save_best, save_checkpoint, trainable
@@ -157,10 +157,13 @@ def user_packs(recommender, examples, candidates, users: Sequence[int], args, sh
     """Yield packs with all prompts of these users (indices of examples), while workers tokenize the next ones."""
     trees = tokenized(Prompts(recommender, [(examples[u], candidates[u]) for u in users]), args, show)
     held: list[tuple[int, Tree]] = []
+    length = None
     for start in range(0, len(users), USERS_PACKED):
         some = users[start : start + USERS_PACKED]
         held += zip(some, islice(trees, len(some)), strict=True)
-        packs = pack_trees([tree for _, tree in held], args.pack_tokens, args.pad_to)
+        ready = [tree for _, tree in held]
+        length = length or (args.pack_tokens if args.pad_to == 1 else steady_length(ready, args.pack_tokens))
+        packs = pack_trees(ready, length, min(length, args.pad_to))
         # The emptiest pack is the last; its users wait for others to fill it.
         waiting = start + len(some) < len(users) and not packs[-1].known
         for pack in packs[: len(packs) - waiting]:

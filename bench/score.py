@@ -15,7 +15,7 @@ import torch
 
 from bench.common import CANDIDATES, bench_parser, ceiling, models, random_trees, seconds, weights_read
 from llama import compile_layers, score_packs
-from models.packs import Tree, pack_trees
+from models.packs import Pack, Tree, pack_trees, steady_length
 from runfolder.command import run_main
 from trsr import InputError
 
@@ -70,8 +70,12 @@ def main() -> None:
     if gpu:
         compile_layers(ours)
 
+    def packs_of(trees: list[Tree]) -> list[Pack]:
+        length = steady_length(trees[:64], pack_tokens) if gpu else pack_tokens
+        return pack_trees(trees, length, length if gpu else 1)
+
     def score(trees: list[Tree]) -> dict:
-        return score_packs(ours, pack_trees(trees, pack_tokens, pack_tokens if gpu else 1), ANSWERS)
+        return score_packs(ours, packs_of(trees), ANSWERS)
 
     few = trees[: args.peer_users]
     authors = [Tree(tree.prefix, tree.branches[:2]) for tree in few[:1]]  # two prompts tell its time
@@ -84,7 +88,7 @@ def main() -> None:
     )
     apart = seconds(lambda: score_batches(theirs, authors, AUTHORS_LENGTH, 1, device), device, args.repeats)
     rates["authors"] = 2 / CANDIDATES / apart
-    packs = pack_trees(trees, pack_tokens, pack_tokens if gpu else 1)
+    packs = packs_of(trees)
     real, places = sum(pack.tokens for pack in packs), sum(len(pack.ids) for pack in packs)
     flops = 2 * weights_read(ours) * real / users * rates["ours"]
     error, ordered = agreement(score(trees), score_batches(theirs, few, None, CANDIDATES, device), few)

@@ -39,11 +39,13 @@ if torch.cuda.is_available():
 def few_rows_product(x: Tensor, weight: Tensor) -> Tensor:
     """Return x (M, K) weight^T (N, K) in fp32 for few rows x on a GPU and int8 weight, in a fixed order of sums."""
     (m, k), n = x.shape, len(weight)
-    bm, bn, bk = max(16, triton.next_power_of_2(m)), 128, 128
+    bm, bn, bk, warps, stages = max(16, triton.next_power_of_2(m)), 128, 128, 8, 3
+    if bm <= 32 and n > 132 * bn:  # a large GPU has 132 processors
+        bn, warps, stages = 64, 4, 4
     columns = triton.cdiv(n, bn)
-    split = max(1, min(k // (4 * bk), 264 // columns))  # two blocks of work for each of a large GPU's 132 processors
+    split = max(1, min(k // (4 * bk), 264 // columns))
     parts = torch.empty(split, m, n, device=x.device, dtype=torch.float32)
-    _product[(columns, split)](x, weight, parts, m, n, k, split, bm, bn, bk, num_warps=8, num_stages=3)
+    _product[(columns, split)](x, weight, parts, m, n, k, split, bm, bn, bk, num_warps=warps, num_stages=stages)
     return parts.sum(0)
 
 

@@ -233,6 +233,21 @@ def _build_pack(trees: list[Tree], trunk: int, held: list[tuple], pad_to: int, l
     return Pack(*made, torch.tensor(weights, dtype=torch.float32), leaves, tokens)
 
 
+def steady_length(trees: list[Tree], max_tokens: int) -> int:
+    """Return the length up to max_tokens at which packs of trees like these, which keep coming, are fullest."""
+    trunk = common_prefix([tree.prefix for tree in trees])
+    sizes = [tree.size - trunk for tree in trees]
+
+    def room_left(length: int) -> float:
+        bins = fill_bins(sizes, length - trunk)
+        used = [sum(sizes[i] for i in held) + trunk for held in bins]
+        used.remove(min(used))  # which those that come would fill
+        return 1 - sum(used) / (length * max(1, len(used)))
+
+    lengths = [n for n in range(max_tokens, max_tokens // 2, -2 * BLOCK) if n >= max(sizes) + trunk]
+    return min(lengths or [max_tokens], key=room_left)
+
+
 def grow_trees(prompts: list[list[int]]) -> tuple[list[Tree], dict[tuple[int, int], int]]:
     """Return trees of prompts that begin alike, and which prompt each (tree, branch) is."""
     trees, places, group = [], {}, []
