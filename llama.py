@@ -519,7 +519,7 @@ class Generator:
         self.rows += [Row(key, ids, []) for key, ids in prompts]
         size, pad = 2048, 1
         if self.device.type == "cuda":  # few lengths, since kernels are compiled for each
-            size = pad = next_power_of_two(min(PREFILL_TOKENS, sum(tree.size for tree in trees)))
+            size = pad = rounded_up(min(PREFILL_TOKENS, sum(tree.size for tree in trees)))
         for pack in pack_trees(trees, size, pad, last_only=True):
             rows, tokens = [], []
             for place, leaf in pack.leaves.items():
@@ -557,9 +557,10 @@ class Generator:
         return done
 
 
-def next_power_of_two(n: int) -> int:
-    """Return the least power of two that is not below n, nor below 512."""
-    return max(512, 1 << (n - 1).bit_length())
+def rounded_up(n: int) -> int:
+    """Return the least of 512, 768, 1024, 1536, 2048, ... that is not below n."""
+    power = max(512, 1 << (n - 1).bit_length())
+    return power * 3 // 4 if power > 512 and n <= power * 3 // 4 else power
 
 
 def decode(model: Llama, tokens: Tensor, positions: Tensor, cache: KVCache, visible: int) -> Tensor:

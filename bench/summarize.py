@@ -139,7 +139,7 @@ def main() -> None:
         compile_layers(ours)
     generator = MeasuredGenerator(ours, rows, OUTPUT[1], (), slots)
     began = time.perf_counter()
-    write_ours(generator, prompts[-rows:][:8])
+    write_ours(generator, prompts)
     print(f"ready in {time.perf_counter() - began:.1f} s", flush=True)
     new, times = sum(length for _, length in prompts), []
     for _ in range(args.repeats):
@@ -170,8 +170,8 @@ def main() -> None:
     del generator
     for batch in batches if theirs is not None else ():
         some = prompts[len(prompts) // 2 :][:batch] if batch < 4 else prompts[:: max(1, len(prompts) // batch)][:batch]
-        write_theirs(theirs, some[:1], 1, device)
         try:
+            write_theirs(theirs, [(ids, min(length, 8)) for ids, length in some], batch, device)
             began = time.perf_counter()
             told = write_theirs(theirs, some, batch, device)
             rate = sum(length for _, length in some) / (time.perf_counter() - began)

@@ -74,6 +74,8 @@ def main() -> None:
     parser.add_argument("--users", type=int, help="users in an optimizer step (without it: 32 on GPUs, 8 on CPUs)")
     parser.add_argument("--batches", type=int, nargs="+", help="batch sizes of the peer to try (12 8 6 4 or 8 4 2)")
     parser.add_argument("--pack-tokens", type=int, help="tokens in a forward pass (without it: as train.py)")
+    parser.add_argument("--no-peer", action="store_true", help="this project alone")
+    parser.add_argument("--activation-checkpointing", action="store_true", help="as train.py's")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpu = device.type == "cuda"
@@ -102,26 +104,27 @@ def main() -> None:
 
     optimizers = [optimizer_of(model) for model in (ours, theirs)]
     ours.eval(), theirs.eval()  # no dropout
-    losses = step_ours(), padded_step(theirs, optimizers[1], trees, 2, device)
+    losses = [step_ours()] * 2 if args.no_peer else [step_ours(), padded_step(theirs, optimizers[1], trees, 2, device)]
     if abs(losses[0] - losses[1]) > (1e-4 if not gpu else 2e-2) * losses[1]:
         raise InputError(f"the losses are {losses[0]:.6f} and {losses[1]:.6f}, so the times mean nothing")
     ours.train(), theirs.train()
+    ours.model.checkpointing = args.activation_checkpointing
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
     examples = 2 * users
     rates = {"ours": examples / seconds(step_ours, device, args.repeats)}
     peak = torch.cuda.max_memory_allocated() / 2**30 if gpu else None
-    rates["transformers + PEFT, 1 example a forward"] = examples / seconds(
-        lambda: padded_step(theirs, optimizers[1], trees, 1, device), device, args.repeats
-    )
-    for batch in batches:
+    for batch in () if args.no_peer else (1, *batches):
         try:
             took = seconds(lambda b=batch: padded_step(theirs, optimizers[1], trees, b, device), device, args.repeats)
-            rates[f"transformers + PEFT, {batch} a batch"] = examples / took
+            name = f"{batch} a batch" if batch > 1 else "1 example a forward"
+            rates[f"transformers + PEFT, {name}"] = examples / took
         except torch.OutOfMemoryError:
             print(f"a batch of {batch} does not fit")
     packs = packs_of(trees, pack_tokens, device)
     real, places = sum(pack.tokens for pack in packs), sum(len(pack.ids) for pack in packs)
     flops, limit = 4 * weights_read(ours) * real / examples * rates["ours"], ceiling(device, dtype)
-    best = max((name for name in rates if name != "ours"), key=rates.get)
+    best = max((name for name in rates if name != "ours"), key=rates.get, default="")
     print(f"{args.shape}, {args.work}, {str(dtype).split('.')[1]} on {device.type}, torch {torch.__version__}")
     for name, rate in rates.items():
         ratio = f"   ours is {rates['ours'] / rate:.2f} times as fast" if name != "ours" else ""
@@ -130,7 +133,7 @@ def main() -> None:
     speed = rates["ours"] / examples
     print(f"{speed * apart:.0f} tokens/s of examples apart, of which {speed * real:.0f} are computed")
     print(f"{flops / 1e12:.3f} of {limit / 1e12:.3f} TFLOP/s ({flops / limit:.0%}), packs {real / places:.1%} full")
-    print(f"losses {losses[0]:.6f} and {losses[1]:.6f}" + (f"; peak {peak:.1f} GiB" if peak else ""))
+    print(f"losses {losses[0]:.6f} and {losses[1]:.6f}" + (f"; peak of ours {peak:.1f} GiB" if peak else ""))
     if args.json:
         found = {"shape": args.shape, "work": args.work, "torch": torch.__version__, "examples_per_second": rates}
         found |= {"flops": flops, "ceiling": limit, "fill": real / places, "losses": losses, "peak_gib": peak}
