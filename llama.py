@@ -16,7 +16,7 @@ import json
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
@@ -29,7 +29,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from models.int8 import Int8Linear, bitsandbytes_linear, quantize, replace_linears
-from models.packs import BLOCK, Pack, common_prefix, grow_trees, pack_trees
+from models.packs import BLOCK, Pack, QueryBlocks, common_prefix, grow_trees, pack_trees
 
 PREFILL_TOKENS = 8192  # of prompts that a GPU reads at once before it writes
 
@@ -95,7 +95,7 @@ def load_config(folder: Path) -> Config:
 
 
 def rotary_tables(config: Config, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return cosine and sine of the rotary angles at positions (B, T), each (B, 1, T, D)."""
+    """Return cosine and signed sine of the rotary angles at positions (B, T), each (B, 1, T, D)."""
     exponents = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32) / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents
     if rope := config.rope_scaling:
@@ -106,14 +106,14 @@ def rotary_tables(config: Config, positions: Tensor, dtype: torch.dtype) -> tupl
             turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
             low, high = rope["low_freq_factor"], rope["high_freq_factor"]
             frequencies = torch.lerp(slow, frequencies, ((turns - low) / (high - low)).clamp(0, 1))
-    angles = (positions[:, None, :, None].float() * frequencies).repeat(1, 1, 1, 2)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    angles = positions[:, None, :, None].float() * frequencies
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Return x (B, H, T, D) turned by its position; the two halves of D are the two coordinates, as in the files."""
-    first, second = x.chunk(2, dim=-1)
-    return x * rotary[0] + torch.cat((-second, first), dim=-1) * rotary[1]
+    return x * rotary[0] + x.roll(x.shape[-1] // 2, -1) * rotary[1]
 
 
 @cache
@@ -124,19 +124,17 @@ def _compiled_flex_attention() -> Callable:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | BlockMask | None") -> Tensor:
     """Return softmax(q k^T / sqrt(D)) v (B, H, T, D) for q (B, H, T, D) and k, v (B, K, S, D).
 
-    mask: a BlockMask (FlexAttention), a Pack's blocks of queries, a tensor with 0 where a query sees a key and -inf
+    mask: a BlockMask (FlexAttention), a pack's QueryBlocks, a tensor with 0 where a query sees a key and -inf
     elsewhere, or None for causal.
     """
     grouped = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):
         flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
         return flex(q, k, v, block_mask=mask, enable_gqa=grouped)
-    if isinstance(mask, list):
-        queries = q.split([len(seen) for _, seen in mask], dim=2)
-        parts = (
-            (x, k.index_select(2, keys), v.index_select(2, keys), seen)
-            for x, (keys, seen) in zip(queries, mask, strict=True)
-        )
+    if isinstance(mask, QueryBlocks):
+        queries = q.split([len(seen) for seen in mask.seen], dim=2)
+        keys, values = (x.index_select(2, mask.keys).split(mask.sizes, dim=2) for x in (k, v))
+        parts = zip(queries, keys, values, mask.seen, strict=True)
         return torch.cat([F.scaled_dot_product_attention(*part, enable_gqa=grouped) for part in parts], dim=2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
 
@@ -268,8 +266,8 @@ class Decoder(nn.Module):
         x = self.embed_tokens(ids)
         if isinstance(mask, Tensor):
             mask = additive(mask, x.dtype)
-        elif isinstance(mask, list):
-            mask = [(keys, additive(seen, x.dtype)) for keys, seen in mask]
+        elif isinstance(mask, QueryBlocks):
+            mask = replace(mask, seen=[additive(seen, x.dtype) for seen in mask.seen])
         rotary = rotary_tables(self.config, positions, x.dtype)
         if x.is_cuda and torch.is_grad_enabled():
             x.requires_grad_()  # as in the later layers, so that one compilation serves them all

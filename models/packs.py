@@ -36,6 +36,19 @@ class Tree:
 
 
 @dataclass(frozen=True)
+class QueryBlocks:
+    """A mask for CPUs: blocks of queries, the keys that any query of a block sees, and which of them each sees."""
+
+    keys: Tensor  # (sum of sizes,), the rows of all blocks' keys, one block after the other
+    seen: list[Tensor]  # a block's (queries, keys)
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many keys each block has."""
+        return [block.shape[1] for block in self.seen]
+
+
+@dataclass(frozen=True)
 class Pack:
     """A row of T tokens, where each stands in the trees, and N next-token targets.
 
@@ -60,19 +73,17 @@ class Pack:
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
-    def mask(self, first: int = 0, block: int = 256) -> "BlockMask | list[tuple[Tensor, Tensor]]":
-        """Return whom the queries from row `first` on see, by tree_rule: a BlockMask on CUDA; elsewhere a list, for
-        each `block` queries, of the keys that any sees (S,), and which of them each sees (block, S).
-        """
-        rule, rows = tree_rule(self.documents, self.branches), torch.arange(len(self.ids))
+    def mask(self, first: int = 0, block: int = 256) -> BlockMask | QueryBlocks:
+        """Return whom the queries from row `first` on see, by tree_rule: on CUDA a BlockMask, elsewhere QueryBlocks."""
         if self.ids.is_cuda:
             return block_mask(self.documents, self.branches, first)
-        blocks = []
+        rule, rows = tree_rule(self.documents, self.branches), torch.arange(len(self.ids))
+        keys, blocks = [], []
         for queries in rows[first:].split(block):
             seen = rule(None, None, queries[:, None], rows[None, : queries[-1] + 1])
-            keys = seen.any(0).nonzero()[:, 0]
-            blocks.append((keys, seen[:, keys]))
-        return blocks
+            keys.append(seen.any(0).nonzero()[:, 0])
+            blocks.append(seen[:, keys[-1]])
+        return QueryBlocks(torch.cat(keys), blocks)
 
 
 def tree_rule(documents: Tensor, branches: Tensor) -> Callable:

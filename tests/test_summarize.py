@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, run, write_dataset, write_model
 
 import trsr
-from llama import load_model
+from llama import Generator, load_model
 from models.tokenizer import Tokenizer
 from prepare.dataset import load_dataset, read_jsonl
 from runfolder.state import FIELDS, claim_config, locked
@@ -199,3 +199,25 @@ def test_a_second_process_in_a_run_folder_is_refused(tmp_path):
             pass
     with locked(tmp_path / "run"):
         pass
+
+
+def test_out_of_memory_goes_on_with_fewer_prompts_a_batch(tmp_path, data_folder, model_folder, monkeypatch, capfd):
+    flags = ("--data", data_folder, "--model", model_folder, "--max-new-tokens", 12)
+    run("summarize.py", *flags, "--run", tmp_path / "a")
+    real = Generator._decode
+
+    def full(self):
+        if self.n_rows > 5:
+            raise torch.OutOfMemoryError("no room")
+        return real(self)
+
+    monkeypatch.setattr(Generator, "_decode", full)
+    done = run("summarize.py", *flags, "--run", tmp_path / "b")
+    told = done.stdout + done.stderr
+    assert "out of memory: going on with 8 prompts a batch" in told
+    assert "out of memory: going on with 4 prompts a batch" in told
+    assert (tmp_path / "a" / "summaries.jsonl").read_bytes() == (tmp_path / "b" / "summaries.jsonl").read_bytes()
+    monkeypatch.setattr(Generator, "_decode", lambda self: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
+    done = run("summarize.py", *flags, "--run", tmp_path / "c", check=False)
+    assert done.returncode == 2
+    assert "out of memory with one prompt a batch" in done.stderr

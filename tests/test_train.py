@@ -2,13 +2,17 @@
 
 import argparse
 import json
+import os
 import random
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,9 +93,10 @@ def test_a_step_equals_separate_examples(tmp_path, data_folder, model_folder, lo
             assert (moved < 1e-5).float().mean() > 0.97, name  # Adam's sign is noise where the gradient is near zero
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_more_processes_train_the_same_model(tmp_path, alone, data_folder, model_folder, processes):
-    fit(tmp_path, data_folder, model_folder, "--epochs", 3, "--lora-dropout", 0, processes=processes)
+@pytest.mark.parametrize(("processes", "shard"), [(2, "zero2"), (3, "zero3"), (2, "replicate")])
+def test_more_processes_train_the_same_model(tmp_path, alone, data_folder, model_folder, processes, shard):
+    flags = ("--epochs", 3, "--lora-dropout", 0, "--shard", shard)
+    fit(tmp_path, data_folder, model_folder, *flags, processes=processes)
     for (step, loss, norm), (step1, loss1, norm1) in zip(losses(tmp_path), losses(alone), strict=True):
         assert step == step1
         assert abs(loss - loss1) < 1e-5
@@ -217,6 +222,70 @@ def test_a_run_resumes_on_another_number_of_processes(tmp_path, alone, data_fold
     fit(stop, data_folder, model_folder, *flags, processes=2)
     for (_, loss, _), (_, expected, _) in zip(losses(stop), losses(alone), strict=True):
         assert abs(loss - expected) < 1e-5
+
+
+def launch(processes, *more):
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), *map(str, more)]
+
+
+def test_two_nodes_train_the_same_model(tmp_path, alone, data_folder, model_folder):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    meet = ("--rdzv-id", "two", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}")
+    _, *script = command(tmp_path, data_folder, model_folder, "--lora-dropout", 0)
+    script[script.index("--run")] = "--run-dir"
+    script[script.index("--batch-size") + 1], script[script.index("--epochs") + 1] = "8", "3"
+    agents = [subprocess.Popen([*launch(1, "--nnodes", 2, *meet), *script], stderr=subprocess.PIPE) for _ in range(2)]
+    for agent in agents:
+        _, errors = agent.communicate(timeout=200)
+        assert agent.returncode == 0, errors
+    for (_, loss, _), (_, expected, _) in zip(losses(tmp_path), losses(alone), strict=True):
+        assert abs(loss - expected) < 1e-5
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_a_killed_process_is_restarted_and_all_go_on_from_the_checkpoint(tmp_path, data_folder, model_folder):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    runs = []
+    for folder in (whole, killed):
+        _, *script = command(folder, data_folder, model_folder)  # dropout on
+        script[script.index("--run")] = "--run-dir"
+        meet = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--max-restarts", 2)
+        runs.append([*launch(2, *meet), *script])
+    assert subprocess.run(runs[0], capture_output=True, timeout=200).returncode == 0
+    process = subprocess.Popen(runs[1], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and lines(killed) < 10:
+        time.sleep(0.01)
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert "-9" in errors or "SIGKILL" in errors
+    same_end(whole, killed)
+
+
+def test_activation_checkpointing_changes_nothing(tmp_path, data_folder, model_folder):
+    fit(tmp_path / "kept", data_folder, model_folder, "--epochs", 1)  # dropout on
+    fit(tmp_path / "again", data_folder, model_folder, "--epochs", 1, "--activation-checkpointing")
+    for (_, loss, norm), (_, loss1, norm1) in zip(losses(tmp_path / "kept"), losses(tmp_path / "again"), strict=True):
+        assert abs(loss - loss1) < 1e-6
+        assert abs(norm - norm1) < 1e-5
+
+
+def test_a_dry_run_tells_what_the_run_will_take_and_leaves_nothing(tmp_path, data_folder, model_folder):
+    done = fit(tmp_path, data_folder, model_folder, "--dry-run")
+    found = re.search(r"work    (\d+) tokens an epoch, (\S+) FLOP; each example apart: (\d+)", done.stdout)
+    model = load_model(model_folder, torch.device("cpu"), torch.float32)
+    weights = sum(p.numel() for n, p in model.named_parameters() if ".layers." in n and p.dim() > 1)
+    assert float(found[2]) == pytest.approx(4 * weights * int(found[1]), rel=0.2)  # and the adapter's
+    assert int(found[1]) < int(found[3]) == sum(map(len, separate_examples(model_folder, data_folder)))
+    assert re.search(r"memory  about [\d.]+ GiB a device", done.stdout)
+    assert re.search(r"time    [\d.]+ minutes an epoch", done.stdout)
+    assert not (tmp_path / "config.json").exists()
+    assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def test_other_settings_in_the_same_run_are_refused(alone, data_folder, model_folder):
