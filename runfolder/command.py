@@ -1,6 +1,7 @@
 """What the command lines share: flags, and how an error becomes one line."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -23,9 +24,16 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
     pass
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        if os.environ.get("RANK", "0") != "0":  # all processes of torchrun read the same flags: one tells
+            sys.exit(2)
+        super().error(message)
+
+
 def script_parser(description: str) -> argparse.ArgumentParser:
     """Return an argument parser with the flags that summarize, train and evaluate share."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=_Help)
+    parser = _Parser(description=description, formatter_class=_Help)
     flag = parser.add_argument_group("files").add_argument
     flag("--data", help="dataset folder, made by prepare (without it: the run's, else data/demo)")
     flag("--model", help="Llama folder or hub id (without it: the run's, else models/tiny)")
@@ -38,12 +46,16 @@ def script_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def run_main(main: Callable[[], None], *errors: type[Exception]) -> None:
-    """Run a script's main; what a user can mend, and errors, end it with one line and exit status 2."""
+def run_main(main: Callable[[], None], *errors: type[Exception], tells: Callable[[], bool] = lambda: True) -> None:
+    """Run a script's main; what a user can mend, and errors, end it with one line and exit status 2.
+
+    tells: whether this process is the one that says it.
+    """
     try:
         main()
     except (InputError, OSError, *errors) as error:
-        print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
+        if tells():
+            print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)  # what a shell makes of Ctrl-C

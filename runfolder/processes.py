@@ -13,6 +13,7 @@ import torch.distributed as dist
 from llama import CheckpointError
 from lora import AdapterError
 from runfolder.command import run_main
+from trsr import InputError
 
 
 def join_processes() -> tuple[int, int, torch.device]:
@@ -24,8 +25,12 @@ def join_processes() -> tuple[int, int, torch.device]:
         torch.cuda.set_device(device)
     if world > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        # torchrun's store lives on when it restarts the processes, with the addresses of those that are gone.
+        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         # A process may finish its users long before the others.
-        dist.init_process_group(backend, timeout=timedelta(hours=12))
+        options = {"store": store, "rank": rank, "world_size": world, "timeout": timedelta(hours=12)}
+        dist.init_process_group(backend, **options)
     return rank, world, device
 
 
@@ -59,11 +64,41 @@ def ahead(items: Iterator) -> Iterator:
             yield item
 
 
+def first_to_fail() -> bool:
+    """Return whether this process is the first that fails, and so the one to say it."""
+    if not dist.is_initialized():  # before they meet, all fail alike
+        return os.environ.get("RANK", "0") == "0"
+    try:
+        return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
+    except dist.DistError:  # the store is gone, and with it whoever told
+        return False
+
+
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's main, its errors in one line each; then end at once if this is one of several processes."""
-    run_main(main, CheckpointError, AdapterError)
-    if dist.is_initialized():
-        # The usual way out aborts now and then in a thread of the process group, when all work is done.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+    """Run a script's main, alone or as one of several processes: an error is one line, told by one of them."""
+
+    def guarded() -> None:
+        try:
+            main()
+        except RuntimeError as error:
+            # What is left of a process that was killed is a broken connection at the others.
+            lost = (
+                isinstance(error, dist.DistError)
+                or "Connection closed" in str(error)
+                or "Connection reset" in str(error)
+            )
+            if not (dist.is_initialized() and lost):
+                raise
+            raise InputError("another process has ended, so none can go on; the same command resumes") from None
+
+    status = 0
+    try:
+        run_main(guarded, CheckpointError, AdapterError, tells=first_to_fail)
+    except SystemExit as end:
+        status = end.code
+    if not dist.is_initialized():
+        sys.exit(status)
+    # The usual way out aborts now and then in a thread of the process group, and waits for processes that are gone.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
