@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-faults lint clean
 
 DEMO_TRAINING = --loss answer --lr 2e-3 --epochs 1 --batch-size 16
 
@@ -25,6 +25,9 @@ demo: .venv/installed
 
 test: .venv/installed-test lint
 	$(BIN)/python -m pytest
+
+test-faults: .venv/installed-test
+	$(BIN)/python -m pytest tests/test_faults.py --long -rA
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

@@ -62,6 +62,7 @@ class Config:
     eos_token_id: tuple[int, ...] = ()
 
 
+_TYPES = {int: (int,), float: (int, float), bool: (bool,)}
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _ROPE = {"default": (), "linear": ("factor",), "llama3": _LLAMA3}  # the fields that each kind needs
 
@@ -73,22 +74,35 @@ def load_config(folder: Path) -> Config:
     for field, supported in (("model_type", "llama"), ("hidden_act", "silu"), ("quantization_config", None)):
         if raw.get(field, supported) != supported or (field == "model_type" and field not in raw):
             raise CheckpointError(f"{path}: {field} is {raw.get(field)!r}, only {supported!r} is supported")
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})  # the new layout, then the old
-    kind = rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in _ROPE:
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # the new layout, then the old
+    if not isinstance(rope, dict):
+        raise CheckpointError(f"{path}: the rope parameters are {rope!r}, expected an object")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in list(_ROPE):
         raise CheckpointError(f"{path}: rope_type is {kind!r}, only {', '.join(_ROPE)} are supported")
     try:
-        raw["rope_scaling"] = {"rope_type": kind} | {name: rope[name] for name in _ROPE[kind]} if _ROPE[kind] else None
+        numbers = {name: float(rope[name]) for name in _ROPE[kind]}
+        raw["rope_scaling"] = {"rope_type": kind} | numbers if numbers else None
         raw["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta"))
         raw["num_key_value_heads"] = raw.get("num_key_value_heads") or raw["num_attention_heads"]
         raw["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
         eos = (read_json_file(generation) if generation.is_file() else {}).get("eos_token_id", raw.get("eos_token_id"))
         raw["eos_token_id"] = tuple(eos) if isinstance(eos, list) else None if eos is None else (eos,)
-        required = {f.name: raw[f.name] for f in fields(Config) if f.default is MISSING}
-        optional = {f.name: raw[f.name] for f in fields(Config) if raw.get(f.name) is not None}
-        return Config(**required | optional)
+        given = [f.name for f in fields(Config) if f.default is MISSING or raw.get(f.name) is not None]
+        config = Config(**{name: raw[name] for name in given})
     except KeyError as missing:
         raise CheckpointError(f"{path}: field {missing} is missing") from None
+    except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
+        raise CheckpointError(f"{path}: a field is of another type than expected ({error})") from None
+    for field in fields(Config):
+        value, kinds = getattr(config, field.name), _TYPES.get(field.type)
+        if kinds and (type(value) not in kinds or not (field.type is bool or 0 < value < 1 << 24)):
+            raise CheckpointError(
+                f"{path}: field {field.name} is {value!r}, expected {field.type.__name__} of usual size"
+            )
+    if config.num_hidden_layers > 1024 or not all(type(i) is int for i in config.eos_token_id):
+        raise CheckpointError(f"{path}: field num_hidden_layers or eos_token_id is off")
+    return config
 
 
 # ---- Layers, from leaf to root
@@ -654,7 +668,9 @@ def load_model(
                     if shape != wanted.get(name):
                         expected = f"expected shape {wanted[name]}" if name in wanted else "config.json has no place"
                         raise CheckpointError(f"{path}: tensor {name} has shape {shape}, {expected} for it")
-                    found[name] = file.get_tensor(name).to(dtype)
+                    if name in found or not (tensor := file.get_tensor(name)).is_floating_point():
+                        raise CheckpointError(f"{path}: tensor {name} is there twice, or not of floating point")
+                    found[name] = tensor.to(dtype)
                     if name.removesuffix("weight") + "scale" in scales:  # at once, since all in 16 bit may not fit
                         found[name], found[name.removesuffix("weight") + "scale"] = quantize(found[name])
         except SafetensorError as error:

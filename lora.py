@@ -131,8 +131,11 @@ def save_adapter(folder: Path, tensors: dict[str, Tensor], config: LoRAConfig, b
     folder.mkdir(parents=True, exist_ok=True)
     named = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # Under another name first: whoever interrupts this finds the previous adapter whole.
-    save_file(named, folder / ".adapter_model.tmp", metadata={"format": "pt"})
-    os.replace(folder / ".adapter_model.tmp", folder / "adapter_model.safetensors")
+    try:
+        save_file(named, folder / ".adapter_model.tmp", metadata={"format": "pt"})
+        os.replace(folder / ".adapter_model.tmp", folder / "adapter_model.safetensors")
+    finally:
+        (folder / ".adapter_model.tmp").unlink(missing_ok=True)
     record = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -158,12 +161,14 @@ def load_adapter_config(folder: Path) -> LoRAConfig:
         raise AdapterError(f"{path}: not a JSON object ({error})") from None
     plain = (("peft_type", "LORA"), ("bias", "none"))
     odd = [f for f in _OFF if record.get(f)] + [f for f, value in plain if record.get(f, value) != value]
-    odd += [] if isinstance(record.get("target_modules"), list) else ["target_modules"]
-    odd += [f for f in ("r", "lora_alpha") if not isinstance(record.get(f), (int, float))]
+    targets = record.get("target_modules")
+    odd += [] if isinstance(targets, list) and all(isinstance(t, str) for t in targets) else ["target_modules"]
+    odd += [] if isinstance(record.get("r"), int) and 0 < record["r"] < 1 << 16 else ["r"]
+    odd += [f for f in ("lora_alpha", "lora_dropout") if not isinstance(record.get(f, 0.0), (int, float))]
+    odd += [] if "lora_alpha" in record else ["lora_alpha"]
     if odd:
         raise AdapterError(f"{path}: {odd[0]} is {record.get(odd[0])!r}: only plain LoRA on a list of layers is read")
-    targets = tuple(sorted(record["target_modules"]))
-    return LoRAConfig(record["r"], record["lora_alpha"], record.get("lora_dropout", 0.0), targets)
+    return LoRAConfig(record["r"], record["lora_alpha"], record.get("lora_dropout", 0.0), tuple(sorted(targets)))
 
 
 def load_adapter(model: nn.Module, folder: Path) -> LoRAConfig:
@@ -184,6 +189,8 @@ def load_adapter(model: nn.Module, folder: Path) -> LoRAConfig:
                 raise AdapterError(f"{path}: tensor {name} {where}; was the adapter trained on another model?")
             for name, parameter in tensors.items():
                 found = file.get_tensor(name)
+                if not found.is_floating_point():
+                    raise AdapterError(f"{path}: tensor {name} holds {found.dtype}, expected floating point")
                 if found.shape != parameter.shape:
                     shapes = f"{tuple(found.shape)}, expected {tuple(parameter.shape)}"
                     raise AdapterError(f"{path}: tensor {name} has shape {shapes}; is it for another model or rank?")

@@ -8,7 +8,6 @@ Under torchrun the users are shared out. Finished users are appended to RUN/summ
 interruption the same command goes on from there.
 """
 
-import json
 from collections import Counter
 from dataclasses import asdict
 
@@ -20,7 +19,7 @@ from llama import PREFILL_TOKENS, Generator, Llama, compile_layers, load_model
 from models.hub import find_model
 from models.int8 import WAYS
 from models.tokenizer import Tokenizer
-from prepare.dataset import load_dataset, read_jsonl, write_jsonl
+from prepare.dataset import append_jsonl, load_dataset, read_jsonl, write_jsonl
 from runfolder.command import positive, script_parser
 from runfolder.processes import gather, join_processes, peak_memory, run_script
 from runfolder.state import FIELDS, claim_config, collect_records, fingerprint, locked
@@ -79,8 +78,7 @@ def main() -> None:
         with tqdm(total=len(mine), unit="user", disable=rank > 0) as bar:
             for user, root in summarize(model, tokenizer, domain, {u: texts[u] for u in mine}, budget, args, bar):
                 record = {"user": user, "paradigm": args.paradigm, "key": keys[user], "summary": root["summary"]}
-                with open(args.run / f"summaries.part{rank}.jsonl", "a", encoding="utf-8", newline="\n") as file:
-                    file.write(json.dumps(record | {"tree": root}, ensure_ascii=False) + "\n")
+                append_jsonl(args.run / f"summaries.part{rank}.jsonl", record | {"tree": root})
                 bar.update()
         trimmed = sum(gather(budget.trimmed), Counter())
         if rank == 0:

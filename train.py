@@ -10,7 +10,6 @@ together, so that their common prefix is computed once. The epoch with the best 
 After an interruption the same command goes on from RUN/checkpoint/.
 """
 
-import json
 import math
 import signal
 import time
@@ -24,7 +23,6 @@ from statistics import median
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import llama
@@ -32,13 +30,14 @@ import trsr
 from llama import Llama
 from lora import ATTENTION, LoRAConfig, apply_lora
 from models.hub import find_model
-from models.packs import Pack, Tree, make_tree, pack_length, pack_trees, steady_length
+from models.packs import Pack, Tree, pack_length, pack_trees, steady_length
 from models.tokenizer import Tokenizer
-from prepare.dataset import load_dataset, read_jsonl, write_jsonl
+from prepare.dataset import append_jsonl, load_dataset, read_jsonl, write_jsonl
 from runfolder.checkpoint import full, load_checkpoint, save_best, save_checkpoint, trainable
 from runfolder.command import natural, positive, script_parser
 from runfolder.estimate import preflight
 from runfolder.processes import ahead, gather, host_workers, join_processes, peak_memory, run_script
+from runfolder.prompts import Prompts, tokenized
 from runfolder.state import claim_config, fingerprint, load_summaries, locked, read_config
 
 USERS_PACKED = 64  # whose prompts are packed together in scoring
@@ -79,43 +78,7 @@ def parse_arguments():
     return parser.parse_args()
 
 
-# ---- What is trained on: a tree for each user, and which users make a step
-
-
-class Prompts(Dataset):
-    """Each user's prompts for some items as a tree, and what was trimmed; with answers, each ends with its own."""
-
-    def __init__(self, recommender: trsr.Recommender, users: list[tuple[trsr.Example, list[str]]], answers=None):
-        self.recommender, self.users, self.answers = recommender, users, answers
-
-    def __len__(self) -> int:
-        return len(self.users)
-
-    def __getitem__(self, index: int) -> tuple[Tree | trsr.InputError, dict]:
-        example, items = self.users[index]
-        self.recommender.budget.trimmed.clear()
-        try:
-            prompts = self.recommender.prompt_ids(example, items)
-        except trsr.InputError as error:  # raised in a worker it would come with a traceback
-            return error, {}
-        if self.answers:
-            yes, no = self.answers
-            prompts = [[*ids, yes if i == example.positive else no] for ids, i in zip(prompts, items, strict=True)]
-        return make_tree(prompts), dict(self.recommender.budget.trimmed)
-
-
-def tokenized(prompts: Prompts, args, show: bool) -> Iterator[Tree]:
-    """Yield the trees in order, made by args.workers processes; then the budget knows what all of them trimmed."""
-    known = prompts.recommender.budget.trimmed
-    trimmed = Counter(known)
-    options = {"num_workers": args.workers} | ({"prefetch_factor": 32} if args.workers else {})
-    for tree, cut in tqdm(DataLoader(prompts, batch_size=None, **options), "prompts", unit="user", disable=not show):
-        if isinstance(tree, trsr.InputError):
-            raise tree
-        trimmed.update(cut)
-        yield tree
-    known.clear()
-    known.update(trimmed)
+# ---- Which users make a step
 
 
 def target_count(tree: Tree, loss: str) -> int:
@@ -271,7 +234,7 @@ def fit(args, model, optimizer, folder, device, trees: list[Tree], users: list[s
     progress = load_checkpoint(args.run, model, optimizer, device) or start
     metrics = args.run / "metrics.jsonl"
     if rank == 0:
-        lines = [r for _, r in read_jsonl(metrics, {}, torn=True)] if metrics.is_file() else []
+        lines = [r for _, r in read_jsonl(metrics, {"step": int, "epoch": int}, torn=True)] if metrics.is_file() else []
         lines = [r for r in lines if r["step"] <= progress["step"]]  # what came after the checkpoint is done again
         lines = [r for r in lines if "validation" not in r or r["epoch"] <= progress["epoch"]]
         write_jsonl(metrics, lines)
@@ -280,52 +243,59 @@ def fit(args, model, optimizer, folder, device, trees: list[Tree], users: list[s
         signal.signal(number, lambda number, _frame: interrupts.append(number))
     users_a_step = args.batch_size // len(trees[0].branches)
     steps = args.epochs * -(-len(trees) // users_a_step)
-    bar = tqdm(total=steps, initial=progress["step"], unit="step", disable=rank > 0)
 
     def log(**record) -> None:
         if rank == 0:
-            with open(metrics, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": progress["step"], "epoch": epoch + 1} | record) + "\n")
+            append_jsonl(metrics, {"step": progress["step"], "epoch": epoch + 1} | record)
 
-    for epoch in range(progress["epoch"], args.epochs):
-        batches = step_batches(len(trees), users_a_step, args.seed, epoch)[progress["batch"] :]
-        for batch, packs, size, count in ahead(step_packs(trees, batch, rank, world, args) for batch in batches):
-            began = time.perf_counter()
-            torch.manual_seed((args.seed * 1_000_003 + progress["step"]) * 4096 + rank)  # dropout, also when resumed
-            try:
-                loss, norm = train_step(model, optimizer, packs, count, args, device)
-            except FloatingPointError as error:
-                who = ", ".join(users[u] for u in batch)
-                message = f"step {progress['step'] + 1}: {error}; lower --lr, or look at the data of its users: {who}"
-                raise trsr.InputError(message) from None
-            progress |= {"step": progress["step"] + 1, "batch": progress["batch"] + 1}
-            speed = size / (time.perf_counter() - began)
-            log(loss=loss, grad_norm=norm, lr=args.lr, tokens_per_second=speed)
-            shown = f"epoch {epoch + 1}, loss {loss:.4f}, lr {args.lr:g}, {speed:.0f} tokens/s, {peak_memory(device)}"
-            bar.set_postfix_str(shown)
-            bar.update()
-            speeds.append(speed)
-            if len(speeds) == 10 and rank == 0:
-                minutes = sum(tree.size for tree in trees) / median(speeds) / 60
-                bar.write(
-                    f"measured {median(speeds):.0f} tokens/s: {minutes:.1f} minutes an epoch; {peak_memory(device)}"
+    with tqdm(total=steps, initial=progress["step"], unit="step", disable=rank > 0) as bar:
+        for epoch in range(progress["epoch"], args.epochs):
+            batches = step_batches(len(trees), users_a_step, args.seed, epoch)[progress["batch"] :]
+            for batch, packs, size, count in ahead(step_packs(trees, batch, rank, world, args) for batch in batches):
+                began = time.perf_counter()
+                torch.manual_seed(
+                    (args.seed * 1_000_003 + progress["step"]) * 4096 + rank
+                )  # dropout, also when resumed
+                try:
+                    loss, norm = train_step(model, optimizer, packs, count, args, device)
+                except torch.OutOfMemoryError:
+                    way = "lower --pack-tokens, or add --activation-checkpointing"
+                    raise trsr.InputError(f"out of memory in a pack of {len(packs[0].ids)} tokens; {way}") from None
+                except FloatingPointError as error:
+                    who = ", ".join(users[u] for u in batch)
+                    message = (
+                        f"step {progress['step'] + 1}: {error}; lower --lr, or look at the data of its users: {who}"
+                    )
+                    raise trsr.InputError(message) from None
+                progress |= {"step": progress["step"] + 1, "batch": progress["batch"] + 1}
+                speed = size / (time.perf_counter() - began)
+                log(loss=loss, grad_norm=norm, lr=args.lr, tokens_per_second=speed)
+                shown = (
+                    f"epoch {epoch + 1}, loss {loss:.4f}, lr {args.lr:g}, {speed:.0f} tokens/s, {peak_memory(device)}"
                 )
-            stop = reduced(len(interrupts), device, dist.ReduceOp.MAX)
-            if stop or progress["step"] % args.save_every == 0:
-                save_checkpoint(args.run, model, optimizer, progress, rank)
-            if stop:
-                raise trsr.InputError(f"stopped after step {progress['step']}; the same command goes on from there")
-        recall = recall_of()
-        best = sum(recall.values()) > progress["best"]
-        progress |= {"epoch": epoch + 1, "batch": 0, "best": max(progress["best"], sum(recall.values()))}
-        log(validation=recall)
-        if best:
-            save_best(args.run, model, folder, args, rank)
-        save_checkpoint(args.run, model, optimizer, progress, rank)
-        values = ", ".join(f"{name} {value:.4f}" for name, value in recall.items())
-        if rank == 0:
-            bar.write(f"epoch {epoch + 1}: validation {values}{', best so far' if best else ''}")
-    bar.close()
+                bar.set_postfix_str(shown)
+                bar.update()
+                speeds.append(speed)
+                if len(speeds) == 10 and rank == 0:
+                    minutes = sum(tree.size for tree in trees) / median(speeds) / 60
+                    bar.write(
+                        f"measured {median(speeds):.0f} tokens/s: {minutes:.1f} minutes an epoch; {peak_memory(device)}"
+                    )
+                stop = reduced(len(interrupts), device, dist.ReduceOp.MAX)
+                if stop or progress["step"] % args.save_every == 0:
+                    save_checkpoint(args.run, model, optimizer, progress, rank)
+                if stop:
+                    raise trsr.InputError(f"stopped after step {progress['step']}; the same command goes on from there")
+            recall = recall_of()
+            best = sum(recall.values()) > progress["best"]
+            progress |= {"epoch": epoch + 1, "batch": 0, "best": max(progress["best"], sum(recall.values()))}
+            log(validation=recall)
+            if best:
+                save_best(args.run, model, folder, args, rank)
+            save_checkpoint(args.run, model, optimizer, progress, rank)
+            values = ", ".join(f"{name} {value:.4f}" for name, value in recall.items())
+            if rank == 0:
+                bar.write(f"epoch {epoch + 1}: validation {values}{', best so far' if best else ''}")
 
 
 def main() -> None:

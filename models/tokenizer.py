@@ -20,7 +20,7 @@ class Tokenizer:
             if path.is_file():
                 self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
                 add_bos = read_json_file(options).get("add_bos_token", True) if options.is_file() else True
-                self.bos = [self.pieces.bos_id()] if add_bos else []
+                self.bos = [self.pieces.bos_id()] if add_bos and self.pieces.bos_id() >= 0 else []
                 size = self.pieces.vocab_size()
             elif (path := folder / "tokenizer.json").is_file():
                 import tokenizers

@@ -6,6 +6,7 @@ error that names the line.
 
 import json
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -17,7 +18,10 @@ from trsr import DOMAINS, Domain, Example, InputError, item_text
 
 @contextmanager
 def atomic_write(path: Path, mode: str = "w"):
-    """Open a temporary sibling of path for writing; on success it replaces path, on failure path is untouched."""
+    """Open a temporary sibling of path for writing; on success it replaces path, on failure path is untouched.
+
+    InputError where the disk is full or the folder cannot be written.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -26,8 +30,19 @@ def atomic_write(path: Path, mode: str = "w"):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path}: not written ({error.strerror or error}); what was there before is whole") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def append_jsonl(path: Path, record: dict) -> None:
+    """Append record to path as a line, which is the file's last if writing breaks off."""
+    try:
+        with open(path, "a", encoding="utf-8", newline="\n") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise InputError(f"{path}: not written ({error.strerror}); the same command goes on from there") from None
 
 
 def read_json(path: Path) -> dict:
@@ -63,6 +78,8 @@ def read_jsonl(path: Path, fields: dict[str, type], torn: bool = False) -> Itera
                 raise InputError(f"{where}: not UTF-8 text") from None
             except ValueError as error:
                 raise InputError(f"{where}: not JSON ({error})") from None
+            if b"\\ud" in line.lower() and re.search("[\ud800-\udfff]", json.dumps(record, ensure_ascii=False)):
+                raise InputError(f"{where}: a text holds half of a character (\\ud800 to \\udfff)")
             for name, kind in fields.items():
                 value = record.get(name) if isinstance(record, dict) else None
                 if not isinstance(value, kind):

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from llama import Llama
 from lora import save_adapter
 from prepare.dataset import atomic_write
+from trsr import InputError
 
 
 def trainable(model: Llama) -> dict[str, Tensor]:
@@ -28,6 +29,17 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file, whole or not at all; InputError tells how much room it needs."""
+    size = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
+    try:
+        with atomic_write(path, "wb") as file:
+            save_file(tensors, file.name, metadata=metadata)
+    except (SafetensorError, InputError) as error:
+        why = f"{path}: not written; it needs {size / 2**20:.1f} MiB; what was there before is whole"
+        raise InputError(f"{why} ({error})") from None
+
+
 def save_checkpoint(run: Path, model: Llama, optimizer, progress: dict, rank: int) -> None:
     """Write the state after progress["step"] steps, whole or not at all, then remove older ones."""
     tensors = {}
@@ -38,25 +50,31 @@ def save_checkpoint(run: Path, model: Llama, optimizer, progress: dict, rank: in
     if rank == 0:
         (run / "checkpoint").mkdir(exist_ok=True)
         path = run / "checkpoint" / f"step-{progress['step']:08d}.safetensors"
-        with atomic_write(path, "wb") as file:
-            save_file(tensors, file.name, metadata={"progress": json.dumps(progress)})
+        write_tensors(path, tensors, {"progress": json.dumps(progress)})
         for old in set(path.parent.iterdir()) - {path}:
             old.unlink()
 
 
 def load_checkpoint(run: Path, model: Llama, optimizer, device: torch.device) -> dict | None:
     """Put the newest whole checkpoint into model and optimizer; return its progress, None where there is none."""
+    trained = trainable(model)
+    kinds = ("parameter", "exp_avg", "exp_avg_sq")
+    expected = {f"{kind}/{name}": p.shape for name, p in trained.items() for kind in kinds}
+    expected |= {f"step/{name}": torch.Size() for name in trained}
     for path in sorted((run / "checkpoint").glob("step-*.safetensors"), reverse=True):
         try:
             with safe_open(path, framework="pt") as file:
-                progress = json.loads(file.metadata()["progress"])
+                progress = dict(json.loads(file.metadata()["progress"]))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
+            shapes = {key: tensor.shape for key, tensor in tensors.items() if tensor.is_floating_point()}
+            if shapes != expected or not progress.keys() >= {"step", "epoch", "batch", "best"}:
+                raise KeyError("of another model")
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             print(f"{path}: ignored, it is not whole ({error})")
             continue
         for key, tensor in tensors.items():
             kind, name = key.split("/")
-            parameter = model.get_parameter(name)
+            parameter = trained[name]
             if isinstance(parameter, DTensor) and tensor.dim():
                 tensor = distribute_tensor(tensor.to(device), parameter.device_mesh, parameter.placements)
             if kind == "parameter":
@@ -71,12 +89,14 @@ def save_best(run: Path, model: Llama, folder: Path, args, rank: int) -> None:
     """Write what evaluate.py needs: the adapter, or with --lora-r 0 the whole model as a folder of its own."""
     tensors = {name: full(parameter) for name, parameter in trainable(model).items()}
     if rank == 0 and args.lora_r:
-        save_adapter(run / "adapter", tensors, args.lora, args.model)
+        try:
+            save_adapter(run / "adapter", tensors, args.lora, args.model)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{run / 'adapter'}: not written; what was there before is whole ({error})") from None
     elif rank == 0:
         (run / "model").mkdir(exist_ok=True)
         for source in (*folder.glob("*config.json"), *folder.glob("tokenizer*")):
             shutil.copyfile(source, run / "model" / source.name)
         dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
         tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
-        with atomic_write(run / "model" / "model.safetensors", "wb") as file:
-            save_file(tensors, file.name, metadata={"format": "pt"})
+        write_tensors(run / "model" / "model.safetensors", tensors, {"format": "pt"})

@@ -34,7 +34,10 @@ def locked(run: Path, hold: bool = True):
 
 def read_config(run: Path) -> dict:
     """Return the settings of the scripts that ran in the run folder, by script."""
-    return read_json(run / "config.json") if (run / "config.json").is_file() else {}
+    config = read_json(run / "config.json") if (run / "config.json").is_file() else {}
+    if odd := [name for name, section in config.items() if not isinstance(section, dict)]:
+        raise trsr.InputError(f"{run / 'config.json'}: field {odd[0]!r} holds no settings; choose another --run")
+    return config
 
 
 def claim_config(run: Path, section: str, settings: dict, started: bool) -> None:
@@ -89,8 +92,11 @@ def fingerprint(folder: Path) -> str:
                 raise CheckpointError(f"{path}: not a safetensors file, or cut short; fetch it again")
             header = file.read(size)
             state.update(header)
-            for entry in json.loads(header).values():
-                if "data_offsets" in entry:
-                    file.seek(8 + size + entry["data_offsets"][0])
+            try:
+                starts = [entry["data_offsets"][0] for name, entry in json.loads(header).items() if name[:2] != "__"]
+                for start in starts:
+                    file.seek(8 + size + start)
                     state.update(file.read(4096))
+            except (AttributeError, LookupError, TypeError, ValueError, OverflowError, OSError) as error:
+                raise CheckpointError(f"{path}: not a safetensors file ({error}); fetch it again") from None
     return state.hexdigest()[:32]

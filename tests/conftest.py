@@ -147,3 +147,14 @@ def run(script, *arguments, processes=1, check=True):
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="the long tests too, and the full number of mutations")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--long"):
+        for item in items:
+            if "long" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="long: make test-faults"))
