@@ -27,7 +27,7 @@ test: .venv/installed-test lint
 	$(BIN)/python -m pytest
 
 test-faults: .venv/installed-test
-	$(BIN)/python -m pytest tests/test_faults.py --long -rA
+	$(BIN)/python -m pytest tests/test_faults.py --long -s
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ places that hold a token. With several numbers of candidates, this project's cos
 """
 
 import json
+import time
 
 import torch
 
@@ -52,6 +53,22 @@ def agreement(ours: dict, theirs: list, trees: list[Tree]) -> tuple[float, float
     return (a - b).abs().max().item(), (orders[0] == orders[1]).float().mean().item()
 
 
+def busy_share(work, device: torch.device) -> float:
+    """Return the share of work's time in which the GPU computes."""
+    activity = torch.profiler.ProfilerActivity.CUDA
+    with torch.profiler.profile(activities=[activity]) as profile:
+        began = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        took = time.perf_counter() - began
+    spans = sorted((e.time_range.start, e.time_range.end) for e in profile.events() if e.device_type.name == "CUDA")
+    busy, reached = 0.0, 0.0
+    for start, end in spans:
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return busy / 1e6 / took
+
+
 def main() -> None:
     """Print users/s of each way, ratios, and how near to the machine's ceiling this project is."""
     parser = bench_parser(__doc__)
@@ -88,6 +105,8 @@ def main() -> None:
     )
     apart = seconds(lambda: score_batches(theirs, authors, AUTHORS_LENGTH, 1, device), device, args.repeats)
     rates["authors"] = 2 / CANDIDATES / apart
+    if gpu:
+        found["busy"] = busy_share(lambda: score(trees), device)
     packs = packs_of(trees)
     real, places = sum(pack.tokens for pack in packs), sum(len(pack.ids) for pack in packs)
     flops = 2 * weights_read(ours) * real / users * rates["ours"]
@@ -107,6 +126,8 @@ def main() -> None:
         ratio = f"   ours is {found['ratio'][name]:.1f} times as fast" if name != "ours" else ""
         print(f"{name:<14}{rate:>9.3f} users/s{ratio}")
     print(f"{flops / 1e12:.2f} of {limit / 1e12:.2f} TFLOP/s ({flops / limit:.0%}), packs {real / places:.1%} full")
+    if gpu:
+        print(f"the GPU computes in {found['busy']:.1%} of the time, packing included")
     print(f"largest difference {error:.1e}; {ordered:.2%} of the pairs of candidates in the same order")
     for n, cost in found.get("seconds_a_user", {}).items():
         print(f"{n:>6} candidates: {cost:.4f} s a user")

@@ -98,6 +98,7 @@ def survive(path: Path, use, n: int, part=slice(None), seed: int = 0) -> Counter
     finally:
         path.write_bytes(whole)
         signal.signal(signal.SIGALRM, before)
+    print(f"{path.name} broken in {n} ways: {outcomes['refused']} refused, {outcomes['accepted']} accepted")
     return outcomes
 
 
@@ -123,7 +124,7 @@ def test_broken_weights(tmp_path, model_folder, request, record_testsuite_proper
         model = load_model(folder, CPU, torch.float32)
         with safe_open(path, framework="pt") as file:  # what is accepted is what the file says
             for name in file.keys():  # noqa: SIM118
-                assert torch.equal(model.get_parameter(name), file.get_tensor(name).float()) or True
+                assert torch.equal(model.get_parameter(name).nan_to_num(), file.get_tensor(name).float().nan_to_num())
         assert {n for n, _ in model.named_parameters()} <= set(load_file(path)) | {"lm_head.weight"}
         assert all(p.is_floating_point() for p in model.parameters())
 
@@ -229,10 +230,13 @@ def train_command(run_folder: Path, data: Path, model: Path) -> list[str]:
 
 
 def lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+    try:
+        return path.read_bytes().count(b"\n")
+    except FileNotFoundError:
+        return 0
 
 
-def kill_often(command: list[str], progress, kills: int, seed: int, most: int = 100000) -> int:
+def kill_often(command: list[str], progress, kills: int, seed: int) -> int:
     """Kill the command at random moments while it works, then let it end; return how often it was killed at work."""
     rng, killed = random.Random(seed), 0
     while killed < kills:
@@ -255,8 +259,8 @@ def kill_often(command: list[str], progress, kills: int, seed: int, most: int = 
 @pytest.mark.long
 def test_twenty_kills_of_training_change_nothing(tmp_path, data_folder, model_folder):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert subprocess.run(train_command(whole, data_folder, model_folder), capture_output=True).returncode == 0
-    command = train_command(killed, data_folder, model_folder)
+    expected, command = ([*train_command(f, data_folder, model_folder), "--epochs", "25"] for f in (whole, killed))
+    assert subprocess.run(expected, capture_output=True).returncode == 0
     n = kill_often(command, lambda: lines(killed / "metrics.jsonl"), 20, seed=1)
     print(f"training was killed {n} times")
     assert n == 20
@@ -356,8 +360,12 @@ def own_lines(errors: str, script: str) -> list[str]:
 
 def test_bad_input_is_told_once_by_several_processes(tmp_path, data_folder, model_folder):
     flags = ("--data", tmp_path / "nowhere", "--model", model_folder, "--run-dir", tmp_path / "run")
-    for script in ("summarize", "train"):
-        process = launched(ROOT / f"{script}.py", *flags, *(["--paradigm", "none"] if script == "train" else []))
+    trained = tmp_path / "trained"
+    fit = train_command(trained, data_folder, model_folder)
+    assert subprocess.run([*fit, "--epochs", "1"], capture_output=True).returncode == 0
+    for script in ("summarize", "train", "evaluate"):
+        more = {"train": ["--paradigm", "none"], "evaluate": ["--run-dir", trained]}.get(script, [])
+        process = launched(ROOT / f"{script}.py", *flags, *more)
         _, errors = process.communicate(timeout=60)
         assert process.returncode != 0
         assert len(own_lines(errors, script)) == 1, errors
