@@ -11,8 +11,8 @@ prefix that is computed once; ties count against the positive.
 import argparse
 import time
 from collections import Counter
+from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -21,11 +21,12 @@ from llama import compile_layers, load_model, score_packs
 from lora import load_adapter
 from models.hub import find_model
 from models.packs import Pack
-from prepare.dataset import load_dataset, popularity, write_json, write_jsonl
+from prepare.dataset import load_dataset, write_json, write_jsonl
 from runfolder.command import natural, positive, script_parser
 from runfolder.compare import format_table
 from runfolder.page import write_report
 from runfolder.processes import gather, host_workers, join_processes, peak_memory, run_script
+from runfolder.scores import read_scores, table_of
 from runfolder.state import fingerprint, load_summaries, read_config
 from train import make_recommender, share_out, user_packs
 
@@ -39,15 +40,9 @@ def parse_arguments():
     flag("--untrained", action="store_true", help="the base model, without the run's adapter")
     flag("--users", type=positive, help="only the first so many users")
     flag("--seed", type=natural, default=0, help="of the candidates' order and the resampling of users")
+    flag("--scores", type=Path, help="rank by this file's scores, another system's, in the form of scores-test.jsonl")
     flag("--report", action="store_true", help="write RUN/report.html too, for a browser")
     return parser.parse_args()
-
-
-def popularity_ranks(examples: list[trsr.Example], counts: Counter, seed: int) -> list[int]:
-    """Return the positive's rank by how often an item was chosen in training; equals in a seeded random order."""
-    rng = np.random.default_rng(seed)
-    lists = ([e.positive, *e.negatives] for e in examples)
-    return [trsr.rank_of_positive([counts[i] + rng.random() for i in items], 0) for items in lists]
 
 
 def score(model, recommender, examples, candidates, answers, args, show: bool) -> tuple[dict, list[int], Counter]:
@@ -71,16 +66,27 @@ def score(model, recommender, examples, candidates, answers, args, show: bool) -
     return scores, [lengths[user] for user in range(len(examples))], trimmed
 
 
-def means_and_intervals(ranks: list[int], args) -> dict[str, dict]:
-    """Return each metric's mean over users and its 95 % interval."""
-    metrics = trsr.metrics_at(ranks, args.k)
-    intervals = trsr.bootstrap_intervals(metrics, seed=args.seed)
-    return {name: {"mean": float(values.mean()), "interval": intervals[name]} for name, values in metrics.items()}
+def rank_by_file(args) -> None:
+    """Print the table for the scores of --scores and write it to RUN/results-NAME.json."""
+    data = args.data or read_config(args.run).get("train", {}).get("data", "data/demo")
+    _, _, splits = load_dataset(data, ("train", args.split))
+    examples = splits[args.split][: args.users]
+    candidates = [trsr.shuffled_candidates(example) for example in examples]
+    _, ranks = trsr.rank_users(examples, candidates, read_scores(args.scores, examples, candidates))
+    name = args.scores.stem
+    table = table_of(name, ranks, examples, splits["train"], args.k, args.seed)
+    print(format_table(table))
+    report = {"data": data, "split": args.split, "users": len(examples), "row": name, "paradigm": name, "table": table}
+    args.run.mkdir(parents=True, exist_ok=True)
+    write_json(args.run / f"results-{name}.json", report)
+    print(f"wrote   {args.run / f'results-{name}.json'}")
 
 
 def main() -> None:
     """Score and rank the candidates of a split."""
     args = parse_arguments()
+    if args.scores:
+        return rank_by_file(args)
     rank, world, device = join_processes()
     trained = read_config(args.run).get("train")
     kind = "adapter" if trained and trained["lora_r"] else "model"
@@ -119,13 +125,7 @@ def main() -> None:
         return
     scores, ranks = trsr.rank_users(examples, candidates, logits)
 
-    chance = trsr.random_metrics(len(candidates[0]), args.k)
-    by_popularity = popularity_ranks(examples, popularity(splits["train"]), args.seed)
-    table = {
-        "random": {name: {"mean": mean} for name, mean in chance.items()},
-        "popularity": means_and_intervals(by_popularity, args),
-        row: means_and_intervals(ranks, args),
-    }
+    table = table_of(row, ranks, examples, splits["train"], args.k, args.seed)
     print(format_table(table))
     print("below each mean is its 95 % interval over users")
     print(f"{len(examples)} users in {seconds:.1f} s; peak {peak_memory(device)}")

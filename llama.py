@@ -4,8 +4,8 @@ Reads any checkpoint of the Llama architecture in Hugging Face layout (Llama 1, 
 and tensor names are the checkpoint's own, so nothing is renamed or permuted on the way in.
 
     config, layers      Config, Llama               the model, with one attention for two kinds of batch:
-    packed attention    Tree, pack_trees, Pack      many texts that share beginnings in one row (training, scoring)
-    cached attention    KVCache, generate           greedy generation
+    packed attention    Llama.loss, score_packs     many texts that share beginnings in one row (models/packs.py)
+    cached attention    KVCache, Generator          greedy generation
     files               load_model
 
 Shapes: B rows, T tokens of a row, S cache slots of a row, H heads, K key-value heads, D head size, C hidden size,
@@ -461,7 +461,7 @@ class Generator:
         self.waiting: deque[tuple[object, list[int]]] = deque()
         self.rows: list[Row] = []  # in the first rows of the cache
         self.cache = KVCache(model.config, rows, slots, self.device, self.dtype)
-        self.capture, self.graph = self.device.type == "cuda" and not model.asks_host, None
+        self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs = torch.zeros(2, rows, dtype=torch.long, device=self.device)  # of the graph: tokens, positions
 
     def submit(self, prompts: Iterable[tuple[object, list[int]]], first: bool = False) -> None:
@@ -502,33 +502,34 @@ class Generator:
     def _decode(self) -> list[int]:
         """Return the next token of each row in use."""
         pairs = [(row.tokens[-1], row.length) for row in self.rows]
-        idle = [(0, 0)] * (self.n_rows - len(pairs) if self.capture else 0)  # a graph runs for all rows
+        idle = [(0, 0)] * (self.n_rows - len(pairs) if self.device.type == "cuda" else 0)  # where all rows run
         inputs = torch.tensor(pairs + idle).T
-        if not self.capture:
-            visible = max(row.length for row in self.rows) + 1
-            return decode(self.model, *inputs.to(self.device), self.cache, visible).tolist()
+        if self.device.type == "cpu":
+            return decode(self.model, *inputs, self.cache, max(row.length for row in self.rows) + 1).tolist()
         self.inputs.copy_(inputs)
+        step = partial(decode, self.model, *self.inputs, self.cache, self.cache.slots)
+        if self.model.asks_host:
+            return step()[: len(pairs)].tolist()
         if self.graph is None:
             side = torch.cuda.Stream()
             with torch.cuda.stream(side):  # what is compiled must be so before the capture
-                for _ in range(2):
-                    decode(self.model, *self.inputs, self.cache, self.cache.slots)
+                step(), step()
             side.synchronize()
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
-                self.written = decode(self.model, *self.inputs, self.cache, self.cache.slots)
+                self.written = step()
         self.graph.replay()
         return self.written[: len(pairs)].tolist()
 
     def _prefill(self, prompts: list[tuple[object, list[int]]]) -> None:
         """Read prompts into the rows after those in use, and write the first token of each."""
+        first = len(self.rows)
+        self.rows += [Row(key, ids, []) for key, ids in prompts]
         needed = max(len(ids) for _, ids in prompts) + self.max_new_tokens
         if needed > self.cache.slots:  # slots are made as they are needed
             self.cache.grow(needed if self.device.type == "cpu" else -(-needed // 512) * 512)
             self.graph = None
         trees, places = grow_trees([ids for _, ids in prompts])
-        first = len(self.rows)
-        self.rows += [Row(key, ids, []) for key, ids in prompts]
         size, pad = 2048, 1
         if self.device.type == "cuda":  # few lengths, since kernels are compiled for each
             size = pad = rounded_up(min(PREFILL_TOKENS, sum(tree.size for tree in trees)))

@@ -53,7 +53,7 @@ def agreement(ours: dict, theirs: list, trees: list[Tree]) -> tuple[float, float
     return (a - b).abs().max().item(), (orders[0] == orders[1]).float().mean().item()
 
 
-def busy_share(work, device: torch.device) -> float:
+def busy_share(work) -> float:
     """Return the share of work's time in which the GPU computes."""
     activity = torch.profiler.ProfilerActivity.CUDA
     with torch.profiler.profile(activities=[activity]) as profile:
@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--peer-users", type=int, default=2, help="users that the others score")
     parser.add_argument("--candidates", type=int, nargs="+", default=[CANDIDATES], help="numbers of candidates to time")
     parser.add_argument("--pack-tokens", type=int, help="tokens in a forward pass (without it: as evaluate.py)")
+    parser.add_argument("--profile", action="store_true", help="on a GPU, tell how much of the time it computes")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpu = device.type == "cuda"
@@ -105,8 +106,8 @@ def main() -> None:
     )
     apart = seconds(lambda: score_batches(theirs, authors, AUTHORS_LENGTH, 1, device), device, args.repeats)
     rates["authors"] = 2 / CANDIDATES / apart
-    if gpu:
-        found["busy"] = busy_share(lambda: score(trees), device)
+    if args.profile and gpu:
+        found["busy"] = busy_share(lambda: score(trees[:32]))
     packs = packs_of(trees)
     real, places = sum(pack.tokens for pack in packs), sum(len(pack.ids) for pack in packs)
     flops = 2 * weights_read(ours) * real / users * rates["ours"]
@@ -126,7 +127,7 @@ def main() -> None:
         ratio = f"   ours is {found['ratio'][name]:.1f} times as fast" if name != "ours" else ""
         print(f"{name:<14}{rate:>9.3f} users/s{ratio}")
     print(f"{flops / 1e12:.2f} of {limit / 1e12:.2f} TFLOP/s ({flops / limit:.0%}), packs {real / places:.1%} full")
-    if gpu:
+    if "busy" in found:
         print(f"the GPU computes in {found['busy']:.1%} of the time, packing included")
     print(f"largest difference {error:.1e}; {ordered:.2%} of the pairs of candidates in the same order")
     for n, cost in found.get("seconds_a_user", {}).items():

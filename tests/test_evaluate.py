@@ -12,6 +12,7 @@ from llama import load_model
 from lora import load_adapter
 from models.tokenizer import Tokenizer
 from prepare.dataset import load_dataset
+from runfolder.scores import popularity_ranks
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +97,9 @@ def test_the_terminal_shows_the_table_and_where_it_is(trained):
 
 def test_popularity_ranks_by_counts_with_ties_in_random_order():
     examples = [trsr.Example(f"u{n}", [], "p", ["a", "b"]) for n in range(2000)]
-    ranks = evaluate.popularity_ranks(examples, trsr.Counter({"p": 2, "a": 3}), 0)
+    ranks = popularity_ranks(examples, trsr.Counter({"p": 2, "a": 3}), 0)
     assert set(ranks) == {2}
-    ranks = evaluate.popularity_ranks(examples, trsr.Counter({"p": 1, "a": 1}), 0)
+    ranks = popularity_ranks(examples, trsr.Counter({"p": 1, "a": 1}), 0)
     assert ranks.count(1) == pytest.approx(1000, abs=100)
     assert set(ranks) == {1, 2}
 
