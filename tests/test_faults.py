@@ -76,6 +76,7 @@ def survive(path: Path, use, n: int, part=slice(None), seed: int = 0) -> Counter
     def ring(*_):
         raise Hang
 
+    use()  # whole, it is accepted
     before = signal.signal(signal.SIGALRM, ring)
     try:
         for i in range(n):
@@ -218,7 +219,8 @@ def test_broken_checkpoints_are_passed_over(tmp_path, model_folder, request, cap
         assert newest.keys() >= progress.keys()
 
     survive(newer, use, times(request, 60), header_of(newer))
-    assert outcomes["older"] > outcomes["newer"]
+    assert outcomes["older"] > outcomes["newer"] >= 1
+    print(f"checkpoints: {outcomes['older']} times the older one was taken, {outcomes['newer']} times the newer")
 
 
 # ---- Kills
