@@ -25,10 +25,10 @@ from prepare.dataset import load_dataset, write_json, write_jsonl
 from runfolder.command import natural, positive, script_parser
 from runfolder.compare import format_table
 from runfolder.page import write_report
-from runfolder.processes import gather, host_workers, join_processes, peak_memory, run_script
+from runfolder.processes import gather, host_workers, join_processes, peak_memory, run_script, share_out
 from runfolder.scores import read_scores, table_of
 from runfolder.state import fingerprint, load_summaries, read_config
-from train import make_recommender, share_out, user_packs
+from train import make_recommender, user_packs
 
 
 def parse_arguments():

@@ -21,7 +21,7 @@ from models.int8 import WAYS
 from models.tokenizer import Tokenizer
 from prepare.dataset import append_jsonl, load_dataset, read_jsonl, write_jsonl
 from runfolder.command import positive, script_parser
-from runfolder.processes import gather, join_processes, peak_memory, run_script
+from runfolder.processes import gather, join_processes, peak_memory, run_script, share_out
 from runfolder.state import FIELDS, claim_config, collect_records, fingerprint, locked
 
 
@@ -74,7 +74,8 @@ def main() -> None:
             eight = f", int8 ({args.int8})" if args.int8 else ""
             print(f"model   {name}, {settings['dtype']}{eight}, on {world} x {device.type}, {args.batch_size} a batch")
             print(f"method  {args.paradigm}, {args.block_size} items a block, {args.max_new_tokens} new tokens at most")
-        mine = pending[rank::world]
+        sizes = [sum(map(len, texts[user])) for user in pending]
+        mine = [pending[i] for i in share_out(sizes, world)[rank]]
         with tqdm(total=len(mine), unit="user", disable=rank > 0) as bar:
             for user, root in summarize(model, tokenizer, domain, {u: texts[u] for u in mine}, budget, args, bar):
                 record = {"user": user, "paradigm": args.paradigm, "key": keys[user], "summary": root["summary"]}

@@ -36,7 +36,7 @@ from prepare.dataset import append_jsonl, load_dataset, read_jsonl, write_jsonl
 from runfolder.checkpoint import full, load_checkpoint, save_best, save_checkpoint, trainable
 from runfolder.command import natural, positive, script_parser
 from runfolder.estimate import preflight
-from runfolder.processes import ahead, gather, host_workers, join_processes, peak_memory, run_script
+from runfolder.processes import ahead, gather, host_workers, join_processes, peak_memory, run_script, share_out
 from runfolder.prompts import Prompts, tokenized
 from runfolder.state import claim_config, fingerprint, load_summaries, locked, read_config
 
@@ -91,17 +91,6 @@ def step_batches(n_users: int, users_a_step: int, seed: int, epoch: int) -> list
     """Return the epoch's steps, a list of users each, in an order that only seed and epoch determine."""
     order = torch.randperm(n_users, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
     return [order[i : i + users_a_step] for i in range(0, n_users, users_a_step)]
-
-
-def share_out(sizes: list[int], shares: int) -> list[list[int]]:
-    """Return the indices of sizes in `shares` groups of about equal sum: the largest first, to the lightest group."""
-    groups: list[list[int]] = [[] for _ in range(shares)]
-    loads = [0] * shares
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        lightest = loads.index(min(loads))
-        groups[lightest].append(i)
-        loads[lightest] += sizes[i]
-    return groups
 
 
 # ---- Scoring, in validation here and in evaluate.py
@@ -253,9 +242,8 @@ def fit(args, model, optimizer, folder, device, trees: list[Tree], users: list[s
             batches = step_batches(len(trees), users_a_step, args.seed, epoch)[progress["batch"] :]
             for batch, packs, size, count in ahead(step_packs(trees, batch, rank, world, args) for batch in batches):
                 began = time.perf_counter()
-                torch.manual_seed(
-                    (args.seed * 1_000_003 + progress["step"]) * 4096 + rank
-                )  # dropout, also when resumed
+                # Dropout is a matter of the step alone, so that a resumed run has the same.
+                torch.manual_seed((args.seed * 1_000_003 + progress["step"]) * 4096 + rank)
                 try:
                     loss, norm = train_step(model, optimizer, packs, count, args, device)
                 except torch.OutOfMemoryError:
@@ -263,24 +251,18 @@ def fit(args, model, optimizer, folder, device, trees: list[Tree], users: list[s
                     raise trsr.InputError(f"out of memory in a pack of {len(packs[0].ids)} tokens; {way}") from None
                 except FloatingPointError as error:
                     who = ", ".join(users[u] for u in batch)
-                    message = (
-                        f"step {progress['step'] + 1}: {error}; lower --lr, or look at the data of its users: {who}"
-                    )
-                    raise trsr.InputError(message) from None
+                    way = f"lower --lr, or look at the data of its users: {who}"
+                    raise trsr.InputError(f"step {progress['step'] + 1}: {error}; {way}") from None
                 progress |= {"step": progress["step"] + 1, "batch": progress["batch"] + 1}
                 speed = size / (time.perf_counter() - began)
                 log(loss=loss, grad_norm=norm, lr=args.lr, tokens_per_second=speed)
-                shown = (
-                    f"epoch {epoch + 1}, loss {loss:.4f}, lr {args.lr:g}, {speed:.0f} tokens/s, {peak_memory(device)}"
-                )
-                bar.set_postfix_str(shown)
+                shown = f"epoch {epoch + 1}, loss {loss:.4f}, lr {args.lr:g}, {speed:.0f} tokens/s, "
+                bar.set_postfix_str(shown + peak_memory(device))
                 bar.update()
                 speeds.append(speed)
                 if len(speeds) == 10 and rank == 0:
                     minutes = sum(tree.size for tree in trees) / median(speeds) / 60
-                    bar.write(
-                        f"measured {median(speeds):.0f} tokens/s: {minutes:.1f} minutes an epoch; {peak_memory(device)}"
-                    )
+                    bar.write(f"after ten steps {median(speeds):.0f} tokens/s, so {minutes:.1f} minutes an epoch")
                 stop = reduced(len(interrupts), device, dist.ReduceOp.MAX)
                 if stop or progress["step"] % args.save_every == 0:
                     save_checkpoint(args.run, model, optimizer, progress, rank)

@@ -108,9 +108,7 @@ def main() -> None:
     parser = bench_parser(__doc__)
     parser.add_argument("--prompts", type=int, help="prompts that this project reads (without it: 4 batches)")
     parser.add_argument("--batch-size", type=int, help="rows that decode together (96 on GPUs, 16 on CPUs)")
-    parser.add_argument(
-        "--batches", type=int, nargs="+", help="batch sizes of the peer (1 32 64 on GPUs, 1 8 16 on CPUs)"
-    )
+    parser.add_argument("--batches", type=int, nargs="+", help="of the peer (1 32 64 on GPUs, 1 8 16 on CPUs)")
     parser.add_argument("--peer-layers", type=int, help="layers of the peer's model, whose times are scaled up to all")
     parser.add_argument("--int8", action="store_true")
     parser.add_argument("--threshold", type=float, default=6.0, help="of bitsandbytes")
@@ -159,13 +157,10 @@ def main() -> None:
     found |= {"tokens_per_second": new / took, "ms_a_step": 1000 * generator.decoding / generator.steps}
     found |= {"decoding_share": generator.decoding / times[-1], "bytes_per_second": read, "copy": limit, "peers": {}}
     print(f"{args.shape}, {kind} on {torch.cuda.get_device_name() if gpu else 'cpu'}, torch {torch.__version__}{peak}")
-    print(
-        f"{'ours, ' + str(rows) + ' rows':<28}{new / took:>9.1f} new tokens/s, {len(prompts) / took:.2f} prompts/s",
-        flush=True,
-    )
-    print(
-        f"{generator.steps} steps of {found['ms_a_step']:.2f} ms, {found['decoding_share']:.0%} of the time; they read"
-    )
+    name = f"ours, {rows} rows"
+    print(f"{name:<28}{new / took:>9.1f} new tokens/s, {len(prompts) / took:.2f} prompts/s")
+    share = f"{found['decoding_share']:.0%} of the time"
+    print(f"{generator.steps} steps of {found['ms_a_step']:.2f} ms, {share}; they read", flush=True)
     print(f"{read / 1e9:.1f} GB/s, {read / limit:.0%} of a copy's {limit / 1e9:.1f} GB/s", flush=True)
     del generator
     for batch in batches if theirs is not None else ():
@@ -184,9 +179,8 @@ def main() -> None:
         equal = equal_share({i: written[numbers[id(ids)]] for i, (ids, _) in enumerate(some)}, told)
         note = f"{equal:.1%} of the tokens equal" if not args.peer_layers else f"from {args.peer_layers} layers"
         name = f"transformers, {batch} a batch"
-        print(
-            f"{name:<28}{rate:>9.1f} new tokens/s   ours is {new / took / rate:.1f} times as fast; {note}", flush=True
-        )
+        ratio = f"ours is {new / took / rate:.1f} times as fast"
+        print(f"{name:<28}{rate:>9.1f} new tokens/s   {ratio}; {note}", flush=True)
         if dtype is torch.float32 and not args.int8 and equal < 1:
             raise InputError("the tokens differ, so the times mean nothing")
     if args.json:

@@ -42,9 +42,9 @@ def training_memory(model: Llama, args, world: int) -> dict[str, float]:
     gathered = 0 if shards == 1 else frozen if args.shard == "zero2" else 2 * frozen / c.num_hidden_layers
     itemsize = 2 if args.dtype == "bf16" else 4
     inside = 8 * c.hidden_size + 3 * c.intermediate_size  # values a token that a layer keeps for its gradient
-    kept = (
-        c.hidden_size * c.num_hidden_layers + inside if args.activation_checkpointing else inside * c.num_hidden_layers
-    )
+    kept = inside * c.num_hidden_layers
+    if args.activation_checkpointing:
+        kept = c.hidden_size * c.num_hidden_layers + inside
     logits = 3 * 1024 * c.vocab_size * 4
     return {
         "weights": frozen / shards + gathered,

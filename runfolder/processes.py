@@ -1,6 +1,7 @@
 """What the scripts share around torch.distributed: each of them runs alone and under torchrun."""
 
 import os
+import re
 import resource
 import sys
 from collections.abc import Callable, Iterator
@@ -55,6 +56,17 @@ def host_workers(device: torch.device) -> int:
     return min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if device.type == "cuda" else 0
 
 
+def share_out(sizes: list[int], shares: int) -> list[list[int]]:
+    """Return the indices of sizes in `shares` groups of about equal sum: the largest first, to the lightest group."""
+    groups: list[list[int]] = [[] for _ in range(shares)]
+    loads = [0] * shares
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        lightest = loads.index(min(loads))
+        groups[lightest].append(i)
+        loads[lightest] += sizes[i]
+    return groups
+
+
 def ahead(items: Iterator) -> Iterator:
     """Yield items, each of which a thread makes while the one before is worked on."""
     with ThreadPoolExecutor(1) as pool:
@@ -82,11 +94,7 @@ def run_script(main: Callable[[], None]) -> None:
             main()
         except RuntimeError as error:
             # What is left of a process that was killed is a broken connection at the others.
-            lost = (
-                isinstance(error, dist.DistError)
-                or "Connection closed" in str(error)
-                or "Connection reset" in str(error)
-            )
+            lost = isinstance(error, dist.DistError) or re.search("Connection (closed|reset)", str(error))
             if not (dist.is_initialized() and lost):
                 raise
             raise InputError("another process has ended, so none can go on; the same command resumes") from None

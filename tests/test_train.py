@@ -27,6 +27,7 @@ from lora import LoRAConfig, adapter_tensors, apply_lora, load_adapter
 from models.packs import Tree, pack_trees
 from models.tokenizer import Tokenizer
 from prepare.dataset import load_dataset
+from runfolder.processes import share_out
 
 
 def fit(run_folder, data, model, *more, **options):
@@ -338,11 +339,11 @@ def test_summaries_of_another_history_are_refused(tmp_path, model_folder):
 def test_users_are_shared_out_evenly():
     rng = random.Random(0)
     sizes = [rng.randint(200, 900) for _ in range(64)]
-    groups = train.share_out(sizes, 8)
+    groups = share_out(sizes, 8)
     assert sorted(i for group in groups for i in group) == list(range(64))
     loads = [sum(sizes[i] for i in group) for group in groups]
     assert max(loads) < 1.05 * sum(sizes) / 8
-    assert train.share_out([5], 3) == [[0], [], []]
+    assert share_out([5], 3) == [[0], [], []]
 
 
 def test_an_epoch_is_a_permutation_that_the_seed_determines():
