@@ -223,14 +223,14 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c, config.num_key_value_heads * d, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * d, c, bias=bias)
 
-    def forward(self, x: Tensor, rotary, positions: Tensor, mask, cache: Cache | None) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor, rotary, positions, mask, cache: Cache | None, select=None) -> Tensor:  # noqa: D102
         B, T, _ = x.shape
         q, k, v = (p(x).view(B, T, -1, self.head_dim).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, rotary), rotate(k, rotary)  # (B, H, T, D), (B, K, T, D)
         if cache is not None:
             k, v = cache.update(positions, k, v, mask)  # (B, K, S, D)
-        y = attend(q, k, v, mask)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        y = attend(q, k, v, mask).transpose(1, 2).reshape(B, T, -1)
+        return self.o_proj(y if select is None else y[select])
 
 
 class MLP(nn.Module):
@@ -257,8 +257,10 @@ class Layer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary, positions: Tensor, mask, cache: Cache | None) -> Tensor:  # noqa: D102
-        x = x + self.self_attn(self.input_layernorm(x), rotary, positions, mask, cache)
+    def forward(self, x: Tensor, rotary, positions, mask, cache: Cache | None, select=None) -> Tensor:
+        """Return the next hidden states (B, T, C), or (N, C) at the N places (rows, tokens) that select names."""
+        y = self.self_attn(self.input_layernorm(x), rotary, positions, mask, cache, select)
+        x = y + (x if select is None else x[select])
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -273,8 +275,14 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.checkpointing = False  # compute a layer again in the backward pass instead of keeping what is in it
 
-    def forward(self, ids: Tensor, positions: Tensor | None, mask, cache: Sequence[Cache] | None) -> Tensor:
-        """Return hidden states (B, T, C) for ids (B, T); cache is a list, of each layer's."""
+    def forward(
+        self, ids: Tensor, positions: Tensor | None, mask, cache: Sequence[Cache] | None, select: tuple | None = None
+    ) -> Tensor:
+        """Return hidden states (B, T, C) for ids (B, T), or (N, C) at the places that select names.
+
+        cache is a list, of each layer's. Beyond the last layer's keys and values nobody asks for the other places, so
+        the rest of that layer is not computed for them.
+        """
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         x = self.embed_tokens(ids)
@@ -287,10 +295,11 @@ class Decoder(nn.Module):
             x.requires_grad_()  # as in the later layers, so that one compilation serves them all
         for layer, cached in zip(self.layers, cache or [None] * len(self.layers), strict=True):
             run = layer if cached is None or cached.steady else layer.forward  # what is compiled fits fixed shapes
+            inputs = (x, rotary, positions, mask, cached, select if layer is self.layers[-1] else None)
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(run, x, rotary, positions, mask, cached, use_reentrant=False)
+                x = checkpoint(run, *inputs, use_reentrant=False)
             else:
-                x = run(x, rotary, positions, mask, cached)
+                x = run(*inputs)
         return self.norm(x)
 
 
@@ -319,8 +328,7 @@ class Llama(nn.Module):
 
         vocabulary: token ids, to compute only their columns of the logits.
         """
-        x = self.model(ids, positions, mask, cache)
-        x = x if select is None else x[select]
+        x = self.model(ids, positions, mask, cache, select)
         return self.lm_head(x) if vocabulary is None else F.linear(x, self.lm_head.weight[list(vocabulary)])
 
     def loss(self, pack: "Pack", chunk: int = 1024) -> Tensor:
@@ -380,16 +388,22 @@ def score_packs(model: Llama, packs: Iterable[Pack], vocabulary: Sequence[int], 
             first = pack.known
         elif pack.known:
             large, prefix = next(iter(pack.leaves))[0], [PrefixCache(pack.known) for _ in model.model.layers]
-        rows = torch.tensor(list(pack.leaves.values())) - first
         inputs = (here.ids[None, first:], here.positions[None, first:], here.mask(first))
-        select = (torch.zeros_like(rows).to(device), rows.to(device))
+        select = places([row - first for row in pack.leaves.values()], device)
         logits = model(*inputs, prefix if pack.known else None, select=select, vocabulary=vocabulary)
-        running.append((pack, logits.float()))
+        running.append((pack, logits[: len(pack.leaves)].float()))
         if len(running) > 1:  # a result is fetched when the GPU has the next pack to work on
             collect()
     while running:
         collect()
     return scores
+
+
+def places(tokens: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return what selects tokens of the only row; on a GPU some more, since layers are compiled for each number."""
+    more = -len(tokens) % BLOCK if device.type == "cuda" else 0
+    chosen = torch.tensor(tokens + tokens[-1:] * more, device=device)
+    return torch.zeros_like(chosen), chosen
 
 
 def compile_layers(model: Llama) -> None:
@@ -433,14 +447,14 @@ class KVCache:
 
     @property
     def slots(self) -> int:
-        """Slots of a row."""
-        return self.layers[0].keys.shape[2]
+        """Slots of a row, in every layer."""
+        return self.layers[-1].values.shape[2]
 
     def grow(self, slots: int) -> None:
         """Make room for `slots` slots a row, a layer at a time, since two whole caches may not fit."""
         for layer in self.layers:
-            more = (0, 0, 0, slots - layer.keys.shape[2])
-            layer.keys, layer.values = F.pad(layer.keys, more), F.pad(layer.values, more)
+            layer.keys = F.pad(layer.keys, (0, 0, 0, slots - layer.keys.shape[2]))
+            layer.values = F.pad(layer.values, (0, 0, 0, slots - layer.values.shape[2]))
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` slots of a row to another row."""
@@ -529,16 +543,16 @@ class Generator:
         if needed > self.cache.slots:  # slots are made as they are needed
             self.cache.grow(needed if self.device.type == "cpu" else -(-needed // 512) * 512)
             self.graph = None
-        trees, places = grow_trees([ids for _, ids in prompts])
+        trees, prompt_of = grow_trees([ids for _, ids in prompts])
         size, pad = 2048, 1
         if self.device.type == "cuda":  # few lengths, since kernels are compiled for each
             size = pad = rounded_up(min(PREFILL_TOKENS, sum(tree.size for tree in trees)))
         for pack in pack_trees(trees, size, pad, last_only=True):
             rows, tokens = [], []
-            for place, leaf in pack.leaves.items():
-                same = (pack.branches == 0) | (pack.branches == pack.branches[leaf])
-                path = (((pack.documents == pack.documents[leaf]) & same) | (pack.documents == 0)).nonzero()[:, 0]
-                rows.append(torch.full_like(path, first + places[place]))
+            for leaf, end in pack.leaves.items():
+                same = (pack.branches == 0) | (pack.branches == pack.branches[end])
+                path = (((pack.documents == pack.documents[end]) & same) | (pack.documents == 0)).nonzero()[:, 0]
+                rows.append(torch.full_like(path, first + prompt_of[leaf]))
                 tokens.append(path)
             rows, tokens = torch.cat(rows), torch.cat(tokens)
             here = pack.to(self.device)
@@ -547,11 +561,10 @@ class Generator:
                 rows, tokens = (torch.cat((t, t[-1:].expand(more))) for t in (rows, tokens))
             where = [t.to(self.device) for t in (rows, pack.positions[tokens], tokens)]
             writers = [PackWriter(layer, *where) for layer in self.cache.layers]
-            last = torch.tensor(list(pack.leaves.values()), device=self.device)
-            select = (torch.zeros_like(last), last)
-            written = self.model(here.ids[None], here.positions[None], here.mask(), writers, select).argmax(-1).tolist()
-            for place, token in zip(pack.leaves, written, strict=True):
-                self.rows[first + places[place]].tokens.append(token)
+            select = places(list(pack.leaves.values()), self.device)
+            logits = self.model(here.ids[None], here.positions[None], here.mask(), writers, select)[: len(pack.leaves)]
+            for leaf, token in zip(pack.leaves, logits.argmax(-1).tolist(), strict=True):
+                self.rows[first + prompt_of[leaf]].tokens.append(token)
 
     def ends(self, row: Row) -> bool:
         """Return whether the row is done."""
