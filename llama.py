@@ -501,7 +501,8 @@ class Generator:
             tokens += len(ids) - (common_prefix([first, ids]) if n else 0)
             if n and tokens > PREFILL_TOKENS:
                 return n
-        return min(free, len(self.waiting)) if len(self.waiting) <= free or free >= max(1, self.n_rows // 8) else 0
+        least = max(1, self.n_rows // (4 if self.device.type == "cuda" else 8))
+        return min(free, len(self.waiting)) if len(self.waiting) <= free or free >= least else 0
 
     def shrink(self) -> None:
         """Go on with half as many rows, where memory has run out; what was being written is begun again."""

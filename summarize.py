@@ -9,7 +9,7 @@ interruption the same command goes on from there.
 """
 
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 from tqdm import tqdm
@@ -57,11 +57,11 @@ def main() -> None:
     model = load_model(folder, device, torch.bfloat16 if half else torch.float32, int8=args.int8)
     tokenizer = Tokenizer(folder, model.config.vocab_size)
     context = min(args.max_length, model.config.max_position_embeddings)
-    args.slots = context if device.type == "cuda" else 0  # on a CPU they come as they are needed
-    args.batch_size = args.batch_size or rows_that_fit(model, context, device)
+    budget = trsr.Budget(context - args.max_new_tokens, tokenizer.encode, Counter())
+    args.slots = expected_slots(texts.values(), domain, budget, args) if device.type == "cuda" else 0
+    args.batch_size = args.batch_size or rows_that_fit(model, args.slots, device)
     if device.type == "cuda" and args.int8 != "bitsandbytes" and not args.no_compile:
         compile_layers(model)
-    budget = trsr.Budget(context - args.max_new_tokens, tokenizer.encode, Counter())
     with locked(args.run, hold=rank == 0):
         if rank == 0:
             claim_config(args.run, "summarize", settings, started=bool(collect_records(args.run)))
@@ -89,6 +89,18 @@ def main() -> None:
                 print(f"trimmed to the context of {context} tokens: {count} {what}")
             print(f"wrote   {args.run / 'summaries.jsonl'} ({len(texts)} users); peak {peak_memory(device)}")
             print(f"next    python train.py --data {data} --model {name} --run {args.run}")
+
+
+def expected_slots(histories, domain, budget: trsr.Budget, args) -> int:
+    """Return the tokens of the longest prompt and summary to expect: the cache begins with these, and can grow."""
+    blocks = (items[a:b] for items in histories for a, b in trsr.split_blocks(len(items), args.block_size))
+    longest = max(blocks, key=lambda items: sum(map(len, items)), default=[])
+    prompt = trsr.block_prompt(longest, domain, replace(budget, trimmed=Counter()))
+    block, instruction = len(budget.encode([prompt])[0]), 128
+    summaries = max(map(len, histories), default=0) // args.block_size + 1
+    if args.paradigm == "recurrent":
+        return min(block + args.max_new_tokens, budget.tokens) + args.max_new_tokens
+    return min(max(block, instruction + summaries * args.max_new_tokens), budget.tokens) + args.max_new_tokens
 
 
 def rows_that_fit(model: Llama, slots: int, device: torch.device) -> int:

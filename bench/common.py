@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -39,8 +40,8 @@ def bench_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def models(args, device: torch.device, dtype: torch.dtype) -> tuple[Llama, LlamaForCausalLM]:
-    """Return this project's model and transformers' model on the same random weights."""
+def models(args, device: torch.device, dtype: torch.dtype, peer: bool = True) -> tuple[Llama, LlamaForCausalLM | None]:
+    """Return this project's model and (if peer) transformers' model on the same random weights."""
     fields = SHAPES["small" if args.shape == "tiny" else args.shape] | {"rms_norm_eps": 1e-5}
     fields |= {"num_hidden_layers": args.layers} if args.layers else {}
     heads = fields["num_attention_heads"]
@@ -48,7 +49,7 @@ def models(args, device: torch.device, dtype: torch.dtype) -> tuple[Llama, Llama
     sizes["vocab_size"] = vocabulary_of(args.shape)
     with torch.device("meta"):
         ours = Llama(Config(**fields | sizes | {"max_position_embeddings": 2048}))
-        theirs = LlamaForCausalLM(LlamaConfig(**fields | sizes | {"max_position_embeddings": 2048}))
+        theirs = LlamaForCausalLM(LlamaConfig(**fields | sizes | {"max_position_embeddings": 2048})) if peer else None
     generator = torch.Generator(device).manual_seed(args.seed)
     weights = {}
     for name, parameter in ours.named_parameters():
@@ -56,10 +57,12 @@ def models(args, device: torch.device, dtype: torch.dtype) -> tuple[Llama, Llama
         if parameter.dim() > 1:
             weights[name].normal_(0, 0.02, generator=generator)
     ours.load_state_dict(weights, strict=False, assign=True)
-    theirs.load_state_dict(weights, strict=False, assign=True)
     if fields["tie_word_embeddings"]:
         ours.lm_head.weight = ours.model.embed_tokens.weight
-        theirs.tie_weights()
+    if not peer:
+        return ours.eval(), None
+    theirs.load_state_dict(weights, strict=False, assign=True)
+    theirs.tie_weights()
     theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config).to(device)  # it was on meta too
     return ours.eval(), theirs.eval()
 
@@ -84,15 +87,27 @@ def weights_read(model: nn.Module) -> int:
 
 
 def seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Return the median time of work in seconds, after one warm-up."""
-    times = []
-    for _ in range(repeats + 1):
-        began = time.perf_counter()
-        work()
+    """Return the median time of work in seconds, after one warm-up; of several processes, until the last is done."""
+
+    def together() -> float:
         if device.type == "cuda":
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
+        if dist.is_initialized():
+            dist.barrier()
+        return time.perf_counter()
+
+    times = []
+    for _ in range(repeats + 1):
+        began = together()
+        work()
+        times.append(together() - began)
     return statistics.median(times[1:])
+
+
+def device_name(device: torch.device, world: int) -> str:
+    """Return what the benchmark runs on, in words."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    return f"{world} x {name}" if world > 1 else name
 
 
 def ceiling(device: torch.device, dtype: torch.dtype) -> float:

@@ -2,22 +2,34 @@
 
     python -m bench.score --shape 100m --work mind              # on a CPU in fp32, on a GPU in bf16
     python -m bench.score --shape llama-2-7b --work amazon --candidates 5 21 100 1000
+    python -m bench.score --shape llama-2-7b --data data/mind --tokenizer tokenizer.model --no-peer
+    torchrun --nproc_per_node 2 -m bench.score --shape llama-2-7b                    # this project alone
 
 transformers: a user's 21 prompts in one batch, padded on the left, the last position's logits alone. The authors' way:
 each prompt padded to 2,048 tokens, one a forward pass (the last position's logits alone too). The same random weights
 and prompts for all. FLOP are 2 a weight of the layers and token, without attention; the fill is the share of packs'
-places that hold a token. With several numbers of candidates, this project's cost a user for each.
+places that hold a token. With several numbers of candidates, this project's cost a user for each. With --data, the time
+of evaluate.py's own way from a dataset's texts to scores, and the share of it in which the GPU computes.
 """
 
+import argparse
 import json
+import shutil
+import tempfile
 import time
+from functools import partial
+from pathlib import Path
 
 import torch
 
-from bench.common import CANDIDATES, bench_parser, ceiling, models, random_trees, seconds, weights_read
-from llama import compile_layers, score_packs
+import evaluate
+import trsr
+from bench.common import CANDIDATES, bench_parser, ceiling, device_name, models, random_trees, seconds, weights_read
+from llama import Llama, compile_layers, score_packs
 from models.packs import Pack, Tree, pack_trees, steady_length
-from runfolder.command import run_main
+from prepare.dataset import load_dataset
+from runfolder.processes import gather, host_workers, join_processes, run_script, share_out
+from train import make_recommender
 from trsr import InputError
 
 ANSWERS = (17, 1711)  # two tokens in place of Yes and No
@@ -53,8 +65,19 @@ def agreement(ours: dict, theirs: list, trees: list[Tree]) -> tuple[float, float
     return (a - b).abs().max().item(), (orders[0] == orders[1]).float().mean().item()
 
 
-def busy_share(work) -> float:
-    """Return the share of work's time in which the GPU computes."""
+def recommender_of(args, model: Llama) -> tuple:
+    """Return (recommender, answers, examples, candidates) of a dataset's test users, whole histories in the prompt."""
+    domain, items, splits = load_dataset(args.data, ("test",))
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copyfile(args.tokenizer, Path(folder) / "tokenizer.model")
+        settings = argparse.Namespace(max_length=2048, paradigm="whole-history", history_items=0)
+        recommender, answers = make_recommender(settings, model, Path(folder), domain, items, {})
+    examples = splits["test"][: args.users]
+    return recommender, answers, examples, [trsr.shuffled_candidates(example) for example in examples]
+
+
+def busy_share(work) -> tuple[float, float]:
+    """Return the seconds that work takes, and the share of them in which the GPU computes."""
     activity = torch.profiler.ProfilerActivity.CUDA
     with torch.profiler.profile(activities=[activity]) as profile:
         began = time.perf_counter()
@@ -66,7 +89,7 @@ def busy_share(work) -> float:
     for start, end in spans:
         busy += max(0.0, end - max(start, reached))
         reached = max(reached, end)
-    return busy / 1e6 / took
+    return took, busy / 1e6 / took
 
 
 def main() -> None:
@@ -76,65 +99,77 @@ def main() -> None:
     parser.add_argument("--peer-users", type=int, default=2, help="users that the others score")
     parser.add_argument("--candidates", type=int, nargs="+", default=[CANDIDATES], help="numbers of candidates to time")
     parser.add_argument("--pack-tokens", type=int, help="tokens in a forward pass (without it: as evaluate.py)")
-    parser.add_argument("--profile", action="store_true", help="on a GPU, tell how much of the time it computes")
+    parser.add_argument("--no-peer", action="store_true", help="this project alone")
+    parser.add_argument("--data", type=Path, help="dataset, of which evaluate.py's way is timed too")
+    parser.add_argument("--tokenizer", type=Path, help="SentencePiece model with 32,000 pieces, for --data")
     args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    gpu = device.type == "cuda"
+    rank, world, device = join_processes()
+    gpu, args.no_peer = device.type == "cuda", args.no_peer or world > 1
     dtype = torch.bfloat16 if gpu else torch.float32
     users = args.users or (160 if gpu else 6)
-    pack_tokens = args.pack_tokens or (8192 if gpu else 4096)
-    ours, theirs = models(args, device, dtype)
+    args.pack_tokens = args.pack_tokens or (8192 if gpu else 4096)
+    args.pad_to, args.workers = (args.pack_tokens if gpu else 1), host_workers(device)
+    ours, theirs = models(args, device, dtype, peer=not args.no_peer)
     trees = random_trees(args, users, CANDIDATES)
     if gpu:
         compile_layers(ours)
 
     def packs_of(trees: list[Tree]) -> list[Pack]:
-        length = steady_length(trees[:64], pack_tokens) if gpu else pack_tokens
-        return pack_trees(trees, length, length if gpu else 1)
+        mine = [trees[i] for i in sorted(share_out([tree.size for tree in trees], world)[rank])]
+        length = steady_length(mine[:64], args.pack_tokens) if gpu else args.pack_tokens
+        return pack_trees(mine, length, length if gpu else 1)
 
     def score(trees: list[Tree]) -> dict:
-        return score_packs(ours, packs_of(trees), ANSWERS)
+        return {} if not trees else score_packs(ours, packs_of(trees), ANSWERS)
 
     few = trees[: args.peer_users]
-    authors = [Tree(tree.prefix, tree.branches[:2]) for tree in few[:1]]  # two prompts tell its time
-    limit = ceiling(device, dtype)
-    found = {"shape": args.shape, "work": args.work, "device": torch.cuda.get_device_name() if gpu else "cpu"}
-    found |= {"dtype": str(dtype).split(".")[1], "torch": torch.__version__, "threads": torch.get_num_threads()}
-    rates = {"ours": users / seconds(lambda: score(trees), device, args.repeats)}
-    rates["transformers"] = len(few) / seconds(
-        lambda: score_batches(theirs, few, None, CANDIDATES, device), device, args.repeats
-    )
-    apart = seconds(lambda: score_batches(theirs, authors, AUTHORS_LENGTH, 1, device), device, args.repeats)
-    rates["authors"] = 2 / CANDIDATES / apart
-    if args.profile and gpu:
-        found["busy"] = busy_share(lambda: score(trees[:32]))
-    packs = packs_of(trees)
+    limit = world * ceiling(device, dtype)
+    found = {"shape": args.shape, "work": args.work, "device": device_name(device, world)}
+    found |= {"dtype": str(dtype).split(".")[1], "torch": torch.__version__}
+    rates = {"ours": users / seconds(lambda: gather(score(trees)), device, args.repeats)}
+    packs = [pack for share in gather(packs_of(trees)) for pack in share]
     real, places = sum(pack.tokens for pack in packs), sum(len(pack.ids) for pack in packs)
     flops = 2 * weights_read(ours) * real / users * rates["ours"]
-    error, ordered = agreement(score(trees), score_batches(theirs, few, None, CANDIDATES, device), few)
     found |= {"users_per_second": rates, "tokens_a_user": real / users, "fill": real / places, "flops": flops}
-    found |= {"ceiling": limit, "share_of_ceiling": flops / limit, "largest_difference": error, "same_order": ordered}
-    found["ratio"] = {name: rates["ours"] / rates[name] for name in ("transformers", "authors")}
-    if dtype is torch.float32 and error > 1e-4:
-        raise InputError(f"the scores differ by {error:.1e}, so the times mean nothing")
-    if args.candidates != [CANDIDATES]:
-        found["seconds_a_user"] = {}
+    found |= {"ceiling": limit, "share_of_ceiling": flops / limit, "seconds_a_user": {}}
+    if not args.no_peer:
+        together, alone = (few, None, CANDIDATES), ([Tree(few[0].prefix, few[0].branches[:2])], AUTHORS_LENGTH, 1)
+        theirs_of = partial(score_batches, theirs, device=device)
+        rates["transformers"] = len(few) / seconds(partial(theirs_of, *together), device, args.repeats)
+        rates["authors"] = 2 / CANDIDATES / seconds(partial(theirs_of, *alone), device, args.repeats)  # of two prompts
+        error, ordered = agreement(score(trees), theirs_of(*together), few)
+        found |= {"largest_difference": error, "same_order": ordered}
+        if dtype is torch.float32 and error > 1e-4:
+            raise InputError(f"the scores differ by {error:.1e}, so the times mean nothing")
     for n in args.candidates if args.candidates != [CANDIDATES] else ():
         some = random_trees(args, max(1, users * CANDIDATES // n), n)
-        found["seconds_a_user"][n] = seconds(lambda some=some: score(some), device, 1) / len(some)
+        found["seconds_a_user"][n] = seconds(lambda some=some: gather(score(some)), device, 1) / len(some)
+    if args.data:
+        recommender, answers, examples, candidates = recommender_of(args, ours)
+
+        def from_texts() -> None:
+            evaluate.score(ours, recommender, examples, candidates, answers, args, show=False)
+
+        from_texts()  # compiled
+        found["from_texts"] = busy_share(from_texts) if gpu else (seconds(from_texts, device, 1), None)
+    if rank:
+        return
     print(f"{args.shape}, {args.work}, {found['dtype']} on {found['device']}, torch {torch.__version__}")
     for name, rate in rates.items():
-        ratio = f"   ours is {found['ratio'][name]:.1f} times as fast" if name != "ours" else ""
+        ratio = f"   ours is {rates['ours'] / rate:.1f} times as fast" if name != "ours" else ""
         print(f"{name:<14}{rate:>9.3f} users/s{ratio}")
     print(f"{flops / 1e12:.2f} of {limit / 1e12:.2f} TFLOP/s ({flops / limit:.0%}), packs {real / places:.1%} full")
-    if "busy" in found:
-        print(f"the GPU computes in {found['busy']:.1%} of the time, packing included")
-    print(f"largest difference {error:.1e}; {ordered:.2%} of the pairs of candidates in the same order")
-    for n, cost in found.get("seconds_a_user", {}).items():
+    if not args.no_peer:
+        print(f"largest difference {error:.1e}; {ordered:.2%} of the pairs of candidates in the same order")
+    for n, cost in found["seconds_a_user"].items():
         print(f"{n:>6} candidates: {cost:.4f} s a user")
+    if args.data:
+        took, busy = found["from_texts"]
+        share = "" if busy is None else f"; the GPU computes in {busy:.1%} of the time"
+        print(f"{len(examples)} users of {args.data} from texts to scores in {took:.2f} s{share}", flush=True)
     if args.json:
         print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_script(main)

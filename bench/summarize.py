@@ -2,7 +2,9 @@
 
     python -m bench.summarize --shape 100m                      # on a CPU in fp32, on a GPU in bf16
     python -m bench.summarize --shape llama-2-7b --batch-size 96 --batches 1 32 64
+    python -m bench.summarize --shape llama-2-7b --prompt-tokens 700 700 --new-tokens 128 128
     python -m bench.summarize --shape llama-30b --int8 --peer-layers 6
+    torchrun --nproc_per_node 2 -m bench.summarize --shape llama-2-7b                # this project alone
 
 Prompts have 300 to 1,200 tokens, of which the first 100 are the instruction; outputs have 40 to 150, as real ones vary
 (random weights never end a text, so each prompt comes with its length). transformers' batches hold prompts of similar
@@ -14,16 +16,16 @@ With --int8 this project has int8 weights and transformers bitsandbytes' LLM.int
 import json
 import random
 import time
+from functools import partial
 
 import torch
 
-from bench.common import INSTRUCTION, bench_parser, models, seconds, vocabulary_of
+from bench.common import INSTRUCTION, bench_parser, device_name, models, seconds, vocabulary_of
 from llama import Generator, Row, compile_layers
 from models.int8 import bitsandbytes_linear, quantized, replace_linears
-from runfolder.command import run_main
+from runfolder.processes import gather, join_processes, run_script, share_out
+from summarize import rows_that_fit
 from trsr import InputError
-
-PROMPT, OUTPUT = (300, 1200), (40, 150)
 
 
 class MeasuredGenerator(Generator):
@@ -50,7 +52,7 @@ def random_prompts(args, n: int) -> list[tuple[list[int], int]]:
     """Return n prompts of random tokens, each with the length of its output; seeded."""
     rng, vocabulary = random.Random(f"bench {args.seed}"), vocabulary_of(args.shape)
     instruction = [rng.randrange(3, vocabulary) for _ in range(INSTRUCTION)]
-    lengths = [(rng.randint(*PROMPT), rng.randint(*OUTPUT)) for _ in range(n)]
+    lengths = [(rng.randint(*args.prompt_tokens), rng.randint(*args.new_tokens)) for _ in range(n)]
     made = [(instruction + [rng.randrange(3, vocabulary) for _ in range(p - INSTRUCTION)], o) for p, o in lengths]
     return sorted(made, key=lambda pair: -len(pair[0]))
 
@@ -82,11 +84,6 @@ def write_theirs(model, prompts: list[tuple[list[int], int]], batch: int, device
     return written
 
 
-def to_int8(model) -> None:
-    """Put int8 weights into this project's model, layer by layer."""
-    replace_linears(model, quantized)
-
-
 def copy_rate(device: torch.device) -> float:
     """Return the bytes a second that a large copy reads and writes."""
     source = torch.empty((1 << 30) if device.type == "cuda" else (1 << 27), dtype=torch.uint8, device=device)
@@ -107,27 +104,27 @@ def main() -> None:
     """Print new tokens/s of each way, ratios, and how near to the machine's copy rate decoding is."""
     parser = bench_parser(__doc__)
     parser.add_argument("--prompts", type=int, help="prompts that this project reads (without it: 4 batches)")
-    parser.add_argument("--batch-size", type=int, help="rows that decode together (96 on GPUs, 16 on CPUs)")
+    parser.add_argument("--prompt-tokens", type=int, nargs=2, default=(300, 1200), help="least and most of a prompt")
+    parser.add_argument("--new-tokens", type=int, nargs=2, default=(40, 150), help="least and most of an output")
+    parser.add_argument("--batch-size", type=int, help="rows that decode together (without it: as summarize.py)")
     parser.add_argument("--batches", type=int, nargs="+", help="of the peer (1 32 64 on GPUs, 1 8 16 on CPUs)")
     parser.add_argument("--peer-layers", type=int, help="layers of the peer's model, whose times are scaled up to all")
     parser.add_argument("--int8", action="store_true")
     parser.add_argument("--threshold", type=float, default=6.0, help="of bitsandbytes")
     parser.add_argument("--no-peer", action="store_true", help="this project alone")
     args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    gpu = device.type == "cuda"
+    rank, world, device = join_processes()
+    gpu, args.no_peer = device.type == "cuda", args.no_peer or world > 1
     dtype = torch.bfloat16 if gpu else torch.float32
-    rows = args.batch_size or (96 if gpu else 16)
     batches = args.batches or ([1, 32, 64] if gpu else [1, 8, 16])
-    prompts = random_prompts(args, args.prompts or 4 * rows)
-    ours, theirs = models(args, device, dtype)
+    ours, theirs = models(args, device, dtype, peer=not args.no_peer)
     layers = len(ours.model.layers)
     if args.int8:
-        to_int8(ours)
-    slots = PROMPT[1] + OUTPUT[1] if gpu else 0
-    if args.no_peer:
-        theirs = None
-    elif args.peer_layers:
+        replace_linears(ours, quantized)
+    slots = args.prompt_tokens[1] + args.new_tokens[1]
+    rows = args.batch_size or rows_that_fit(ours, slots, device)
+    prompts = random_prompts(args, args.prompts or 4 * rows * world)
+    if args.peer_layers and theirs is not None:
         theirs.model.layers = theirs.model.layers[: args.peer_layers]
         theirs.config.num_hidden_layers = args.peer_layers
     if theirs is not None and args.int8:
@@ -135,34 +132,31 @@ def main() -> None:
         theirs.to(device)
     if gpu:
         compile_layers(ours)
-    generator = MeasuredGenerator(ours, rows, OUTPUT[1], (), slots)
-    began = time.perf_counter()
-    write_ours(generator, prompts)
-    print(f"ready in {time.perf_counter() - began:.1f} s", flush=True)
-    new, times = sum(length for _, length in prompts), []
-    for _ in range(args.repeats):
-        began = time.perf_counter()
-        written = write_ours(generator, prompts)
-        times.append(time.perf_counter() - began)
-    took = sorted(times)[len(times) // 2]
+    generator = MeasuredGenerator(ours, rows, args.new_tokens[1], (), slots if gpu else 0)
+    mine = [prompts[i] for i in sorted(share_out([len(ids) + 8 * n for ids, n in prompts], world)[rank])]
+    write_mine = partial(write_ours, generator, mine)
+    took = seconds(lambda write=write_mine: gather(write()), device, args.repeats)
+    written, new = write_mine(), sum(length for _, length in prompts)
     matrices = sum(p.numel() * p.itemsize for n, p in ours.named_parameters() if ".layers." in n and p.dim() > 1)
     head = ours.lm_head.weight.numel() * ours.lm_head.weight.itemsize
     heads = ours.config.num_key_value_heads * ours.config.head_dim
     token = 2 * layers * heads * ours.lm_head.weight.itemsize
     read = (generator.steps * (matrices + head) + generator.cached * token) / generator.decoding
     limit = copy_rate(device)
+    if rank:
+        return
     peak = f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if gpu else ""
     kind = "int8" if args.int8 else str(dtype).split(".")[1]
     found = {"shape": args.shape, "kind": kind, "torch": torch.__version__, "rows": rows, "prompts": len(prompts)}
     found |= {"tokens_per_second": new / took, "ms_a_step": 1000 * generator.decoding / generator.steps}
-    found |= {"decoding_share": generator.decoding / times[-1], "bytes_per_second": read, "copy": limit, "peers": {}}
-    print(f"{args.shape}, {kind} on {torch.cuda.get_device_name() if gpu else 'cpu'}, torch {torch.__version__}{peak}")
-    name = f"ours, {rows} rows"
+    found |= {"decoding_share": generator.decoding / took, "bytes_per_second": read, "copy": limit, "peers": {}}
+    print(f"{args.shape}, {kind} on {device_name(device, world)}, torch {torch.__version__}{peak}")
+    name = f"ours, {rows} rows" + (" a GPU" if world > 1 else "")
     print(f"{name:<28}{new / took:>9.1f} new tokens/s, {len(prompts) / took:.2f} prompts/s")
     share = f"{found['decoding_share']:.0%} of the time"
     print(f"{generator.steps} steps of {found['ms_a_step']:.2f} ms, {share}; they read", flush=True)
     print(f"{read / 1e9:.1f} GB/s, {read / limit:.0%} of a copy's {limit / 1e9:.1f} GB/s", flush=True)
-    del generator
+    del generator, write_mine
     for batch in batches if theirs is not None else ():
         some = prompts[len(prompts) // 2 :][:batch] if batch < 4 else prompts[:: max(1, len(prompts) // batch)][:batch]
         try:
@@ -188,4 +182,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_script(main)
