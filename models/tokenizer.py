@@ -38,7 +38,7 @@ class Tokenizer:
         except Exception as error:  # the two packages raise no narrower type for a broken file
             raise CheckpointError(f"{path}: not a tokenizer ({error})") from None
         # Embeddings may have a few more rows than the tokenizer has pieces: padding, or an added token.
-        if not size <= vocab_size < size + 256:
+        if not size <= vocab_size < size + 512:
             raise CheckpointError(f"{path}: {size} pieces, but the model's embedding has {vocab_size} rows")
 
     def encode(self, texts: list[str]) -> list[list[int]]:
