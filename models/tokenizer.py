@@ -27,6 +27,8 @@ class Tokenizer:
 
                 self.fast = tokenizers.Tokenizer.from_file(str(path))
                 self.fast.encode_special_tokens = True
+                self.fast.no_padding()  # the file may ask for it
+                self.fast.no_truncation()
                 size = self.fast.get_vocab_size(with_added_tokens=True)
             else:
                 raise CheckpointError(f"{folder}: no tokenizer.model or tokenizer.json; copy the model's own there")

@@ -126,7 +126,7 @@ def test_a_pythia_on_the_gpu_equals_the_cpu(tmp_path):
     for model, here in ((slow, pack), (fast, pack.to(GPU))):
         model.loss(here).backward()
     for (name, p), q in zip(slow.named_parameters(), fast.parameters(), strict=True):
-        assert (p.grad - q.grad.cpu()).norm() / p.grad.norm() < 1e-4, name
+        assert (p.grad - q.grad.cpu()).norm() / p.grad.norm() < 1e-3, name
 
 
 @pytest.mark.parametrize("rank", [8, 0])

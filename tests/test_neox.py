@@ -8,6 +8,7 @@ import torch
 from conftest import COLORS, ROOT, THINGS, run
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from test_faults import copied, survive, times
 from test_llama import LLAMA3, change_json, random_ids, random_trees, separate_loss
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -362,7 +363,7 @@ def test_a_peft_adapter_gives_the_same_logits_here(tmp_path, folder, tiny, confi
 # ---- the tokenizer
 
 
-def test_a_byte_level_tokenizer_without_a_first_token(folder):
+def test_a_byte_level_tokenizer_without_a_first_token(tmp_path, folder):
     tokenizer = Tokenizer(folder, 640)
     assert tokenizer.fast.get_vocab_size() == 600  # the other rows are padding
     texts = ["### User:\nTitle: blue lamp\n\n### Assistant:\nYes", "naïve £5 ☃", "a <|endoftext|> b", ""]
@@ -377,6 +378,11 @@ def test_a_byte_level_tokenizer_without_a_first_token(folder):
         with pytest.raises(CheckpointError, match=f"600 pieces, but the model's embedding has {rows} rows"):
             Tokenizer(folder, rows)
     Tokenizer(folder, 600 + 411)  # as many rows as Pythia-12b has to spare
+    asking = tokenizer.fast
+    asking.enable_padding(length=64)
+    asking.enable_truncation(8)
+    asking.save(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer(tmp_path, 640).encode(texts) == ids  # the file's own padding and truncation are not wanted here
 
 
 # ---- the scripts
@@ -488,3 +494,14 @@ def test_the_shapes_have_the_parameters_that_pythia_has(tmp_path, name, millions
         model = build_model(tmp_path)
     assert isinstance(model, GPTNeoX)
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
+
+
+def test_broken_config(tmp_path, folder, request):
+    here = copied(folder, tmp_path / "m")
+
+    def use():
+        config = load_config(here)
+        if config.vocab_size * config.hidden_size * config.num_hidden_layers < 1 << 32:
+            load_model(here, CPU, torch.float32)(torch.tensor([[3, 4, 5]]))
+
+    assert survive(here / "config.json", use, times(request, 100))["refused"] > 10
