@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 
 import trsr
-from llama import compile_layers, load_model, score_packs
+from llama import compile_layers, score_packs
 from lora import load_adapter
-from models.hub import find_model
+from models.hub import find_model, load_model
 from models.packs import Pack
 from prepare.dataset import load_dataset, write_json, write_jsonl
 from runfolder.command import natural, positive, script_parser

@@ -69,11 +69,16 @@ _ROPE = {"default": (), "linear": ("factor",), "llama3": _LLAMA3}  # the fields 
 
 def load_config(folder: Path) -> Config:
     """Return the configuration of a model folder; CheckpointError for an architecture or feature not built here."""
-    path, generation = folder / "config.json", folder / "generation_config.json"
-    raw = read_json_file(path)
-    for field, supported in (("model_type", "llama"), ("hidden_act", "silu"), ("quantization_config", None)):
-        if raw.get(field, supported) != supported or (field == "model_type" and field not in raw):
-            raise CheckpointError(f"{path}: {field} is {raw.get(field)!r}, only {supported!r} is supported")
+    path = folder / "config.json"
+    return config_from(path, read_json_file(path), Config, model_type="llama", hidden_act="silu")
+
+
+def config_from(path: Path, raw: dict, form: type[Config], **supported) -> Config:
+    """Return the fields of config.json as a configuration of that form; supported: values that are the only ones."""
+    generation = path.parent / "generation_config.json"
+    for field, value in (supported | {"quantization_config": None}).items():
+        if raw.get(field, value) != value or (field == "model_type" and field not in raw):
+            raise CheckpointError(f"{path}: {field} is {raw.get(field)!r}, only {value!r} is supported")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # the new layout, then the old
     if not isinstance(rope, dict):
         raise CheckpointError(f"{path}: the rope parameters are {rope!r}, expected an object")
@@ -88,13 +93,13 @@ def load_config(folder: Path) -> Config:
         raw["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
         eos = (read_json_file(generation) if generation.is_file() else {}).get("eos_token_id", raw.get("eos_token_id"))
         raw["eos_token_id"] = tuple(eos) if isinstance(eos, list) else None if eos is None else (eos,)
-        given = [f.name for f in fields(Config) if f.default is MISSING or raw.get(f.name) is not None]
-        config = Config(**{name: raw[name] for name in given})
+        given = [f.name for f in fields(form) if f.default is MISSING or raw.get(f.name) is not None]
+        config = form(**{name: raw[name] for name in given})
     except KeyError as missing:
         raise CheckpointError(f"{path}: field {missing} is missing") from None
     except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
         raise CheckpointError(f"{path}: a field is of another type than expected ({error})") from None
-    for field in fields(Config):
+    for field in fields(form):
         value, kinds = getattr(config, field.name), _TYPES.get(field.type)
         if kinds and (type(value) not in kinds or not (field.type is bool or 0 < value < 1 << 24)):
             raise CheckpointError(
@@ -305,6 +310,8 @@ class Decoder(nn.Module):
 
 class Llama(nn.Module):
     """The causal language model. Without positions and mask, rows are plain texts: positions from 0, causal."""
+
+    leftovers = ("rotary_emb.inv_freq",)  # how the names of tensors end that files may have and nobody needs
 
     def __init__(self, config: Config):
         super().__init__()
@@ -636,7 +643,7 @@ def read_json_file(path: Path) -> dict:
     try:
         return dict(json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: no JSON object here ({error}); --model takes a Llama checkpoint") from None
+        raise CheckpointError(f"{path}: no JSON object here ({error}); --model takes a checkpoint's folder") from None
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -657,16 +664,16 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def load_model(
-    folder: Path, device: torch.device, dtype: torch.dtype, int8: str | None = None, threshold: float = 6.0
+    folder: Path, device: torch.device, dtype: torch.dtype, int8: str | None = None, threshold: float = 6.0, build=None
 ) -> Llama:
     """Return the model of a folder on device, in dtype and eval mode.
 
     The files are mapped into memory: on a CPU, and where dtype is the files' own, the weights are the mapping itself.
-    int8: a way to have the layers' matrices in 8 bit (models/int8.py).
+    int8: a way to have the layers' matrices in 8 bit (models/int8.py). build: makes another model from the folder.
     CheckpointError names files, tensors and shapes that are off.
     """
     with torch.device("meta"):
-        model = Llama(load_config(folder))
+        model = build(folder) if build else Llama(load_config(folder))
     tied = model.config.tie_word_embeddings
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}  # tied weights once, as embed_tokens
     if int8 == "weights":
@@ -677,7 +684,7 @@ def load_model(
         try:
             with safe_open(path, framework="pt", device="cpu" if int8 == "bitsandbytes" else str(device)) as file:
                 for name in file.keys():  # noqa: SIM118
-                    if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"):
+                    if name.endswith(model.leftovers) or (tied and name == "lm_head.weight"):
                         continue
                     shape = tuple(file.get_slice(name).get_shape())
                     if shape != wanted.get(name):

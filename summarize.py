@@ -15,8 +15,8 @@ import torch
 from tqdm import tqdm
 
 import trsr
-from llama import PREFILL_TOKENS, Generator, Llama, compile_layers, load_model
-from models.hub import find_model
+from llama import PREFILL_TOKENS, Generator, Llama, compile_layers
+from models.hub import find_model, load_model
 from models.int8 import WAYS
 from models.tokenizer import Tokenizer
 from prepare.dataset import append_jsonl, load_dataset, read_jsonl, write_jsonl

@@ -28,8 +28,8 @@ from tqdm import tqdm
 import llama
 import trsr
 from llama import Llama
-from lora import ATTENTION, LoRAConfig, apply_lora
-from models.hub import find_model
+from lora import LoRAConfig, apply_lora
+from models.hub import find_model, load_model
 from models.packs import Pack, Tree, pack_length, pack_trees, steady_length
 from models.tokenizer import Tokenizer
 from prepare.dataset import append_jsonl, load_dataset, read_jsonl, write_jsonl
@@ -66,7 +66,7 @@ def parse_arguments():
     flag("--lora-r", type=natural, default=8, help="rank; 0 trains the whole model")
     flag("--lora-alpha", type=float, default=16.0, help="the adapter counts alpha / r")
     flag("--lora-dropout", type=float, default=0.05, help="on the adapter's input")
-    flag("--lora-targets", nargs="+", default=list(ATTENTION), help="linear layers to adapt")
+    flag("--lora-targets", nargs="+", help="linear layers to adapt (without it: all of attention's)")
     flag = parser.add_argument_group("running").add_argument
     flag("--pack-tokens", type=positive, help="tokens in a forward pass (without it: 8192 on GPUs, 4096 on CPUs)")
     help = "processes hold: zero2 a part of gradients and optimizer, zero3 of the weights too, replicate all of them"
@@ -299,10 +299,11 @@ def main() -> None:
     folder = find_model(args.model, args.revision)
     if args.batch_size % (1 + len(train[0].negatives)):
         raise trsr.InputError(f"--batch-size is no multiple of the {1 + len(train[0].negatives)} examples of a user")
+    # Full fine-tuning keeps fp32 weights and computes under autocast; an adapter's frozen base can be bf16.
+    model = load_model(folder, torch.device("cpu"), torch.bfloat16 if half and args.lora_r else torch.float32)
+    args.lora_targets = args.lora_targets or [name for name, _ in model.model.layers[0].self_attn.named_children()]
     settings = {f: v for f, v in vars(args).items() if f not in NOT_KEPT}
     args.lora = LoRAConfig(args.lora_r, args.lora_alpha, args.lora_dropout, tuple(args.lora_targets))
-    # Full fine-tuning keeps fp32 weights and computes under autocast; an adapter's frozen base can be bf16.
-    model = llama.load_model(folder, torch.device("cpu"), torch.bfloat16 if half and args.lora_r else torch.float32)
     torch.manual_seed(args.seed)
     if args.lora_r:
         apply_lora(model, args.lora)

@@ -9,8 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from llama import load_model
-from models.hub import find_model
+from models.hub import find_model, load_model
 from models.packs import Tree, pack_trees
 from models.tokenizer import Tokenizer
 from prepare.dataset import atomic_write

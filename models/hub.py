@@ -1,11 +1,14 @@
-"""Where a model comes from: a folder, or the Hugging Face hub."""
+"""Where a model comes from: a folder, or the Hugging Face hub; and which of the architectures it is."""
 
 from pathlib import Path
 
+import torch
 from huggingface_hub import errors as hub
 from huggingface_hub import snapshot_download
 
-from llama import CheckpointError
+import llama
+from llama import CheckpointError, Llama
+from models import neox
 
 HUB_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*")
 
@@ -25,3 +28,19 @@ def find_model(name: str, revision: str | None = None) -> Path:
     except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, OSError):
         why = "not a folder here, and the hub cannot be reached; download the model and pass its folder"
     raise CheckpointError(f"{name}: {why}") from None
+
+
+def build_model(folder: Path) -> Llama:
+    """Return the model that a folder's config.json describes, without weights; CheckpointError for an unknown one."""
+    path = folder / "config.json"
+    kind = llama.read_json_file(path).get("model_type")
+    if kind == "llama":
+        return Llama(llama.load_config(folder))
+    if kind == "gpt_neox":
+        return neox.GPTNeoX(neox.load_config(folder))
+    raise CheckpointError(f"{path}: model_type is {kind!r}, only 'llama' and 'gpt_neox' are supported")
+
+
+def load_model(folder: Path, device: torch.device, dtype: torch.dtype, **options) -> Llama:
+    """Return llama.load_model's model, of whichever architecture."""
+    return llama.load_model(folder, device, dtype, build=build_model, **options)

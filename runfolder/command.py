@@ -36,7 +36,7 @@ def script_parser(description: str) -> argparse.ArgumentParser:
     parser = _Parser(description=description, formatter_class=_Help)
     flag = parser.add_argument_group("files").add_argument
     flag("--data", help="dataset folder, made by prepare (without it: the run's, else data/demo)")
-    flag("--model", help="Llama folder or hub id (without it: the run's, else models/tiny)")
+    flag("--model", help="Llama or Pythia folder or hub id (without it: the run's, else models/tiny)")
     flag("--revision", help="commit, tag or branch of a hub id")
     # torchrun takes --run for an abbreviation of its own --run-path, hence the second name.
     flag("--run", "--run-dir", type=Path, default=Path("runs/demo"), help="run folder")

@@ -9,6 +9,7 @@ from test_llama import random_ids, random_trees, separate_loss, sequences
 
 from llama import Generator, compile_layers, generate, load_model, score_packs
 from lora import LoRAConfig, adapter_tensors, apply_lora
+from models import hub
 from models.int8 import WAYS, few_rows_product, quantize
 from models.packs import pack_trees
 
@@ -105,6 +106,37 @@ def test_the_chain_in_bf16(tmp_path, data_folder, wide, tokenizer_model):
     run("summarize.py", "--data", data_folder, "--model", wide, "--run", tmp_path, "--max-new-tokens", 8)
     done = run("train.py", "--run", tmp_path, "--epochs", 2, "--batch-size", 8, "--pack-tokens", 1024)
     assert "GPU memory" in done.stdout
+    run("evaluate.py", "--run", tmp_path)
+    report = json.loads((tmp_path / "results.json").read_text())
+    assert report["table"]["trained"]["Recall@10"]["mean"] == 1.0
+
+
+def test_a_pythia_on_the_gpu_equals_the_cpu(tmp_path):
+    from test_neox import write_neox
+
+    write_neox(tmp_path, hidden_size=128)
+    slow, fast = (hub.load_model(tmp_path, device, torch.float32) for device in (torch.device("cpu"), GPU))
+    compile_layers(fast)
+    trees, prompts = random_trees(12, 6), [random_ids(n, seed=n).tolist() for n in range(4, 250, 17)]
+    wanted = score_packs(slow, pack_trees(trees, 256), [17, 400])
+    for leaf, found in score_packs(fast, pack_trees(trees, 256, pad_to=256), [17, 400]).items():
+        assert found == pytest.approx(wanted[leaf], abs=1e-4)
+    assert generate(fast, prompts, 40, [0], 6) == generate(slow, prompts, 40, [0])
+    (pack,) = pack_trees(random_trees(6, 2), 512, pad_to=512)
+    for model, here in ((slow, pack), (fast, pack.to(GPU))):
+        model.loss(here).backward()
+    for (name, p), q in zip(slow.named_parameters(), fast.parameters(), strict=True):
+        assert (p.grad - q.grad.cpu()).norm() / p.grad.norm() < 1e-3, name
+
+
+@pytest.mark.parametrize("rank", [8, 0])
+def test_a_pythia_in_bf16(tmp_path, data_folder, tokenizer_model, rank):
+    from test_neox import write_neox
+
+    write_neox(tmp_path / "model", hidden_size=128)
+    (tmp_path / "model" / "tokenizer.model").write_bytes(tokenizer_model.read_bytes())
+    flags = ("--data", data_folder, "--model", tmp_path / "model", "--paradigm", "recent-only", "--lora-r", rank)
+    run("train.py", *flags, "--run", tmp_path, "--epochs", 1, "--batch-size", 8, "--pack-tokens", 1024)
     run("evaluate.py", "--run", tmp_path)
     report = json.loads((tmp_path / "results.json").read_text())
     assert report["table"]["trained"]["Recall@10"]["mean"] == 1.0
