@@ -25,7 +25,7 @@ from prepare.dataset import load_dataset, write_json, write_jsonl
 from runfolder.command import natural, positive, script_parser
 from runfolder.compare import format_table
 from runfolder.page import write_report
-from runfolder.processes import gather, host_workers, join_processes, peak_memory, run_script, share_out
+from runfolder.processes import ahead, gather, host_workers, join_processes, peak_memory, run_script, share_out
 from runfolder.scores import read_scores, table_of
 from runfolder.state import fingerprint, load_summaries, read_config
 from train import make_recommender, user_packs
@@ -59,7 +59,7 @@ def score(model, recommender, examples, candidates, answers, args, show: bool) -
 
     sizes = [sum(len(recommender.items[i]) for i in items) for items in candidates]
     mine = sorted(share_out(sizes, world)[rank])
-    packs = user_packs(recommender, examples, candidates, mine, args, show)
+    packs = ahead(user_packs(recommender, examples, candidates, mine, args, show))
     parts = gather((score_packs(model, packs, answers, measure), lengths, recommender.budget.trimmed))
     scores = {key: value for part, _, _ in parts for key, value in part.items()}
     lengths, trimmed = (sum((part[i] for part in parts), Counter()) for i in (1, 2))
@@ -94,7 +94,7 @@ def main() -> None:
         raise trsr.InputError(f"{args.run}: nothing trained here yet; first run python train.py --run {args.run}")
     own = {name: value for name, value in vars(args).items() if value is not None and value != "auto"}
     args = argparse.Namespace(**trained | {"users": None} | own)  # what was not asked for is as it was trained
-    args.pack_tokens = 8192 if device.type == "cuda" else 4096
+    args.pack_tokens = 16384 if device.type == "cuda" else 4096
     args.pad_to = args.pack_tokens if device.type == "cuda" else 1
     args.workers = host_workers(device)
     folder = find_model(args.model, args.revision)

@@ -29,7 +29,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from models.int8 import Int8Linear, bitsandbytes_linear, quantize, replace_linears
-from models.packs import BLOCK, Pack, QueryBlocks, common_prefix, grow_trees, pack_trees
+from models.packs import BLOCK, Pack, QueryBlocks, common_prefix, grow_trees, on_device, pack_trees
 
 PREFILL_TOKENS = 8192  # of prompts that a GPU reads at once before it writes
 
@@ -409,7 +409,7 @@ def score_packs(model: Llama, packs: Iterable[Pack], vocabulary: Sequence[int], 
 def places(tokens: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return what selects tokens of the only row; on a GPU some more, since layers are compiled for each number."""
     more = -len(tokens) % BLOCK if device.type == "cuda" else 0
-    chosen = torch.tensor(tokens + tokens[-1:] * more, device=device)
+    chosen = on_device(torch.tensor(tokens + tokens[-1:] * more), device)
     return torch.zeros_like(chosen), chosen
 
 

@@ -9,18 +9,19 @@ interruption the same command goes on from there.
 """
 
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import torch
 from tqdm import tqdm
 
 import trsr
-from llama import PREFILL_TOKENS, Generator, Llama, compile_layers
+from llama import Generator, compile_layers
 from models.hub import find_model, load_model
 from models.int8 import WAYS
 from models.tokenizer import Tokenizer
 from prepare.dataset import append_jsonl, load_dataset, read_jsonl, write_jsonl
 from runfolder.command import positive, script_parser
+from runfolder.estimate import expected_slots, rows_that_fit
 from runfolder.processes import gather, join_processes, peak_memory, run_script, share_out
 from runfolder.state import FIELDS, claim_config, collect_records, fingerprint, locked
 
@@ -89,30 +90,6 @@ def main() -> None:
                 print(f"trimmed to the context of {context} tokens: {count} {what}")
             print(f"wrote   {args.run / 'summaries.jsonl'} ({len(texts)} users); peak {peak_memory(device)}")
             print(f"next    python train.py --data {data} --model {name} --run {args.run}")
-
-
-def expected_slots(histories, domain, budget: trsr.Budget, args) -> int:
-    """Return the tokens of the longest prompt and summary to expect: the cache begins with these, and can grow."""
-    blocks = (items[a:b] for items in histories for a, b in trsr.split_blocks(len(items), args.block_size))
-    longest = max(blocks, key=lambda items: sum(map(len, items)), default=[])
-    prompt = trsr.block_prompt(longest, domain, replace(budget, trimmed=Counter()))
-    block, instruction = len(budget.encode([prompt])[0]), 128
-    summaries = max(map(len, histories), default=0) // args.block_size + 1
-    if args.paradigm == "recurrent":
-        return min(block + args.max_new_tokens, budget.tokens) + args.max_new_tokens
-    return min(max(block, instruction + summaries * args.max_new_tokens), budget.tokens) + args.max_new_tokens
-
-
-def rows_that_fit(model: Llama, slots: int, device: torch.device) -> int:
-    """Return how many prompts of `slots` tokens can be decoded together: by the memory that is free on a GPU."""
-    if device.type == "cpu":
-        return 16
-    c = model.config
-    itemsize = model.lm_head.weight.itemsize
-    row = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * slots * itemsize
-    reading = PREFILL_TOKENS * (8 * c.hidden_size + 3 * c.intermediate_size) * itemsize
-    free, _ = torch.cuda.mem_get_info(device)
-    return max(1, min(128, int((0.95 * free - reading) // row)))
 
 
 def summarize(model, tokenizer, domain, texts: dict[str, list[str]], budget, args, bar):

@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from statistics import median
 
@@ -108,16 +108,19 @@ def make_recommender(args, model: Llama, folder: Path, domain, items, summaries)
 def user_packs(recommender, examples, candidates, users: Sequence[int], args, show: bool) -> Iterator[Pack]:
     """Yield packs with all prompts of these users (indices of examples), while workers tokenize the next ones."""
     trees = tokenized(Prompts(recommender, [(examples[u], candidates[u]) for u in users]), args, show)
-    held: list[tuple[int, Tree]] = []
-    length = None
-    for start in range(0, len(users), USERS_PACKED):
-        some = users[start : start + USERS_PACKED]
-        held += zip(some, islice(trees, len(some)), strict=True)
+    yield from stream_packs(zip(users, trees, strict=True), len(users), args)
+
+
+def stream_packs(trees: Iterator[tuple[int, Tree]], n: int, args) -> Iterator[Pack]:
+    """Yield packs of n (number, tree) pairs as they come; a pack's leaves are (number, branch)."""
+    held, length = [], None
+    for start, end in pairwise([0, *range(USERS_PACKED // 2, n, USERS_PACKED), n]):
+        held += islice(trees, end - start)
         ready = [tree for _, tree in held]
         length = length or (args.pack_tokens if args.pad_to == 1 else steady_length(ready, args.pack_tokens))
         packs = pack_trees(ready, length, min(length, args.pad_to))
         # The emptiest pack is the last; its users wait for others to fill it.
-        waiting = start + len(some) < len(users) and not packs[-1].known
+        waiting = end < n and not packs[-1].known
         for pack in packs[: len(packs) - waiting]:
             yield replace(pack, leaves={(held[t][0], b): row for (t, b), row in pack.leaves.items()})
         held = [held[t] for t in dict.fromkeys(t for t, _ in packs[-1].leaves)] if waiting else []
@@ -141,12 +144,14 @@ def validation_recall(model: Llama, examples, candidates, packs: list[Pack], ans
 def shard(model: Llama, device: torch.device, mode: str) -> None:
     """Shard parameters, gradients and optimizer state over the processes, layer by layer (FSDP2).
 
-    zero2 keeps the gathered weights until the step ends, zero3 until each layer has been computed.
+    zero2: every process has the frozen weights whole, so that these are never gathered; only what is trained is
+    sharded. zero3: all weights are, and a layer's are gathered for as long as it is computed.
     """
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    whole = {p for p in model.parameters() if not p.requires_grad} if mode == "zero2" else set()
     for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh, reshard_after_forward=mode == "zero3")
-    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=mode == "zero3", ignored_params=whole)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=whole)
     register_fsdp_forward_method(model, "loss")
 
 

@@ -17,6 +17,7 @@ import json
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -26,10 +27,10 @@ import evaluate
 import trsr
 from bench.common import CANDIDATES, bench_parser, ceiling, device_name, models, random_trees, seconds, weights_read
 from llama import Llama, compile_layers, score_packs
-from models.packs import Pack, Tree, pack_trees, steady_length
+from models.packs import Pack, Tree
 from prepare.dataset import load_dataset
-from runfolder.processes import gather, host_workers, join_processes, run_script, share_out
-from train import make_recommender
+from runfolder.processes import ahead, gather, host_workers, join_processes, run_script, share_out
+from train import make_recommender, stream_packs
 from trsr import InputError
 
 ANSWERS = (17, 1711)  # two tokens in place of Yes and No
@@ -107,27 +108,26 @@ def main() -> None:
     gpu, args.no_peer = device.type == "cuda", args.no_peer or world > 1
     dtype = torch.bfloat16 if gpu else torch.float32
     users = args.users or (160 if gpu else 6)
-    args.pack_tokens = args.pack_tokens or (8192 if gpu else 4096)
+    args.pack_tokens = args.pack_tokens or (16384 if gpu else 4096)
     args.pad_to, args.workers = (args.pack_tokens if gpu else 1), host_workers(device)
     ours, theirs = models(args, device, dtype, peer=not args.no_peer)
     trees = random_trees(args, users, CANDIDATES)
     if gpu:
         compile_layers(ours)
 
-    def packs_of(trees: list[Tree]) -> list[Pack]:
-        mine = [trees[i] for i in sorted(share_out([tree.size for tree in trees], world)[rank])]
-        length = steady_length(mine[:64], args.pack_tokens) if gpu else args.pack_tokens
-        return pack_trees(mine, length, length if gpu else 1)
+    def packs_of(trees: list[Tree]) -> Iterator[Pack]:
+        mine = sorted(share_out([tree.size for tree in trees], world)[rank])
+        return stream_packs(((i, trees[i]) for i in mine), len(mine), args)
 
     def score(trees: list[Tree]) -> dict:
-        return {} if not trees else score_packs(ours, packs_of(trees), ANSWERS)
+        return score_packs(ours, ahead(packs_of(trees)), ANSWERS)
 
     few = trees[: args.peer_users]
     limit = world * ceiling(device, dtype)
     found = {"shape": args.shape, "work": args.work, "device": device_name(device, world)}
     found |= {"dtype": str(dtype).split(".")[1], "torch": torch.__version__}
     rates = {"ours": users / seconds(lambda: gather(score(trees)), device, args.repeats)}
-    packs = [pack for share in gather(packs_of(trees)) for pack in share]
+    packs = [pack for share in gather(list(packs_of(trees))) for pack in share]
     real, places = sum(pack.tokens for pack in packs), sum(len(pack.ids) for pack in packs)
     flops = 2 * weights_read(ours) * real / users * rates["ours"]
     found |= {"users_per_second": rates, "tokens_a_user": real / users, "fill": real / places, "flops": flops}

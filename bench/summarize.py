@@ -13,6 +13,7 @@ Bytes are those of the layers' matrices once a step, and of the keys and values 
 With --int8 this project has int8 weights and transformers bitsandbytes' LLM.int8.
 """
 
+import gc
 import json
 import random
 import time
@@ -23,8 +24,8 @@ import torch
 from bench.common import INSTRUCTION, bench_parser, device_name, models, seconds, vocabulary_of
 from llama import Generator, Row, compile_layers
 from models.int8 import bitsandbytes_linear, quantized, replace_linears
+from runfolder.estimate import rows_that_fit
 from runfolder.processes import gather, join_processes, run_script, share_out
-from summarize import rows_that_fit
 from trsr import InputError
 
 
@@ -119,19 +120,20 @@ def main() -> None:
     batches = args.batches or ([1, 32, 64] if gpu else [1, 8, 16])
     ours, theirs = models(args, device, dtype, peer=not args.no_peer)
     layers = len(ours.model.layers)
-    if args.int8:
-        replace_linears(ours, quantized)
-    slots = args.prompt_tokens[1] + args.new_tokens[1]
-    rows = args.batch_size or rows_that_fit(ours, slots, device)
-    prompts = random_prompts(args, args.prompts or 4 * rows * world)
     if args.peer_layers and theirs is not None:
         theirs.model.layers = theirs.model.layers[: args.peer_layers]
         theirs.config.num_hidden_layers = args.peer_layers
+    if args.int8:  # after the peer's layers are few, since all in 16 bit and in 8 may not fit
+        replace_linears(ours, quantized)
     if theirs is not None and args.int8:
         replace_linears(theirs, lambda base: bitsandbytes_linear(base, args.threshold))
         theirs.to(device)
     if gpu:
+        torch.cuda.empty_cache()
         compile_layers(ours)
+    slots = args.prompt_tokens[1] + args.new_tokens[1]
+    rows = args.batch_size or rows_that_fit(ours, slots, device)
+    prompts = random_prompts(args, args.prompts or 4 * rows * world)
     generator = MeasuredGenerator(ours, rows, args.new_tokens[1], (), slots if gpu else 0)
     mine = [prompts[i] for i in sorted(share_out([len(ids) + 8 * n for ids, n in prompts], world)[rank])]
     write_mine = partial(write_ours, generator, mine)
@@ -157,6 +159,7 @@ def main() -> None:
     print(f"{generator.steps} steps of {found['ms_a_step']:.2f} ms, {share}; they read", flush=True)
     print(f"{read / 1e9:.1f} GB/s, {read / limit:.0%} of a copy's {limit / 1e9:.1f} GB/s", flush=True)
     del generator, write_mine
+    gc.collect(), torch.cuda.empty_cache()  # its rows make room for the peer's
     for batch in batches if theirs is not None else ():
         some = prompts[len(prompts) // 2 :][:batch] if batch < 4 else prompts[:: max(1, len(prompts) // batch)][:batch]
         try:

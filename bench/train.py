@@ -103,6 +103,7 @@ def main() -> None:
         _, packs, _, count = next(steps)
         return train_step(ours, optimizer, packs, count, step_args, device)[0]
 
+    ours.model.checkpointing = args.activation_checkpointing
     ours.eval()  # no dropout
     losses = [step_ours()]
     if not args.no_peer:
@@ -111,7 +112,6 @@ def main() -> None:
             raise InputError(f"the losses are {losses[0]:.6f} and {losses[1]:.6f}, so the times mean nothing")
         theirs.train()
     ours.train()
-    ours.model.checkpointing = args.activation_checkpointing
     step_ours(), step_ours()  # ready to be timed: compiled, and with what the allocator keeps
     if gpu:
         torch.cuda.reset_peak_memory_stats()

@@ -71,7 +71,7 @@ class Pack:
     def to(self, device: torch.device) -> "Pack":
         """Return the pack with its tensors on device."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+        return replace(self, **{name: on_device(tensor, device) for name, tensor in tensors.items()})
 
     def mask(self, first: int = 0, block: int = 256) -> BlockMask | QueryBlocks:
         """Return whom the queries from row `first` on see, by tree_rule: on CUDA a BlockMask, elsewhere QueryBlocks."""
@@ -84,6 +84,13 @@ class Pack:
             keys.append(seen.any(0).nonzero()[:, 0])
             blocks.append(seen[:, keys[-1]])
         return QueryBlocks(torch.cat(keys), blocks)
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return tensor on device, without a wait for what the device is at: from other memory the driver would wait."""
+    return (tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor).to(
+        device, non_blocking=True
+    )
 
 
 def tree_rule(documents: Tensor, branches: Tensor) -> Callable:
