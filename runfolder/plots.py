@@ -88,3 +88,86 @@ def histogram(title: str, x_name: str, values: Sequence[float], limit: float) ->
     drawing += tag("line", x1=at, x2=at, y1=TOP, y2=HEIGHT - BOTTOM, stroke=COLORS[1])
     drawing += tag("text", f"{limit:g}", x=at - 4, y=TOP + 10, text_anchor="end")
     return figure(title, drawing, "users")
+
+
+# ---- Figures that are files: panels side by side, with intervals and with values from elsewhere beside them
+
+
+Point = tuple[float, float, float]  # mean, and the low and high end of its interval
+PANEL_TITLE, LABELS, VALUES, BAR = 26, 170, 44, 13  # heights of a title and a bar, widths of what stands beside bars
+
+
+def _value(x: float, y: float, color: str, r: int = 3) -> str:
+    return tag("circle", cx=round(x, 1), cy=round(y, 1), r=r, fill=color)
+
+
+def _mark(x: float, y: float, color: str) -> str:
+    x, y = round(x, 1), round(y, 1)
+    return tag("path", d=f"M{x - 5},{y} L{x},{y - 5} L{x + 5},{y} L{x},{y + 5} Z", fill="var(--card)", stroke=color)
+
+
+def _interval(x1: float, x2: float, y1: float, y2: float) -> str:
+    places = {"x1": x1, "x2": x2, "y1": y1, "y2": y2}
+    return tag("line", **{name: round(v, 1) for name, v in places.items()}, stroke="var(--faint)", stroke_width=1.5)
+
+
+def line_panel(x_name: str, series: Sequence[str], values: dict, marks: dict) -> tuple[str, float]:
+    """Return (markup, height) of lines over numbers: values {(x, series): Point}, marks {(x, series): y}."""
+    ys = [y for _, low, high in values.values() for y in (low, high)]
+    drawing, x_of, y_of = axes([x for x, _ in (*values, *marks)], [*ys, *marks.values()], x_name)
+    for name, color in zip(series, COLORS, strict=False):
+        own = sorted((x, *point) for (x, s), point in values.items() if s == name)
+        path = " ".join(f"{x_of(x):.1f},{y_of(mean):.1f}" for x, mean, _, _ in own)
+        drawing += tag("polyline", points=path, fill="none", stroke=color, stroke_width=2)
+        for x, mean, low, high in own:
+            drawing += _interval(x_of(x), x_of(x), y_of(low), y_of(high)) + _value(x_of(x), y_of(mean), color)
+        drawing += "".join(_mark(x_of(x), y_of(y), color) for (x, s), y in marks.items() if s == name)
+    return drawing, HEIGHT
+
+
+def bar_panel(series: Sequence[str], values: dict, marks: dict) -> tuple[str, float]:
+    """Return (markup, height) of bars in groups: values {(group, series): Point}, marks {(group, series): x}."""
+    groups = list(dict.fromkeys(group for group, _ in (*values, *marks)))
+    x_ticks, step = ticks(0, max(*(high for _, _, high in values.values()), *marks.values(), 0)), BAR * len(series) + 8
+    bottom, drawing = TOP + step * len(groups), ""
+
+    def x_of(x: float) -> float:
+        return LABELS + x / x_ticks[-1] * (WIDTH - LABELS - VALUES)
+
+    for x in x_ticks:
+        drawing += tag("line", x1=x_of(x), x2=x_of(x), y1=TOP, y2=bottom, class_="axis")
+        drawing += tag("text", f"{x:g}", x=x_of(x), y=bottom + 16, text_anchor="middle")
+    for row, group in enumerate(groups):
+        top = TOP + step * row + 4
+        label = group if len(group) < 26 else "…" + group[-24:]
+        drawing += tag("text", escape(label), x=LABELS - 6, y=top + (step - 8) / 2 + 4, text_anchor="end")
+        for i, (name, color) in enumerate(zip(series, COLORS, strict=False)):
+            y = top + BAR * i + BAR / 2
+            if point := values.get((group, name)):
+                size = {"x": LABELS, "y": y - BAR / 2 + 1, "width": x_of(point[0]) - LABELS, "height": BAR - 2}
+                drawing += tag("rect", **size, fill=color) + _interval(x_of(point[1]), x_of(point[2]), y, y)
+                drawing += tag("text", f"{point[0]:.3f}", x=WIDTH - VALUES + 8, y=y + 4)
+            if (group, name) in marks:
+                drawing += _mark(x_of(marks[group, name]), y, color)
+    return drawing, bottom + 24
+
+
+def svg_file(title: str, panels: dict[str, tuple[str, float]], columns: int, series: Sequence[str], mark: str) -> str:
+    """Return an SVG file with panels, (markup, height) by title, in rows, under a key to the series and the marks."""
+    names = [*zip(series, COLORS, strict=False)] if len(series) > 1 else []
+    parts, x, y = [], 12.0, PANEL_TITLE
+    for name, color in [*names, (mark, "var(--faint)")] if mark else names:
+        sign = _mark if name == mark else _value
+        parts.append(sign(x, y - 8, color) + tag("text", escape(name), x=x + 10, y=y - 4))
+        x += 34 + 7 * len(name)
+    cells = list(panels.items())
+    for row in (cells[i : i + columns] for i in range(0, len(cells), columns)):
+        for column, (name, (markup, _)) in enumerate(row):
+            heading = tag("text", escape(name), x=LEFT, y=16, font_weight="bold")
+            inner = tag("g", markup, transform=f"translate(0,{PANEL_TITLE - TOP})")
+            parts.append(tag("g", heading + inner, transform=f"translate({column * WIDTH},{y})"))
+        y += max(height for _, (_, height) in row) + PANEL_TITLE
+    size = {"width": columns * WIDTH, "height": round(y)}
+    head = tag("title", escape(title)) + tag("style", COLORS_AND_TEXT) + tag("rect", **size, fill="var(--card)")
+    frame = {"xmlns": "http://www.w3.org/2000/svg", "viewBox": f"0 0 {size['width']} {size['height']}", "role": "img"}
+    return tag("svg", head + "".join(parts), **size, **frame) + "\n"
