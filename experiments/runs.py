@@ -185,8 +185,10 @@ def run_stages(stages: list[Stage], processes: int) -> None:
     """Run stages one after the other, with a line each."""
     for number, stage in enumerate(stages, 1):
         start = time.perf_counter()
-        print(f"{f'{number}/{len(stages)}':<8}{stage.run.name}: {stage.script}", end="", flush=True)
+        # Where the stage's own output is shown, it begins on a line of its own.
+        end = "\n" if sys.stderr.isatty() else ""
+        print(f"{f'{number}/{len(stages)}':<8}{stage.run.name}: {stage.script}", end=end, flush=True)
         try:
             execute(stage, processes)
         finally:
-            print(f", {time.perf_counter() - start:.0f} s", flush=True)
+            print(f"  {time.perf_counter() - start:.0f} s", flush=True)

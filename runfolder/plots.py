@@ -103,25 +103,28 @@ def _value(x: float, y: float, color: str, r: int = 3) -> str:
 
 def _mark(x: float, y: float, color: str) -> str:
     x, y = round(x, 1), round(y, 1)
-    return tag("path", d=f"M{x - 5},{y} L{x},{y - 5} L{x + 5},{y} L{x},{y + 5} Z", fill="var(--card)", stroke=color)
+    diamond = f"M{x - 5},{y} L{x},{y - 5} L{x + 5},{y} L{x},{y + 5} Z"
+    return tag("path", d=diamond, fill="var(--card)", stroke=color, stroke_width=1.5)
 
 
-def _interval(x1: float, x2: float, y1: float, y2: float) -> str:
+def _interval(x1: float, x2: float, y1: float, y2: float, color: str) -> str:
     places = {"x1": x1, "x2": x2, "y1": y1, "y2": y2}
-    return tag("line", **{name: round(v, 1) for name, v in places.items()}, stroke="var(--faint)", stroke_width=1.5)
+    return tag("line", **{name: round(v, 1) for name, v in places.items()}, stroke=color, stroke_width=1.2)
 
 
 def line_panel(x_name: str, series: Sequence[str], values: dict, marks: dict) -> tuple[str, float]:
     """Return (markup, height) of lines over numbers: values {(x, series): Point}, marks {(x, series): y}."""
     ys = [y for _, low, high in values.values() for y in (low, high)]
     drawing, x_of, y_of = axes([x for x, _ in (*values, *marks)], [*ys, *marks.values()], x_name)
-    for name, color in zip(series, COLORS, strict=False):
-        own = sorted((x, *point) for (x, s), point in values.items() if s == name)
-        path = " ".join(f"{x_of(x):.1f},{y_of(mean):.1f}" for x, mean, _, _ in own)
+    for i, (name, color) in enumerate(zip(series, COLORS, strict=False)):
+        aside = 6 * (i - (len(series) - 1) / 2)  # so that one series does not hide another's interval
+        own = sorted((x_of(x) + aside, *map(y_of, point)) for (x, s), point in values.items() if s == name)
+        path = " ".join(f"{x:.1f},{mean:.1f}" for x, mean, _, _ in own)
         drawing += tag("polyline", points=path, fill="none", stroke=color, stroke_width=2)
         for x, mean, low, high in own:
-            drawing += _interval(x_of(x), x_of(x), y_of(low), y_of(high)) + _value(x_of(x), y_of(mean), color)
-        drawing += "".join(_mark(x_of(x), y_of(y), color) for (x, s), y in marks.items() if s == name)
+            drawing += _interval(x, x, low, high, color) + _value(x, mean, color)
+        places = [(x_of(x) + aside, y_of(y)) for (x, s), y in marks.items() if s == name]
+        drawing += "".join(_mark(x, y, color) for x, y in places)
     return drawing, HEIGHT
 
 
@@ -145,7 +148,8 @@ def bar_panel(series: Sequence[str], values: dict, marks: dict) -> tuple[str, fl
             y = top + BAR * i + BAR / 2
             if point := values.get((group, name)):
                 size = {"x": LABELS, "y": y - BAR / 2 + 1, "width": x_of(point[0]) - LABELS, "height": BAR - 2}
-                drawing += tag("rect", **size, fill=color) + _interval(x_of(point[1]), x_of(point[2]), y, y)
+                drawing += tag("rect", **size, fill=color, fill_opacity=0.7)
+                drawing += _interval(x_of(point[1]), x_of(point[2]), y, y, "var(--ink)")
                 drawing += tag("text", f"{point[0]:.3f}", x=WIDTH - VALUES + 8, y=y + 4)
             if (group, name) in marks:
                 drawing += _mark(x_of(marks[group, name]), y, color)

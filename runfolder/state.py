@@ -29,7 +29,7 @@ def locked(run: Path, hold: bool = True):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise trsr.InputError(
-                f"{run}: another process is working in this run folder; wait, or choose --run"
+                f"{run}: another process is working in this run folder; wait, or choose another"
             ) from None
         yield
 
