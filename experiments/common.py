@@ -31,7 +31,7 @@ def experiment_parser(description: str, *models: str, items: object) -> tuple[ar
     flag("--out", type=Path, default=Path("runs/experiments"), help="for all run folders; experiments can share it")
     for name in models:
         several = {"nargs": "+", "default": ["models/tiny"]} if name.endswith("s") else {"default": "models/tiny"}
-        flag(f"--{name}", **several, help="Llama folder or hub id; {seed} in it stands for the run's seed")
+        flag(f"--{name}", **several, help="model folder or hub id; {seed} in it stands for the run's seed")
     several = {"nargs": "+"} if isinstance(items, list) else {}
     flag("--history-items", type=natural, **several, default=items, help="recent items in the prompt")
     flag("--seeds", type=natural, nargs="+", default=[0], help="a run each; the table has their means")
