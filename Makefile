@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo experiments-demo test test-faults lint clean
+.PHONY: demo test test-faults lint clean
 
 DEMO_TRAINING = --loss answer --lr 2e-3 --epochs 1 --batch-size 16
 
@@ -22,15 +22,6 @@ demo: .venv/installed
 	$(BIN)/python evaluate.py --run runs/demo-recurrent
 	$(BIN)/python evaluate.py --k 3 5 10 --report
 	$(BIN)/python -m runfolder.compare runs/demo-recent-only runs/demo runs/demo-recurrent
-
-# The paper's table 2 and figure 9 on a small shop; interrupted, it goes on.
-DEMO_EXPERIMENT = --data data/experiments-demo --out runs/experiments-demo \
-	--summarize "--batch-size 64 --max-new-tokens 120" --train "$(DEMO_TRAINING)"
-
-experiments-demo: .venv/installed
-	$(BIN)/python -m prepare.demo --out data/experiments-demo --train-users 60 --val-users 10 --test-users 40
-	$(BIN)/python -m experiments.table2 $(DEMO_EXPERIMENT) --baselines "--epochs 20"
-	$(BIN)/python -m experiments.figure9 --history-items 0 1 3 5 $(DEMO_EXPERIMENT)
 
 test: .venv/installed-test lint
 	$(BIN)/python -m pytest
