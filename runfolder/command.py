@@ -20,8 +20,8 @@ def natural(text: str, least: int = 0) -> int:
 positive = partial(natural, least=1)
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows a script's docstring as it is written, and each flag's default."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -33,7 +33,7 @@ class _Parser(argparse.ArgumentParser):
 
 def script_parser(description: str) -> argparse.ArgumentParser:
     """Return an argument parser with the flags that summarize, train and evaluate share."""
-    parser = _Parser(description=description, formatter_class=_Help)
+    parser = _Parser(description=description, formatter_class=Help)
     flag = parser.add_argument_group("files").add_argument
     flag("--data", help="dataset folder, made by prepare (without it: the run's, else data/demo)")
     flag("--model", help="Llama or Pythia folder or hub id (without it: the run's, else models/tiny)")

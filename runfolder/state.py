@@ -3,6 +3,8 @@
 import fcntl
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +29,7 @@ def locked(run: Path, hold: bool = True):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise trsr.InputError(
-                f"{run}: another process is working in this run folder; wait, or choose --run"
+                f"{run}: another process is working in this run folder; wait, or choose another"
             ) from None
         yield
 
@@ -78,6 +80,21 @@ def load_summaries(run: Path, items: dict[str, str], examples: Iterable[trsr.Exa
             what = "no summary" if record is None else "the summary is of another history"
             raise trsr.InputError(f"{path}: user {example.user!r}: {what}; {again}")
     return {example.user: found[example.user]["summary"] for example in examples}
+
+
+def share_summaries(source: Path, run: Path) -> None:
+    """Give the run folder the summaries of another, source, with the settings that they were made with.
+
+    InputError where the run was trained with other summaries.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    claim_config(run, "summarize", read_config(source).get("summarize", {}), started=(run / "checkpoint").is_dir())
+    path = run / "summaries.jsonl"
+    path.unlink(missing_ok=True)
+    try:  # one file under two names is safe, since summaries are replaced whole and never written into
+        os.link(source / path.name, path)
+    except OSError:
+        shutil.copyfile(source / path.name, path)
 
 
 def fingerprint(folder: Path) -> str:

@@ -9,7 +9,7 @@ import pytest
 from conftest import run, write_dataset
 
 from prepare.dataset import read_json, write_json
-from runfolder import compare, page, show
+from runfolder import compare, page, plots, show
 from trsr import InputError
 
 NASTY = "<script>alert(\"x\")</script> & 'quoted'"
@@ -92,7 +92,7 @@ def test_a_run_without_summaries_shows_the_history(runs):
 
 def test_ticks_reach_around_the_values():
     for low, high in ((0, 1), (0.013, 0.0131), (3, 3), (0, 0), (-2, 7), (0, 12345), (1e-9, 2e-9)):
-        found = page.ticks(low, high)
+        found = plots.ticks(low, high)
         assert found[0] <= low + 1e-12
         assert found[-1] >= high - 1e-12
         assert 2 <= len(found) <= 9 or low == high
