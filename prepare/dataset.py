@@ -27,7 +27,7 @@ def atomic_write(path: Path, mode: str = "w"):
     try:
         with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": "\n"})) as file:
             yield file
-            file.flush()
+        with open(temporary, "rb") as file:  # anew: what writes by name may have put another file there
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:

@@ -105,27 +105,35 @@ def test_two_processes_write_the_same_file(tmp_path, finished, data_folder, mode
     assert not list((tmp_path / "run").glob("summaries.part*"))
 
 
-def test_kills_at_random_moments_lose_no_finished_user(tmp_path, finished, data_folder, model_folder):
+def test_interruptions_at_random_moments_lose_no_finished_user(tmp_path, model_folder):
+    data = write_dataset(tmp_path / "data", users=(40, 4, 4))
+    summarize(tmp_path / "whole", data, model_folder)
     folder, rng = tmp_path / "run", random.Random(0)
-    command = [sys.executable, ROOT / "summarize.py", "--data", data_folder, "--model", model_folder, "--run", folder]
-    command += ["--max-new-tokens", "12", "--batch-size", "1"]
-    part, seen = folder / "summaries.part0.jsonl", 0
-    for _ in range(4):
-        process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not (part.exists() and part.stat().st_size):
+    command = [sys.executable, ROOT / "summarize.py", "--data", data, "--model", model_folder, "--run", folder]
+    command = list(map(str, [*command, "--max-new-tokens", "12", "--batch-size", "1"]))
+
+    def finished_users():
+        return sum(path.read_bytes().count(b"\n") for path in folder.glob("summaries*.jsonl"))
+
+    for kind in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
+        before = finished_users()
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and finished_users() == before:
             time.sleep(0.005)
         time.sleep(rng.random() * 0.1)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        lines = [p.read_bytes().count(b"\n") for p in folder.glob("summaries*.jsonl")]
-        assert sum(lines) >= seen
-        seen = sum(lines)
-    with open(part, "ab") as file:
+        process.send_signal(kind)
+        _, errors = process.communicate()
+        assert process.returncode == (-kind if kind == signal.SIGKILL else 130), errors
+        if kind != signal.SIGKILL:
+            assert errors.splitlines()[-1] == "summarize: interrupted; what is done is kept, use the same command"
+            assert "Traceback" not in errors
+        assert before < finished_users() < 48
+    with open(folder / "summaries.part0.jsonl", "ab") as file:
         file.write(b'{"user": "torn')  # as a kill in the middle of a write leaves it
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0
     assert "an interruption cut this line short" in done.stderr
-    assert (folder / "summaries.jsonl").read_bytes() == (finished["hierarchical"] / "summaries.jsonl").read_bytes()
+    assert (folder / "summaries.jsonl").read_bytes() == (tmp_path / "whole/summaries.jsonl").read_bytes()
 
 
 def test_a_second_call_does_nothing_and_a_changed_history_is_summarized_again(tmp_path, model_folder):
