@@ -199,6 +199,19 @@ def test_broken_summaries(tmp_path, request):
     assert survive(path, use, times(request, 80))["refused"] > 5
 
 
+def test_broken_settings_of_a_run(tmp_path, trained, request):
+    folder = copied(trained, tmp_path / "run")
+
+    def use():
+        done = run("evaluate.py", "--run", folder, check=False)
+        if done.returncode == 2:
+            (told,) = own_lines(done.stderr, "evaluate")
+            raise InputError(told)
+        assert len(list(read_jsonl(folder / "scores-test.jsonl", {"user": str, "rank": int}))) == 4
+
+    assert survive(folder / "config.json", use, times(request, 60))["refused"] > 20
+
+
 @pytest.fixture
 def adapter(tmp_path, model_folder):
     model = apply_lora(load_model(model_folder, CPU, torch.float32), LoRAConfig())
