@@ -94,9 +94,8 @@ def main() -> None:
     if trained is None or not (args.untrained or (args.run / kind).is_dir()):
         raise trsr.InputError(f"{args.run}: nothing trained here yet; first run python train.py --run {args.run}")
     own = {name: value for name, value in vars(args).items() if value is not None and value != "auto"}
-    args = argparse.Namespace(
-        **vars(args) | trained | {"users": None} | own
-    )  # what was not asked for is as it was trained
+    # What was not asked for is as it was trained.
+    args = argparse.Namespace(**vars(args) | trained | {"users": None} | own)
     args.pack_tokens = own.get("pack_tokens", 8192 if device.type == "cuda" else 4096)
     args.pad_to = args.pack_tokens if device.type == "cuda" else 1
     args.workers = host_workers(device)
