@@ -39,6 +39,7 @@ def parse_arguments():
     flag("--k", type=positive, nargs="+", default=[3, 5, 10], help="cut-offs of the metrics")
     flag("--untrained", action="store_true", help="the base model, without the run's adapter")
     flag("--users", type=positive, help="only the first so many users")
+    flag("--pack-tokens", type=positive, help="tokens in a forward pass (without it: 8192 on GPUs, 4096 on CPUs)")
     flag("--seed", type=natural, default=0, help="of the candidates' order and the resampling of users")
     flag("--scores", type=Path, help="rank by this file's scores, another system's, in the form of scores-test.jsonl")
     flag("--report", action="store_true", help="write RUN/report.html too, for a browser")
@@ -93,8 +94,9 @@ def main() -> None:
     if trained is None or not (args.untrained or (args.run / kind).is_dir()):
         raise trsr.InputError(f"{args.run}: nothing trained here yet; first run python train.py --run {args.run}")
     own = {name: value for name, value in vars(args).items() if value is not None and value != "auto"}
-    args = argparse.Namespace(**trained | {"users": None} | own)  # what was not asked for is as it was trained
-    args.pack_tokens = 16384 if device.type == "cuda" else 4096
+    # What was not asked for is as it was trained.
+    args = argparse.Namespace(**vars(args) | trained | {"users": None} | own)
+    args.pack_tokens = own.get("pack_tokens", 16384 if device.type == "cuda" else 4096)
     args.pad_to = args.pack_tokens if device.type == "cuda" else 1
     args.workers = host_workers(device)
     folder = find_model(args.model, args.revision)

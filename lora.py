@@ -6,7 +6,7 @@ It knows no model: it meets one only through the `nn.Linear` modules that it wra
 
 import json
 import math
-import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,17 +125,16 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if ".lora_A." in name or ".lora_B." in name}
 
 
-def save_adapter(folder: Path, tensors: dict[str, Tensor], config: LoRAConfig, base_model: str) -> None:
-    """Write adapter_tensors (full tensors, on any device) and config to folder, as PEFT would."""
+def save_adapter(
+    folder: Path, tensors: dict[str, Tensor], config: LoRAConfig, base_model: str, write: Callable = save_file
+) -> None:
+    """Write adapter_tensors (full tensors, on any device) and config to folder, as PEFT would.
+
+    With a write that replaces the file at once, an interruption leaves the earlier adapter of this config or the new.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     named = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    # Under another name first: whoever interrupts this finds the previous adapter whole.
-    try:
-        save_file(named, folder / ".adapter_model.tmp", metadata={"format": "pt"})
-        os.replace(folder / ".adapter_model.tmp", folder / "adapter_model.safetensors")
-    finally:
-        (folder / ".adapter_model.tmp").unlink(missing_ok=True)
     record = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -147,7 +146,12 @@ def save_adapter(folder: Path, tensors: dict[str, Tensor], config: LoRAConfig, b
         "lora_dropout": config.dropout,
         "target_modules": list(config.targets),
     }
-    (folder / "adapter_config.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    path, text = folder / "adapter_config.json", json.dumps(record, indent=2).encode() + b"\n"
+    if path.is_file() and path.read_bytes() != text:  # weights never stand beside a configuration that is not theirs
+        path.unlink()
+    write(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    if not path.is_file():
+        path.write_bytes(text)
 
 
 def load_adapter_config(folder: Path) -> LoRAConfig:

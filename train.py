@@ -225,7 +225,7 @@ def fit(args, model, optimizer, folder, device, trees: list[Tree], users: list[s
     """Train for args.epochs, a line in metrics.jsonl a step, and keep the epoch with the best sum of recall_of()."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     start = {"step": 0, "epoch": 0, "batch": 0, "best": -1.0}
-    progress = load_checkpoint(args.run, model, optimizer, device) or start
+    progress = load_checkpoint(args.run, model, optimizer, device, show=rank == 0) or start
     metrics = args.run / "metrics.jsonl"
     if rank == 0:
         lines = [r for _, r in read_jsonl(metrics, {"step": int, "epoch": int}, torn=True)] if metrics.is_file() else []
@@ -253,7 +253,8 @@ def fit(args, model, optimizer, folder, device, trees: list[Tree], users: list[s
                     loss, norm = train_step(model, optimizer, packs, count, args, device)
                 except torch.OutOfMemoryError:
                     way = "lower --pack-tokens, or add --activation-checkpointing"
-                    raise trsr.InputError(f"out of memory in a pack of {len(packs[0].ids)} tokens; {way}") from None
+                    what = f"a pack of {len(packs[0].ids)} tokens, {len(packs)} of them in a batch of {args.batch_size}"
+                    raise trsr.InputError(f"out of memory with {what}; {way}") from None
                 except FloatingPointError as error:
                     who = ", ".join(users[u] for u in batch)
                     way = f"lower --lr, or look at the data of its users: {who}"
@@ -315,9 +316,11 @@ def main() -> None:
     recommender, answers = make_recommender(args, model, folder, domain, items, summaries)
     with locked(args.run, hold=rank == 0):
         if rank == 0:
-            started = (args.run / "checkpoint").is_dir()
+            started = any((args.run / name).is_dir() for name in ("checkpoint", "adapter", "model"))
+            settings["fingerprint"] = fingerprint(folder)
+            settings["content"] = trsr.content_hash([items, summaries, [vars(e) for e in train + val]])
             if not args.dry_run:
-                claim_config(args.run, "train", settings | {"fingerprint": fingerprint(folder)}, started)
+                claim_config(args.run, "train", settings, started)
             n, n_trained = (sum(p.numel() for p in ps) for ps in (model.parameters(), trainable(model).values()))
             print(f"data    {args.data}: {len(train)} users to train on, {len(val)} to validate on")
             print(f"model   {args.model}: {n / 1e6:.1f}M parameters, {n_trained / 1e6:.2f}M trained, {args.dtype}")

@@ -122,11 +122,14 @@ def build_prompt(instruction: str, *sections: tuple[str, str]) -> str:
 
 
 def greatest(limit: int, fits: Callable[[int], bool]) -> int:
-    """Return the greatest n from 0 to limit that fits, by bisection; 0 where none does."""
-    low = 0
-    while low < limit:
-        middle = (low + limit + 1) // 2
-        low, limit = (middle, limit) if fits(middle) else (low, middle - 1)
+    """Return the greatest n from 0 to limit that fits, by doubling and bisection; 0 where none does."""
+    low, high = 0, 1
+    while high <= limit and fits(high):  # from below, so that a history of 10,000 items costs what is kept of it
+        low, high = high, 2 * high
+    high = min(high - 1, limit)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
 
 

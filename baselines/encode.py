@@ -42,7 +42,8 @@ def by_sentence_encoder(folder: str, texts: list[str], device: torch.device, max
     except ImportError:
         raise InputError("this encoder needs transformers: pip install transformers, or take a Llama folder") from None
     try:
-        tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModel.from_pretrained(folder, use_safetensors=True).to(device).eval()
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: no encoder that transformers can load ({str(error).splitlines()[0]})") from None
     found: list[Tensor] = []

@@ -25,6 +25,8 @@ def find_model(name: str, revision: str | None = None) -> Path:
         why = "access is gated: accept its licence on the hub, then run `hf auth login`"
     except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError, hub.HFValidationError):
         why = f"neither a folder here nor a model on the hub (revision {revision or 'main'})"
+    except UnicodeError:
+        why = "the hub's token is not plain text; set HF_TOKEN anew, or run `hf auth login`"
     except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, OSError):
         why = "not a folder here, and the hub cannot be reached; download the model and pass its folder"
     raise CheckpointError(f"{name}: {why}") from None

@@ -27,7 +27,7 @@ def atomic_write(path: Path, mode: str = "w"):
     try:
         with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": "\n"})) as file:
             yield file
-            file.flush()
+        with open(temporary, "rb") as file:  # anew: what writes by name may have put another file there
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
@@ -80,14 +80,19 @@ def read_jsonl(path: Path, fields: dict[str, type], torn: bool = False) -> Itera
                 raise InputError(f"{where}: not JSON ({error})") from None
             if b"\\ud" in line.lower() and re.search("[\ud800-\udfff]", json.dumps(record, ensure_ascii=False)):
                 raise InputError(f"{where}: a text holds half of a character (\\ud800 to \\udfff)")
-            for name, kind in fields.items():
-                value = record.get(name) if isinstance(record, dict) else None
-                if not isinstance(value, kind):
-                    found = "is missing" if value is None else f"is a {type(value).__name__}"
-                    raise InputError(f"{where}: field {name!r} {found}, expected {kind.__name__}")
-                if kind is list and not all(isinstance(entry, str) for entry in value):
-                    raise InputError(f"{where}: field {name!r} holds something that is not a text")
+            check_fields(where, record, fields)
             yield where, record
+
+
+def check_fields(where: object, record: object, fields: dict[str, type]) -> None:
+    """Raise InputError, which begins with where, unless record is an object that has these fields."""
+    for name, kind in fields.items():
+        value = record.get(name) if isinstance(record, dict) else None
+        if not isinstance(value, kind):
+            found = "is missing" if value is None else f"is a {type(value).__name__}"
+            raise InputError(f"{where}: field {name!r} {found}, expected {kind.__name__}")
+        if kind is list and not all(isinstance(entry, str) for entry in value):
+            raise InputError(f"{where}: field {name!r} holds something that is not a text")
 
 
 def write_jsonl(path: Path, records: Iterable[dict]) -> None:
@@ -125,8 +130,8 @@ def _load_examples(path: Path, items: dict[str, str], users: set[str]) -> Iterat
             raise InputError(f"{where}: field 'user': {example.user!r} is there twice")
         users.add(example.user)
         candidates = [example.positive, *example.negatives]
-        if unknown := next((i for i in [*example.history, *candidates] if i not in items), None):
-            raise InputError(f"{where}: item {unknown!r} is not in items.jsonl")
+        if unknown := [i for i in [*example.history, *candidates] if i not in items]:
+            raise InputError(f"{where}: item {unknown[0]!r} is not in items.jsonl")
         if example.positive in example.history:
             raise InputError(f"{where}: field 'history' holds the target {example.positive!r}")
         if not example.negatives or len(set(candidates)) < len(candidates):

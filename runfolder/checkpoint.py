@@ -4,7 +4,6 @@ A checkpoint is one safetensors file with what is trained, the optimizer's state
 """
 
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -29,7 +28,7 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Write a safetensors file, whole or not at all; InputError tells how much room it needs."""
     size = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
     try:
@@ -50,17 +49,22 @@ def save_checkpoint(run: Path, model: Llama, optimizer, progress: dict, rank: in
     if rank == 0:
         (run / "checkpoint").mkdir(exist_ok=True)
         path = run / "checkpoint" / f"step-{progress['step']:08d}.safetensors"
-        write_tensors(path, tensors, {"progress": json.dumps(progress)})
+        write_tensors(tensors, path, {"progress": json.dumps(progress)})
         for old in set(path.parent.iterdir()) - {path}:
             old.unlink()
 
 
-def load_checkpoint(run: Path, model: Llama, optimizer, device: torch.device) -> dict | None:
-    """Put the newest whole checkpoint into model and optimizer; return its progress, None where there is none."""
+def load_checkpoint(run: Path, model: Llama, optimizer, device: torch.device, show: bool = True) -> dict | None:
+    """Put the newest whole checkpoint into model and optimizer; return its progress, None where there is none.
+
+    show: name what is passed over.
+    """
     trained = trainable(model)
     kinds = ("parameter", "exp_avg", "exp_avg_sq")
     expected = {f"{kind}/{name}": p.shape for name, p in trained.items() for kind in kinds}
     expected |= {f"step/{name}": torch.Size() for name in trained}
+    for torn in (run / "checkpoint").glob(".*") if show else ():
+        print(f"{torn}: ignored, its writing was interrupted")
     for path in sorted((run / "checkpoint").glob("step-*.safetensors"), reverse=True):
         try:
             with safe_open(path, framework="pt") as file:
@@ -70,7 +74,8 @@ def load_checkpoint(run: Path, model: Llama, optimizer, device: torch.device) ->
             if shapes != expected or not progress.keys() >= {"step", "epoch", "batch", "best"}:
                 raise KeyError("of another model")
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            print(f"{path}: ignored, it is not whole ({error})")
+            if show:
+                print(f"{path}: ignored, it is not whole ({error})")
             continue
         for key, tensor in tensors.items():
             kind, name = key.split("/")
@@ -90,13 +95,14 @@ def save_best(run: Path, model: Llama, folder: Path, args, rank: int) -> None:
     tensors = {name: full(parameter) for name, parameter in trainable(model).items()}
     if rank == 0 and args.lora_r:
         try:
-            save_adapter(run / "adapter", tensors, args.lora, args.model)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{run / 'adapter'}: not written; what was there before is whole ({error})") from None
+            save_adapter(run / "adapter", tensors, args.lora, args.model, write_tensors)
+        except OSError as error:
+            raise InputError(f"{run / 'adapter'}: not written ({error}); the same command goes on") from None
     elif rank == 0:
         (run / "model").mkdir(exist_ok=True)
         for source in (*folder.glob("*config.json"), *folder.glob("tokenizer*")):
-            shutil.copyfile(source, run / "model" / source.name)
+            with atomic_write(run / "model" / source.name, "wb") as file:
+                file.write(source.read_bytes())
         dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
         tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
-        write_tensors(run / "model" / "model.safetensors", tensors, {"format": "pt"})
+        write_tensors(tensors, run / "model" / "model.safetensors", {"format": "pt"})

@@ -58,4 +58,6 @@ def run_main(main: Callable[[], None], *errors: type[Exception], tells: Callable
             print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        if tells():
+            print(f"{Path(sys.argv[0]).stem}: interrupted; what is done is kept, use the same command", file=sys.stderr)
         sys.exit(130)  # what a shell makes of Ctrl-C

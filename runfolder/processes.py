@@ -3,6 +3,7 @@
 import os
 import re
 import resource
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -92,14 +93,24 @@ def run_script(main: Callable[[], None]) -> None:
     def guarded() -> None:
         try:
             main()
+        except torch.OutOfMemoryError:
+            way = "lower --pack-tokens or --batch-size, or free the memory that others use"
+            raise InputError(f"out of memory on the device; {way}") from None
         except RuntimeError as error:
             # What is left of a process that was killed is a broken connection at the others.
             lost = isinstance(error, dist.DistError) or re.search("Connection (closed|reset)", str(error))
             if not (dist.is_initialized() and lost):
                 raise
             raise InputError("another process has ended, so none can go on; the same command resumes") from None
+        finally:
+            for number in (
+                signal.SIGTERM,
+                signal.SIGINT,
+            ):  # it ends already: torchrun's signal is not to break that off
+                signal.signal(number, signal.SIG_IGN)
 
     status = 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         run_main(guarded, CheckpointError, AdapterError, tells=first_to_fail)
     except SystemExit as end:

@@ -11,10 +11,13 @@ from pathlib import Path
 
 import trsr
 from llama import CheckpointError, weight_files
-from prepare.dataset import read_json, read_jsonl, write_json, write_jsonl
+from prepare.dataset import check_fields, read_json, read_jsonl, write_json, write_jsonl
 
 # A line of summaries.jsonl; key is a hash of all that determines the summary: the settings and the history's texts.
 FIELDS = {"user": str, "paradigm": str, "key": str, "summary": str, "tree": dict}
+# What later scripts need of a section of config.json.
+_OF_ALL = {"data": str, "model": str, "paradigm": str, "dtype": str, "fingerprint": str, "max_length": int}
+SETTINGS = {"summarize": _OF_ALL, "train": _OF_ALL | {"history_items": int, "lora_r": int}}
 
 
 @contextmanager
@@ -37,8 +40,11 @@ def locked(run: Path, hold: bool = True):
 def read_config(run: Path) -> dict:
     """Return the settings of the scripts that ran in the run folder, by script."""
     config = read_json(run / "config.json") if (run / "config.json").is_file() else {}
-    if odd := [name for name, section in config.items() if not isinstance(section, dict)]:
-        raise trsr.InputError(f"{run / 'config.json'}: field {odd[0]!r} holds no settings; choose another --run")
+    for name, section in config.items():
+        where = f"{run / 'config.json'}: in {name!r}"
+        check_fields(where, section, SETTINGS.get(name, {}))
+        if name not in SETTINGS or section["paradigm"] not in trsr.PARADIGMS:
+            raise trsr.InputError(f"{where}: no settings that a script here would write; choose another --run")
     return config
 
 

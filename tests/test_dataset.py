@@ -54,6 +54,7 @@ def field(name, value):
         ("train.jsonl", field("user", "train0"), "field 'user': 'train0' is there twice"),
         ("train.jsonl", field("history", ["i1", "ghost"]), "train.jsonl:2: item 'ghost' is not in items.jsonl"),
         ("train.jsonl", field("positive", "ghost"), "item 'ghost' is not in items.jsonl"),
+        ("val.jsonl", field("negatives", ["i1", ""]), "val.jsonl:2: item '' is not in items.jsonl"),
         ("train.jsonl", field("history", lambda r: [r["positive"]]), "field 'history' holds the target"),
         ("train.jsonl", field("negatives", lambda r: [r["positive"]]), "field 'negatives' is empty, repeats"),
         ("train.jsonl", field("negatives", []), "field 'negatives' is empty"),

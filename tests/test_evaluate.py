@@ -1,10 +1,13 @@
 """evaluate.py as a command: scores against 21 separate prompts, and a table that says what the scores say."""
 
 import json
+import shutil
+import signal
 
 import pytest
 import torch
 from conftest import run, write_model
+from safetensors.torch import load_file, save_file
 
 import evaluate
 import trsr
@@ -12,6 +15,7 @@ from llama import load_model
 from lora import load_adapter
 from models.tokenizer import Tokenizer
 from prepare.dataset import load_dataset
+from runfolder.processes import run_script
 from runfolder.scores import popularity_ranks
 
 
@@ -116,6 +120,57 @@ def test_what_evaluate_needs_is_named(tmp_path, trained, data_folder, model_fold
     (tmp_path / "other" / "tokenizer.model").write_bytes((model_folder / "tokenizer.model").read_bytes())
     assert "not the model that" in message("--run", trained, "--model", tmp_path / "other")
     assert "no dataset" in message("--run", trained, "--data", tmp_path / "nothing")
+
+
+def test_scores_that_are_not_finite_are_refused(tmp_path, trained):
+    shutil.copytree(trained, tmp_path / "run")
+    path = tmp_path / "run/adapter/adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if "lora_B" in name)
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, path)
+    (tmp_path / "run/results.json").unlink()
+    done = run("evaluate.py", "--run", tmp_path / "run", check=False)
+    assert done.returncode == 2
+    assert "user 'test0': a score is not finite" in done.stderr
+    assert not (tmp_path / "run/results.json").exists()
+
+
+def test_a_model_that_says_the_same_of_all_is_no_better_than_chance(tmp_path, data_folder, model_folder):
+    shutil.copytree(model_folder, tmp_path / "constant")
+    tensors = load_file(tmp_path / "constant/model.safetensors")
+    tensors["lm_head.weight"].zero_()
+    save_file(tensors, tmp_path / "constant/model.safetensors")
+    flags = ("--data", data_folder, "--model", tmp_path / "constant", "--run", tmp_path / "run")
+    run("train.py", *flags, "--paradigm", "recent-only", "--epochs", 1)
+    run("evaluate.py", "--run", tmp_path / "run", "--untrained", "--k", 1, 3)
+    assert [line["rank"] for line in scores(tmp_path / "run", "scores-test-untrained.jsonl")] == [6] * 4
+    table = json.loads((tmp_path / "run/results-untrained.json").read_text())["table"]
+    for name, entry in table["untrained"].items():
+        assert entry["mean"] <= table["random"][name]["mean"]
+
+
+def test_out_of_memory_is_one_line(trained, monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(evaluate, "score_packs", full)
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", str(trained)])
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    with pytest.raises(SystemExit) as end:
+        run_script(evaluate.main)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert end.value.code == 2
+    assert "evaluate: out of memory on the device; lower --pack-tokens" in capsys.readouterr().err
+
+
+def test_smaller_packs_give_the_same_scores(trained):
+    before = scores(trained)
+    run("evaluate.py", "--run", trained, "--k", 1, 3, "--pack-tokens", 300)
+    for ours, theirs in zip(before, scores(trained), strict=True):
+        assert ours["scores"] == pytest.approx(theirs["scores"], abs=1e-6)
+    run("evaluate.py", "--run", trained, "--k", 1, 3)
 
 
 def test_worker_processes_tokenize_the_same(trained, monkeypatch):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SHARED, needs_shared, write_model
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 import llama
@@ -361,6 +362,17 @@ def test_a_config_that_does_not_fit_is_named(tmp_path, changes, message):
         load_model(tmp_path, CPU, torch.float32)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_only_the_rotary_frequencies_may_be_left_over(tmp_path):
+    write_model(tmp_path)
+    path, ids = tmp_path / "model.safetensors", torch.arange(3, 20)[None]
+    whole, expected = load_file(path), load_model(tmp_path, CPU, torch.float32)(ids)
+    save_file(whole | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}, path)
+    assert torch.equal(load_model(tmp_path, CPU, torch.float32)(ids), expected)
+    save_file(whole | {"model.layers.0.self_attn.q_norm.weight": torch.ones(6)}, path)
+    with pytest.raises(CheckpointError, match=r"tensor .*q_norm.weight has shape \(6,\), config.json has no place"):
+        load_model(tmp_path, CPU, torch.float32)
 
 
 def test_bad_weight_files_are_named(tmp_path):

@@ -185,6 +185,43 @@ def test_adapter_files_that_do_not_fit_are_refused(tmp_path, folder, change, mes
         load_adapter(load_model(folder, CPU, torch.float32), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("base", "changes", "message"),
+    [
+        ({"num_hidden_layers": 1}, {}, r"layers\.1\..* has no place in this model; was the adapter trained on another"),
+        ({"num_hidden_layers": 3}, {}, r"layers\.2\..* is missing; was the adapter trained on another model"),
+        ({"hidden_size": 64}, {}, r"has shape \(8, 48\), expected \(8, 64\); is it for another model or rank"),
+        ({}, {"r": 4}, r"has shape \(8, 48\), expected \(4, 48\); is it for another model or rank"),
+        ({}, {"target_modules": ["q_proj"]}, r"k_proj.* has no place"),
+        ({}, {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"]}, r"up_proj.* is missing"),
+        ({}, {"target_modules": ["query_key_value"]}, r"'query_key_value' names no linear layer"),
+    ],
+)
+def test_an_adapter_for_another_base_rank_or_targets_is_refused(tmp_path, folder, base, changes, message):
+    save(adapted(folder), tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    write_model(tmp_path / "other", attention_bias=True, **base)
+    with pytest.raises(AdapterError, match=message):
+        load_adapter(load_model(tmp_path / "other", CPU, torch.float32), tmp_path / "adapter")
+
+
+def test_an_interrupted_save_leaves_no_weights_beside_another_configuration(tmp_path, folder):
+    def breaks_off(*_, **__):
+        raise KeyboardInterrupt
+
+    model = adapted(folder)
+    save(model, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(KeyboardInterrupt):
+        save_adapter(tmp_path, adapter_tensors(model), CONFIGS[0], "base", breaks_off)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    with pytest.raises(KeyboardInterrupt):
+        save_adapter(tmp_path, adapter_tensors(model), LoRAConfig(alpha=99), "base", breaks_off)
+    with pytest.raises(AdapterError, match=r"no adapter_config\.json"):
+        load_adapter(load_model(folder, CPU, torch.float32), tmp_path)
+
+
 def test_a_broken_or_absent_adapter_is_named(tmp_path, folder):
     model = load_model(folder, CPU, torch.float32)
     with pytest.raises(AdapterError, match=r"train\.py makes one"):

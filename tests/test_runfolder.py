@@ -62,6 +62,44 @@ def test_the_page_is_one_sound_file_and_escapes_all_texts(runs):
     assert html.escape(NASTY) in text
 
 
+def test_the_page_escapes_users_summaries_models_and_folders(runs):
+    hostile = "<img src=x onerror=alert(1)>\" onclick='x' </li></style><script>"
+
+    def renamed(path, change):
+        records = [json.loads(line) for line in path.open()]
+        path.write_text("".join(json.dumps(change(record)) + "\n" for record in records))
+
+    parent = runs / "hostile"
+    folder = parent / "<img src=x onerror=alert(1)>"
+    shutil.copytree(runs / "one", folder)
+    shutil.copytree(runs / "data", parent / "data")
+    shutil.copytree(folder, parent / "<b>beside")
+
+    def other_user(record):
+        return record | {"user": record["user"] + hostile}
+
+    def other_summary(record):
+        def node(tree):
+            below = {"previous": node(tree["previous"])} if "previous" in tree else {}
+            return tree | {"summary": hostile} | below
+
+        return other_user(record) | {"summary": hostile, "tree": node(record["tree"])}
+
+    renamed(parent / "data/test.jsonl", other_user)
+    renamed(folder / "scores-test.jsonl", other_user)
+    renamed(folder / "summaries.jsonl", other_summary)
+    results = read_json(folder / "results.json") | {"model": hostile, "data": str(parent / "data")}
+    write_json(folder / "results.json", results | {"trimmed": {hostile: 3}})
+    write_json(parent / "<b>beside/results.json", results | {"paradigm": hostile})
+    text = page.write_report(folder).read_text()
+    parsed = Page(text)
+    assert parsed.open == []
+    assert not {"script", "img", "b"} & {tag for tag, _ in parsed.tags}
+    assert not any(name.startswith("on") for _, attributes in parsed.tags for name in attributes)
+    assert text.count(html.escape(hostile)) > 10  # they are all there, as text
+    assert "&lt;b&gt;beside" in text
+
+
 def test_the_page_shows_results_curves_and_users(runs):
     text = (runs / "one/report.html").read_text()
     results = read_json(runs / "one/results.json")

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -14,8 +15,8 @@ from conftest import ROOT, run, write_dataset, write_model
 import trsr
 from llama import Generator, load_model
 from models.tokenizer import Tokenizer
-from prepare.dataset import load_dataset, read_jsonl
-from runfolder.state import FIELDS, claim_config, locked
+from prepare.dataset import load_dataset, read_jsonl, write_json
+from runfolder.state import FIELDS, claim_config, locked, read_config
 
 
 def summarize(run_folder, data, model, *more, **options):
@@ -105,27 +106,39 @@ def test_two_processes_write_the_same_file(tmp_path, finished, data_folder, mode
     assert not list((tmp_path / "run").glob("summaries.part*"))
 
 
-def test_kills_at_random_moments_lose_no_finished_user(tmp_path, finished, data_folder, model_folder):
+def test_interruptions_at_random_moments_lose_no_finished_user(tmp_path, model_folder):
+    data = write_dataset(tmp_path / "data", users=(40, 4, 4))
+    summarize(tmp_path / "whole", data, model_folder)
     folder, rng = tmp_path / "run", random.Random(0)
-    command = [sys.executable, ROOT / "summarize.py", "--data", data_folder, "--model", model_folder, "--run", folder]
-    command += ["--max-new-tokens", "12", "--batch-size", "1"]
-    part, seen = folder / "summaries.part0.jsonl", 0
-    for _ in range(4):
-        process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not (part.exists() and part.stat().st_size):
+    command = [sys.executable, ROOT / "summarize.py", "--data", data, "--model", model_folder, "--run", folder]
+    command = list(map(str, [*command, "--max-new-tokens", "12", "--batch-size", "1"]))
+
+    def finished_users():
+        users = set()  # some are in two files for a moment, and then the part is gone
+        for path in folder.glob("summaries*.jsonl"):
+            with suppress(FileNotFoundError):
+                users.update(line.split(b'"')[3] for line in path.read_bytes().split(b"\n")[:-1])
+        return len(users)
+
+    for kind in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
+        before = finished_users()
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and finished_users() <= before:
             time.sleep(0.005)
         time.sleep(rng.random() * 0.1)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        lines = [p.read_bytes().count(b"\n") for p in folder.glob("summaries*.jsonl")]
-        assert sum(lines) >= seen
-        seen = sum(lines)
-    with open(part, "ab") as file:
+        process.send_signal(kind)
+        _, errors = process.communicate()
+        assert process.returncode == (-kind if kind == signal.SIGKILL else 130), errors
+        if kind != signal.SIGKILL:
+            assert errors.splitlines()[-1] == "summarize: interrupted; what is done is kept, use the same command"
+            assert "Traceback" not in errors
+        assert before < finished_users() < 48
+    with open(folder / "summaries.part0.jsonl", "ab") as file:
         file.write(b'{"user": "torn')  # as a kill in the middle of a write leaves it
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0
     assert "an interruption cut this line short" in done.stderr
-    assert (folder / "summaries.jsonl").read_bytes() == (finished["hierarchical"] / "summaries.jsonl").read_bytes()
+    assert (folder / "summaries.jsonl").read_bytes() == (tmp_path / "whole/summaries.jsonl").read_bytes()
 
 
 def test_a_second_call_does_nothing_and_a_changed_history_is_summarized_again(tmp_path, model_folder):
@@ -182,13 +195,27 @@ def test_bad_input_is_answered_in_one_line(tmp_path, data_folder, model_folder):
 
 
 def test_settings_of_a_run_stay_once_work_has_started(tmp_path):
-    claim_config(tmp_path, "train", {"lr": 7}, started=False)
-    claim_config(tmp_path, "train", {"lr": 0.1, "k": (1, 2)}, started=False)  # nothing was done with the others
-    claim_config(tmp_path, "train", {"lr": 0.1, "k": [1, 2]}, started=True)
-    claim_config(tmp_path, "summarize", {"lr": 3}, started=True)
+    common = {"data": "d", "model": "m", "paradigm": "none", "dtype": "fp32", "fingerprint": "f", "max_length": 9}
+    common |= {"history_items": 3, "lora_r": 8}
+    claim_config(tmp_path, "train", common | {"lr": 7}, started=False)
+    claim_config(
+        tmp_path, "train", common | {"lr": 0.1, "k": (1, 2)}, started=False
+    )  # nothing was done with the others
+    claim_config(tmp_path, "train", common | {"lr": 0.1, "k": [1, 2]}, started=True)
+    claim_config(tmp_path, "summarize", common | {"lr": 3}, started=True)
     with pytest.raises(trsr.InputError, match=r"lr 0\.1 \(now 0\.2\)"):
-        claim_config(tmp_path, "train", {"lr": 0.2, "k": [1, 2]}, started=True)
-    assert json.loads((tmp_path / "config.json").read_text())["train"] == {"lr": 0.1, "k": [1, 2]}
+        claim_config(tmp_path, "train", common | {"lr": 0.2, "k": [1, 2]}, started=True)
+    found = read_config(tmp_path)
+    assert found == {"train": common | {"lr": 0.1, "k": [1, 2]}, "summarize": common | {"lr": 3}}
+    for section, message in (
+        ({"train": common | {"max_length": "9"}}, "in 'train': field 'max_length' is a str, expected int"),
+        ({"train": common | {"paradigm": "nine"}}, "in 'train': no settings that a script here would write"),
+        ({"tarin": common}, "in 'tarin': no settings that a script here would write"),
+        ({"summarize": []}, "in 'summarize': field 'data' is missing"),
+    ):
+        write_json(tmp_path / "config.json", section)
+        with pytest.raises(trsr.InputError, match=f"config.json: {message}"):
+            read_config(tmp_path)
 
 
 def test_a_second_process_in_a_run_folder_is_refused(tmp_path):

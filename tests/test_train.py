@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -117,6 +118,22 @@ def test_more_processes_train_the_same_model(tmp_path, alone, data_folder, model
     for name, tensor in ours.items():
         assert tensor.shape == theirs[name].shape
         assert ((tensor - theirs[name]).abs() < 1e-4).float().mean() > 0.97, name
+
+
+def test_eight_processes_train_the_embedded_model_as_one_does(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    made = [sys.executable, "-m", "prepare.demo", "--out", str(tmp_path / "data"), "--users", "30", "--items", "1500"]
+    assert subprocess.run(made, cwd=ROOT, capture_output=True).returncode == 0
+    flags = ("--lora-dropout", 0, "--epochs", 1, "--shard", "zero2", "--batch-size", 16)
+    for processes in (1, 8):  # 26 users in 4 steps, the last of which leaves six processes without a user
+        fit(tmp_path / str(processes), tmp_path / "data", ROOT / "models/tiny", *flags, processes=processes)
+    one, eight = (losses(tmp_path / name) for name in ("1", "8"))
+    assert [step for step, _, _ in one] == [step for step, _, _ in eight] == [1, 2, 3, 4]
+    assert one[0][1] - one[-1][1] > 0.01
+    for (_, loss, norm), (_, expected, norm1) in zip(eight, one, strict=True):
+        assert loss == pytest.approx(expected, rel=1e-5)
+        assert norm == pytest.approx(norm1, rel=1e-4)
+    assert metrics(tmp_path / "1")[-1] == metrics(tmp_path / "8")[-1]  # the validation
 
 
 def test_every_layer_s_adapter_receives_a_gradient_under_fsdp(alone, tmp_path, data_folder, model_folder):
@@ -296,6 +313,20 @@ def test_other_settings_in_the_same_run_are_refused(alone, data_folder, model_fo
     assert "seed 0 (now 1)" in done.stderr
 
 
+def test_a_dataset_that_changed_under_the_same_name_is_refused(tmp_path, model_folder):
+    data = write_dataset(tmp_path / "data")
+    fit(tmp_path / "run", data, model_folder, "--epochs", 1)
+    before = (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes()
+    first, *rest = (data / "train.jsonl").read_text().splitlines(True)
+    (data / "train.jsonl").write_text("".join([*rest, first]))  # the same users in another order
+    done = fit(tmp_path / "run", data, model_folder, "--epochs", 1, check=False)
+    assert done.returncode == 2
+    assert re.search(r"train\.py worked here with content '(\w+)' \(now '(?!\1)\w+'\); use", done.stderr)
+    shutil.rmtree(tmp_path / "run/checkpoint")  # the adapter alone is reason enough
+    assert fit(tmp_path / "run", data, model_folder, "--epochs", 1, "--lora-alpha", 4, check=False).returncode == 2
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes() == before
+
+
 # ---- bad input and bad numbers
 
 
@@ -305,6 +336,20 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, data_folder
     assert "step 2: loss nan" in done.stderr or "step 2: loss inf" in done.stderr
     assert "train" in done.stderr.split("users: ")[1]
     assert [step for step, _, _ in losses(tmp_path)] == [1]
+
+
+def test_out_of_memory_names_the_batch_the_pack_and_the_flags(tmp_path, data_folder, model_folder, monkeypatch):
+    def full(self, pack):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(train.Llama, "loss", full)
+    done = fit(tmp_path, data_folder, model_folder, "--pack-tokens", 300, check=False)
+    assert done.returncode == 2
+    (told,) = [line for line in done.stderr.splitlines() if line.startswith("train: ")]
+    found = re.search(r"a pack of (\d+) tokens, (\d+) of them in a batch of 8; lower --pack-tokens, or add --act", told)
+    assert 0 < int(found[1]) <= 300
+    assert int(found[2]) >= 2
+    assert not losses(tmp_path)
 
 
 def test_what_train_needs_is_named(tmp_path, data_folder, model_folder):
