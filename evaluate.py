@@ -39,7 +39,7 @@ def parse_arguments():
     flag("--k", type=positive, nargs="+", default=[3, 5, 10], help="cut-offs of the metrics")
     flag("--untrained", action="store_true", help="the base model, without the run's adapter")
     flag("--users", type=positive, help="only the first so many users")
-    flag("--pack-tokens", type=positive, help="tokens in a forward pass (without it: 8192 on GPUs, 4096 on CPUs)")
+    flag("--pack-tokens", type=positive, help="tokens in a forward pass (without it: 16384 on GPUs, 4096 on CPUs)")
     flag("--seed", type=natural, default=0, help="of the candidates' order and the resampling of users")
     flag("--scores", type=Path, help="rank by this file's scores, another system's, in the form of scores-test.jsonl")
     flag("--report", action="store_true", help="write RUN/report.html too, for a browser")

@@ -581,7 +581,7 @@ def test_a_second_process_in_a_run_folder_is_refused_while_the_first_lives(tmp_p
         done = run(f"{script}.py", *flags, *more[script], "--paradigm", "hierarchical", check=False)
         if script == "summarize":
             assert done.returncode == 2
-            assert "another process is working in this run folder; wait, or choose --run" in done.stderr
+            assert "another process is working in this run folder; wait, or choose another" in done.stderr
     done = run("train.py", *flags, "--paradigm", "none", check=False)
     assert "another process is working in this run folder" in done.stderr
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
