@@ -14,6 +14,11 @@ from models.packs import Tree, block_mask, common_prefix, fill_bins, pack_length
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _fresh_compiler():
+    torch._dynamo.reset()  # else it takes other tests' shapes for changing ones, for which some CPU kernels do not build
+
+
 def long_trees(n: int, branches: int, trunk: int, seed: int = 0) -> list[Tree]:
     rng = random.Random(seed)
 
