@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True, scope="module")
 def _fresh_compiler():
-    torch._dynamo.reset()  # else it takes other tests' shapes for changing ones, for which some CPU kernels do not build
+    torch._dynamo.reset()  # or it takes other tests' shapes for changing ones; some such CPU kernels do not build
 
 
 def long_trees(n: int, branches: int, trunk: int, seed: int = 0) -> list[Tree]:
