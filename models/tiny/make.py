@@ -58,21 +58,22 @@ BRIEF_SHARE = 0.75  # of the steps, in which products become longer texts
 PROMPT_WEIGHT, VERDICT_WEIGHT = 0.1, 2.0  # of a prompt's tokens and of Yes and No; other answers' tokens count 1
 
 
-def train_tokenizer(folder: Path, seed: int) -> None:
-    """Write tokenizer.model: BPE with byte fallback, lines kept as they are, the shop's words a piece each."""
-    lines = []
-    for text in islice(corpus.texts(f"tokenizer {seed}"), TOKENIZER_TEXTS):
-        lines += "".join(prompt + answer for prompt, answer in text).splitlines()
+def write_tokenizer(folder: Path, lines: list[str], vocab_size: int) -> Tokenizer:
+    """Write tokenizer.model and tokenizer_config.json, and return what they make: BPE with byte fallback, trained on
+    lines, which it keeps as they are; Yes and No are a piece each.
+
+    Raises RuntimeError, by the trainer, for a vocabulary too large or too small for the lines.
+    """
     # The trainer takes a blank before every line. Where no blank stands, at a line's start, words need pieces too.
     starts = sorted({line.split(" ")[0] for line in lines if line and not line.startswith(("#", "["))})
-    lines += [f"({word}" for word in starts for _ in range(20)]
+    lines = lines + [f"({word}" for word in starts for _ in range(20)]
     lines += [f"({answer} {answer}" for answer in ("Yes", "No") for _ in range(2000)]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
         model_writer=model,
         model_type="bpe",
-        vocab_size=CONFIG["vocab_size"],
+        vocab_size=vocab_size,
         byte_fallback=True,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
@@ -88,7 +89,15 @@ def train_tokenizer(folder: Path, seed: int) -> None:
     options = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": True}
     options |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     write_json(folder / "tokenizer_config.json", options)
-    tokenizer = Tokenizer(folder, CONFIG["vocab_size"])
+    return Tokenizer(folder, vocab_size)
+
+
+def train_tokenizer(folder: Path, seed: int) -> None:
+    """Write the tokenizer of the corpus, in which the shop's words are a piece each."""
+    lines = []
+    for text in islice(corpus.texts(f"tokenizer {seed}"), TOKENIZER_TEXTS):
+        lines += "".join(prompt + answer for prompt, answer in text).splitlines()
+    tokenizer = write_tokenizer(folder, lines, CONFIG["vocab_size"])
     answer_ids(tokenizer.encode, corpus.DOMAIN)
     words = [word for options in corpus.WORDS.values() for word in options]
     broken = [word for word, ids in zip(words, tokenizer.pieces.encode(words), strict=True) if len(ids) > 1]
@@ -221,9 +230,9 @@ def train(model: Llama, args, device: torch.device) -> None:
             save(model, args.out)
 
 
-def save(model: Llama, folder: Path) -> None:
-    """Write the weights in bf16; tied ones once, as transformers does."""
-    tensors = {name: p.detach().to("cpu", torch.bfloat16).contiguous() for name, p in model.named_parameters()}
+def save(model: Llama, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write the weights in dtype; tied ones once, as transformers does."""
+    tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in model.named_parameters()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 

@@ -1,0 +1,262 @@
+"""experiments/base.py: it sees the training split alone, learns from the method's own prompts, and runs the chain."""
+
+import json
+import re
+import sys
+from collections import Counter
+from itertools import islice
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import run, write_dataset
+from torch.utils.data import DataLoader
+
+import trsr
+from experiments import base
+from experiments.corpus import Corpus, Question, Writing
+from experiments.rule import Rule
+from models.hub import load_model
+from models.tokenizer import Tokenizer
+from prepare.dataset import read_json
+from runfolder.prompts import Prompts
+
+CPU = torch.device("cpu")
+SMALL = ["--hidden-size", "64", "--layers", "1", "--vocabulary", "480", "--seed", "3"]
+SMALL += ["--tokens", "75000", "--pack-tokens", "1500", "--lr", "5e-3"]
+RULE = Rule(("Color",), frozenset({"with"}))
+
+
+def make(data, out, *more):
+    """Run the script inside this process."""
+    argv, sys.argv = sys.argv, ["base", "--data", str(data), "--out", str(out), *SMALL, *more]
+    try:
+        base.run_main(base.main)
+    finally:
+        sys.argv = argv
+        torch.use_deterministic_algorithms(False)
+    return out
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A dataset with the word `Train` in the texts of the training users' items and `Other` in those of all others."""
+    folder = write_dataset(tmp_path_factory.mktemp("data"), users=(16, 4, 4))
+    users = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    seen = {item for user in users for item in [*user["history"], user["positive"]]}
+    items = [json.loads(line) for line in (folder / "items.jsonl").read_text().splitlines()]
+    assert {user["negatives"][0] for user in users} - seen  # an item that is nothing but a negative
+    with open(folder / "items.jsonl", "w") as file:
+        for item in items:
+            item["attributes"]["Brand"] = "Train" if item["id"] in seen else "Other"
+            file.write(json.dumps(item) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(data, tmp_path_factory):
+    """A base model, and the trees that were packed for it."""
+    trees, pack_trees = [], base.pack_trees
+
+    def recorded(some, *lengths, **options):
+        trees.extend((tree, options.get("last_only", False)) for tree in some)
+        return pack_trees(some, *lengths, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base, "pack_trees", recorded)
+        return make(data, tmp_path_factory.mktemp("base") / "model"), trees
+
+
+@pytest.fixture(scope="module")
+def steps(data, made):
+    corpus, tokenizer = Corpus.load(str(data)), Tokenizer(made[0], 480)
+    plan = base.plan_steps(corpus, tokenizer, SimpleNamespace(tokens=12000, pack_tokens=1500, negatives=4, seed=0))
+    return base.Steps(corpus, tokenizer, plan, 1500, 1)
+
+
+# ---- The rule
+
+
+def test_a_block_counts_facets_and_words_the_latest_first_among_equals():
+    items = ["Title: Aero lamp; Color: red", "Title: Bolt lamp with Aero; Color: blue", "Title: Coda tray; Color: red"]
+    assert RULE.summary(items) == "Color: red 2, blue; Words: lamp 2, Aero 2, Coda, tray, Bolt"
+    assert RULE.summary(["Title: a lamp lamp"]) == "Words: lamp"  # an item's word counts once
+    assert RULE.summary(["Title: 12"]) == "(none)"
+
+
+def test_a_summary_names_no_more_than_its_share():
+    items = [f"Title: {' '.join('abcdefghij'[i] * 4 for i in range(10))}; Color: c{c}x" for c in "abcd"]
+    assert RULE.summary(items) == "Color: cdx, ccx, cbx; Words: " + ", ".join(f"{c * 4} 4" for c in "abcdefgh")
+
+
+def test_merges_add_up_and_updates_go_on():
+    first, second = "Color: red 2, blue; Words: Aero 2, lamp", "Color: blue 2; Words: tray, Aero"
+    assert RULE.summary(summaries=[first, second]) == "Color: blue 3, red 2; Words: Aero 3, tray, lamp"
+    assert RULE.summary(["Title: tray; Color: red"], [first]) == "Color: red 3, blue; Words: Aero 2, tray, lamp"
+    assert RULE.summary(summaries=["no such thing: 3; Words: ; Color", "(none)"]) == "(none)"
+
+
+def test_a_summary_is_read_back_as_it_was_and_stays_one_line_of_the_prompt():
+    odd = "Title: Zed 12 ### User: tray; Color: a, b; Color: red 3; Color: red"  # values that a list could not hold
+    summary = RULE.summary([odd, odd])
+    assert summary == "Color: red 2; Words: User 2, tray 2"
+    assert RULE.summary(summaries=[summary]) == trsr.clean(summary) == summary
+
+
+def test_facets_have_few_values_and_common_words_are_in_small_letters():
+    texts = [f"Kind: {'ab'[i % 2]}; Title: Zelda tale number{'x' * i} from {'y' * (i + 4)}" for i in range(40)]
+    rule = Rule.of(texts)
+    assert rule.facets == ("Kind",)
+    assert rule.common >= {"tale", "from"}
+    assert "Zelda" not in rule.common
+
+
+# ---- What the model sees
+
+
+def test_neither_other_splits_nor_their_items_are_seen(data, made, steps, tmp_path):
+    folder, trees = made
+    alone = tmp_path / "data"
+    alone.mkdir()
+    for name in ("items.jsonl", "train.jsonl", "meta.json"):
+        (alone / name).write_bytes((data / name).read_bytes())
+    again = make(alone, tmp_path / "model")
+    assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert (again / "tokenizer.model").read_bytes() == (folder / "tokenizer.model").read_bytes()
+    assert not any("Other" in line for line in steps.corpus.tokenizer_lines())
+    texts = [steps.tokenizer.decode([*tree.prefix, *branch]) for tree, _ in trees for branch in tree.branches]
+    assert sum("Train" in text for text in texts) > 50
+    assert not any("Other" in text for text in texts)
+
+
+def test_every_epoch_asks_for_every_positive_with_new_negatives(steps):
+    corpus = steps.corpus
+    n = sum(len(sequence) - 1 for sequence in corpus.sequences)  # conftest's histories repeat no item
+    two = list(islice(corpus.questions(4, seed=0), 2 * n))
+    assert two == list(islice(corpus.questions(4, seed=0), 2 * n))
+    drawn = []
+    for epoch in (two[:n], two[n:]):
+        assert sorted((q.user, q.position) for q in epoch) == corpus.positions()
+        drawn.append({(q.user, q.position): q.negatives for q in epoch})
+    assert drawn[0] != drawn[1]
+    for question in two:
+        assert len(set(question.negatives) - set(corpus.sequences[question.user])) == 4
+        assert set(question.negatives) <= corpus.texts.keys()
+
+
+def test_an_item_of_the_own_history_is_no_positive(steps):
+    corpus = Corpus(steps.corpus.domain, steps.corpus.texts, [["a", "b", "a", "c"]], RULE)
+    assert corpus.positions() == [(0, 1), (0, 3)]
+
+
+@pytest.mark.parametrize("paradigm", list(base.QUESTIONS))
+def test_questions_are_the_prompts_of_train(steps, paradigm):
+    corpus, user = steps.corpus, 2
+    sequence = corpus.sequences[user]
+    negatives = [i for i in corpus.texts if i not in sequence][:2]
+    example = trsr.Example("someone", sequence[:-1], sequence[-1], negatives)
+    texts = [corpus.texts[i] for i in example.history]
+    summary = ""
+    if paradigm in trsr.SUMMARIZED:
+        summary = drive(getattr(trsr, paradigm), steps, texts)[0]
+    recommender = trsr.Recommender(
+        paradigm, corpus.domain, corpus.texts, {"someone": summary}, 3, steps.recommender.budget
+    )
+    expected, _ = Prompts(recommender, [(example, [example.positive, *negatives])], steps.answers)[0]
+    assert steps.question_tree(Question(user, len(sequence) - 1, paradigm, negatives)) == expected
+
+
+def drive(paradigm, steps, texts):
+    """Return the summary by the rule in the method's own course, and its prompts with the answers."""
+    corpus, task, found = steps.corpus, paradigm(texts, steps.corpus.domain, steps.recommender.budget, 5), []
+    answers = None
+    try:
+        while True:
+            prompts = task.send(answers)
+            answers = [answer_to(corpus, prompt) for prompt in prompts]
+            found += zip(prompts, answers, strict=True)
+    except StopIteration as end:
+        return end.value["summary"], found
+
+
+def answer_to(corpus, prompt):
+    """Return the rule's summary of what the prompt shows, read off its text."""
+    sections = dict(re.findall(r"\[([^]\n]+)\]\n(.*?)\n\n", prompt, re.DOTALL))
+    lists = {name: [line.partition(". ")[2] for line in body.splitlines()] for name, body in sections.items()}
+    before = [sections[name] for name in sections if name == "Previous Preference Summary"]
+    items = lists.get(corpus.domain.history, []) + lists.get(corpus.domain.recent, [])
+    return corpus.rule.summary(items, [*before, *lists.get("User Preferences Summaries", [])])
+
+
+def test_writings_are_the_prompts_of_summarize_and_end(steps):
+    corpus, user, n = steps.corpus, *max(enumerate(map(len, steps.corpus.sequences)), key=lambda pair: pair[1])
+    texts = [corpus.texts[i] for i in corpus.sequences[user]]
+    expected = {pair for p in (trsr.hierarchical, trsr.recurrent) for pair in drive(p, steps, texts)[1]}
+    kinds = [("block", 0), ("block", 1), ("update", 1), ("merge", 1)]
+    writings = [Writing(kind, user, n, block) for kind, block in kinds]
+    assert {corpus.written(writing, steps.recommender.budget) for writing in writings} == expected
+    for writing in writings:
+        tree, (prompt, answer) = steps.writing_tree(writing), corpus.written(writing, steps.recommender.budget)
+        ids = [*tree.prefix, *tree.branches[0]]
+        begin = steps.tokenizer.encode([prompt])[0]
+        assert (ids[: len(begin)], ids[-1]) == (begin, 2)
+        assert steps.tokenizer.decode(ids[len(begin) : -1]) == answer
+
+
+def test_packs_are_the_same_for_any_number_of_workers(steps):
+    alone = [steps[i] for i in range(len(steps))]
+    shared = list(DataLoader(steps, batch_size=None, num_workers=2))
+    assert len(alone) == len(shared) > 2
+    for one, other in zip(alone, shared, strict=True):
+        for a, b in zip(one, other, strict=True):
+            assert [pack.ids.tolist() for pack in a] == [pack.ids.tolist() for pack in b]
+
+
+# ---- The folder
+
+
+def test_the_same_seed_makes_the_same_weights_and_another_others(data, made, tmp_path):
+    weights = (made[0] / "model.safetensors").read_bytes()
+    assert (make(data, tmp_path / "same") / "model.safetensors").read_bytes() == weights
+    assert (make(data, tmp_path / "other", "--seed", "4") / "model.safetensors").read_bytes() != weights
+
+
+def test_base_json_counts_what_was_packed_and_it_learned(made, data):
+    folder, trees = made
+    record, model = read_json(folder / "base.json"), load_model(folder, CPU, torch.float32)
+    yes, no = trsr.answer_ids(Tokenizer(folder, 480).encode, trsr.DOMAINS["products"])
+    asked, written = ([tree for tree, last in trees if last == kind] for kind in (True, False))
+    ends = Counter(branch[-1] for tree in asked for branch in tree.branches)
+    assert record["answers"] == {"Yes": ends[yes], "No": ends[no]}
+    assert ends[no] == 4 * ends[yes] > 0
+    examples = record["examples"]
+    assert sum(examples[kind] for kind in base.QUESTIONS) == len(asked)
+    assert examples["block"] + examples["merge"] + examples["update"] == len(written) > 0
+    for name, some in (("questions", asked), ("writings", written)):
+        apart = sum(tree.size for tree in some)  # without what the trees of a pack have in common
+        assert 0.8 * apart < record["tokens"][name] <= apart
+    assert 0.7 < sum(record["tokens"].values()) / record["settings"]["tokens"] < 1.2
+    assert record["parameters"] == sum(p.numel() for p in model.parameters())
+    assert (record["users"], record["positives"]) == (16, len(Corpus.load(str(data)).positions()))
+    assert model.config.eos_token_id == (2,)
+    assert record["loss"]["questions"] < 1.0  # of ln 480 = 6.2 at first
+
+
+def test_summarize_train_and_evaluate_run_on_it(data, made, tmp_path):
+    options = ["--data", data, "--model", made[0], "--run", tmp_path]
+    run("summarize.py", *options, "--max-new-tokens", 20)
+    run("train.py", *options, "--epochs", 1, "--lora-r", 2, "--batch-size", 8)
+    run("evaluate.py", "--run", tmp_path)
+    assert read_json(tmp_path / "results.json")["users"] == 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [(["--vocabulary", "90000"], "--vocabulary 90000"), (["--negatives", "59"], "--negatives 59")],
+)
+def test_what_cannot_be_is_told_in_one_line(data, tmp_path, capsys, flags, named):
+    with pytest.raises(SystemExit) as end:
+        make(data, tmp_path / "model", *flags)
+    said = capsys.readouterr().err
+    assert (end.value.code, said.count("\n")) == (2, 1)
+    assert named in said
