@@ -36,6 +36,7 @@ from runfolder.command import natural, positive, run_main
 from runfolder.processes import host_workers, peak_memory
 
 HEAD, RECENT = 64, 3  # head size, recent items in a prompt
+WRITINGS_SHARE = 4  # a step has this many times fewer tokens of writings than of questions
 ANSWER_WEIGHT, TOKEN_WEIGHT = 1.0, 1.0  # of the mean loss of a step's answers, and of its writings' tokens
 LOG_EVERY = 10  # steps
 
@@ -67,19 +68,20 @@ def plan_steps(corpus: Corpus, tokenizer: Tokenizer, args) -> list[Step]:
         items = sum(sizes[item] for item in sequence[start : start + BLOCK])
         return min(instruction + items + summary * (1 + (writing.kind == "update")), CONTEXT)
 
-    def filled(examples: Iterator, size_of) -> Iterator[tuple[list, int]]:
+    def filled(examples: Iterator, size_of, room: int) -> Iterator[tuple[list, int]]:
         held, total = [], 0
         for example in examples:
             size = size_of(example)
-            if held and total + size > args.pack_tokens:
+            if held and total + size > room:
                 yield held, total
                 held, total = [], 0
             held.append(example)
             total += size
 
     plan, planned = [], 0
-    questions = filled(corpus.questions(args.negatives, args.seed), asked)
-    for (some, n), (others, m) in zip(questions, filled(corpus.writings(args.seed), written), strict=False):
+    questions = filled(corpus.questions(args.negatives, args.seed), asked, args.pack_tokens)
+    writings = filled(corpus.writings(args.seed), written, args.pack_tokens // WRITINGS_SHARE)
+    for (some, n), (others, m) in zip(questions, writings, strict=False):
         plan.append((some, others))
         planned += n + m
         if planned >= args.tokens:
@@ -102,9 +104,11 @@ class Steps(Dataset):
 
     def __getitem__(self, step: int) -> tuple[list[Pack], list[Pack]]:
         questions, writings = self.plan[step]
-        lengths = self.pack_tokens, self.pad_to
-        asked = pack_trees([self.question_tree(question) for question in questions], *lengths, last_only=True)
-        return asked, pack_trees([self.writing_tree(writing) for writing in writings], *lengths)
+        asked = [self.question_tree(question) for question in questions]
+        written = [self.writing_tree(writing) for writing in writings]
+        room, few = self.pack_tokens, self.pack_tokens // WRITINGS_SHARE
+        packs = pack_trees(asked, room, min(room, self.pad_to), last_only=True)
+        return packs, pack_trees(written, few, min(few, self.pad_to))
 
     def question_tree(self, question: Question) -> Tree:
         """Return the prompts of the positive and the negatives, each with its answer."""
@@ -180,8 +184,8 @@ def parse_arguments():
     flag("--hidden-size", type=positive, default=384, help="a multiple of 64")
     flag("--layers", type=positive, default=8)
     flag("--vocabulary", type=positive, default=8192, help="pieces of the tokenizer")
-    flag("--tokens", type=float, default=40e6, help="tokens to compute, about, half of them of each kind")
-    flag("--pack-tokens", type=positive, default=16384, help="of each kind in a step")
+    flag("--tokens", type=float, default=40e6, help="tokens to compute, about")
+    flag("--pack-tokens", type=positive, default=16384, help="of questions in a step; of writings a quarter as many")
     flag("--lr", type=float, default=2e-3, help="highest learning rate")
     flag("--negatives", type=positive, default=4, help="for a positive")
     args = parser.parse_args()
@@ -229,7 +233,7 @@ def main() -> None:
     )
     print(f"model   {n / 1e6:.1f}M parameters from seed {args.seed}, {args.vocabulary} pieces, on {device.type}")
     print(f"learns  {asked} questions ({asked / positives:.1f} epochs), {examples.total() - asked} writings")
-    print(f"steps   {args.steps}, each of up to 2 x {args.pack_tokens} tokens")
+    print(f"steps   {args.steps}, each of up to {args.pack_tokens} + {args.pack_tokens // WRITINGS_SHARE} tokens")
     found = train(model, steps, args, device)
     save(model, args.out, dtype)
     meta = read_json(Path(args.data) / "meta.json")
