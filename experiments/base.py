@@ -8,7 +8,8 @@ training users and the texts of the items in their histories and targets, nothin
 
     questions   the recommendation prompts, under all paradigms: each item of a user's history after the first, and the
                 target, is a positive after the items before it; the negatives are uniform; loss on Yes and No alone
-    writings    the prompts that ask for a summary, answered by experiments.rule; loss on every token
+    writings    the prompts that ask for a summary, answered by experiments.rule; loss on every token, with a tenth of
+                its weight on the prompt's
 
 A step has a pack of each. What is in it depends on the seed and the step alone, however many processes tokenize.
 """
@@ -28,6 +29,7 @@ from tqdm import tqdm
 import trsr
 from experiments.corpus import BLOCK, CONTEXT, QUESTIONS, WRITINGS, Corpus, Question, Writing
 from llama import Llama, compile_layers, load_config
+from models.packs import BLOCK as PACK_UNIT
 from models.packs import Pack, Tree, make_tree, pack_trees
 from models.tiny.make import CONFIG, initialize, learning_rate, make_optimizers, save, write_tokenizer
 from models.tokenizer import Tokenizer
@@ -36,7 +38,8 @@ from runfolder.command import natural, positive, run_main
 from runfolder.processes import host_workers, peak_memory
 
 HEAD, RECENT = 64, 3  # head size, recent items in a prompt
-ANSWER_WEIGHT, TOKEN_WEIGHT = 1.0, 1.0  # of the mean loss of a step's answers, and of its writings' tokens
+QUESTION_WEIGHT, WRITING_WEIGHT = 1.0, 1.0  # of the mean losses of a step's questions and writings
+PROMPT_WEIGHT = 0.1  # of a writing's prompt tokens, where a summary's count 1
 LOG_EVERY = 10  # steps
 
 
@@ -104,7 +107,8 @@ class Steps(Dataset):
         questions, writings = self.plan[step]
         lengths = self.pack_tokens, self.pad_to
         asked = pack_trees([self.question_tree(question) for question in questions], *lengths, last_only=True)
-        return asked, pack_trees([self.writing_tree(writing) for writing in writings], *lengths)
+        written = pack_trees([self.writing_tree(writing) for writing in writings], *lengths)
+        return asked, [weighted(pack) for pack in written]
 
     def question_tree(self, question: Question) -> Tree:
         """Return the prompts of the positive and the negatives, each with its answer."""
@@ -117,7 +121,14 @@ class Steps(Dataset):
     def writing_tree(self, writing: Writing) -> Tree:
         """Return the prompt, its answer and the end as a tree of one branch."""
         prompt, answer = self.corpus.written(writing, replace(self.recommender.budget, tokens=CONTEXT - 150))
-        return make_tree([[*self.tokenizer.encode([prompt + answer])[0], CONFIG["eos_token_id"]]])
+        begin, ids = self.tokenizer.encode([prompt, prompt + answer])
+        return Tree(begin, [[*ids[len(begin) :], CONFIG["eos_token_id"]]])
+
+
+def weighted(pack: Pack) -> Pack:
+    """Return a pack of trees of one branch with the prefixes' tokens weighing less as targets."""
+    in_branch = pack.branches[pack.rows + 1] > 0  # where a row has several targets, they are still in prefixes
+    return replace(pack, weights=pack.weights * torch.where(in_branch, 1.0, PROMPT_WEIGHT))
 
 
 # ---- Training
@@ -134,39 +145,37 @@ def mean_loss(model: Llama, packs: list[Pack], weight: float, device: torch.devi
     return total
 
 
+def train_step(model: Llama, optimizers, kinds, lr: float, device: torch.device) -> torch.Tensor:
+    """Update the model on a step's packs; return the mean losses of its questions and its writings, (2,)."""
+    weights = (QUESTION_WEIGHT, WRITING_WEIGHT)
+    pairs = zip(kinds, weights, strict=True)
+    losses = torch.stack([mean_loss(model, packs, weight, device) for packs, weight in pairs])
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return losses
+
+
 def train(model: Llama, steps: Steps, args, device: torch.device) -> dict:
-    """Train for all steps; return the tokens of both kinds of packs, the seconds, and the last tenth's mean losses."""
-    optimizers = make_optimizers(model, args.lr)
-    workers = host_workers(device)
+    """Train for all steps; return each kind's tokens, its mean loss in the last tenth of the steps, and the seconds."""
+    optimizers, workers = make_optimizers(model, args.lr), host_workers(device)
     loader = DataLoader(steps, batch_size=None, num_workers=workers, prefetch_factor=2 if workers else None)
     tokens, losses, began = [0, 0], [], time.perf_counter()
     with tqdm(loader, unit="step") as bar:
         for step, kinds in enumerate(bar):
-            losses.append(
-                torch.stack(
-                    [
-                        mean_loss(model, packs, weight, device)
-                        for packs, weight in zip(kinds, (ANSWER_WEIGHT, TOKEN_WEIGHT), strict=True)
-                    ]
-                )
-            )
+            losses.append(train_step(model, optimizers, kinds, learning_rate(step, args), device))
             tokens = [n + sum(pack.tokens for pack in packs) for n, packs in zip(tokens, kinds, strict=True)]
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(step, args)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
             if (step + 1) % LOG_EVERY == 0 or step + 1 == len(steps):  # to ask more often would make the GPU wait
-                answer, token = torch.stack(losses[-LOG_EVERY:]).mean(0).tolist()
+                asked, written = torch.stack(losses[-LOG_EVERY:]).mean(0).tolist()
                 speed = sum(tokens) / (time.perf_counter() - began)
-                bar.set_postfix_str(f"answer loss {answer:.4f}, token loss {token:.4f}, {speed:.0f} tokens/s")
-    seconds = round(time.perf_counter() - began, 1)
-    last = torch.stack(losses[-(-len(losses) * 9 // 10) - 1 :]).mean(0).tolist()
-    names = ("questions", "writings")
-    return {"tokens": dict(zip(names, tokens, strict=True)), "loss": dict(zip(names, last, strict=True))} | {
-        "seconds": seconds
-    }
+                bar.set_postfix_str(f"loss of questions {asked:.4f}, of writings {written:.4f}, {speed:.0f} tokens/s")
+    seconds, last = time.perf_counter() - began, torch.stack(losses[-max(1, len(losses) // 10) :]).mean(0).tolist()
+    found = {"tokens": tokens, "loss": last}
+    named = {what: dict(zip(("questions", "writings"), pair, strict=True)) for what, pair in found.items()}
+    return named | {"seconds": round(seconds, 1)}
 
 
 def parse_arguments():
@@ -181,12 +190,13 @@ def parse_arguments():
     flag("--layers", type=positive, default=8)
     flag("--vocabulary", type=positive, default=8192, help="pieces of the tokenizer")
     flag("--tokens", type=float, default=40e6, help="tokens to compute, about, half of them of each kind")
-    flag("--pack-tokens", type=positive, default=16384, help="of each kind in a step")
+    flag("--pack-tokens", type=positive, default=16384, help="of each kind in a step; a multiple of 128")
     flag("--lr", type=float, default=2e-3, help="highest learning rate")
     flag("--negatives", type=positive, default=4, help="for a positive")
     args = parser.parse_args()
-    if args.hidden_size % HEAD:
-        parser.error(f"--hidden-size {args.hidden_size} is no multiple of {HEAD}")
+    for name, unit in (("hidden_size", HEAD), ("pack_tokens", PACK_UNIT)):
+        if vars(args)[name] % unit:
+            parser.error(f"--{name.replace('_', '-')} {vars(args)[name]} is no multiple of {unit}")
     return args
 
 
