@@ -18,7 +18,7 @@ import argparse
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -200,6 +200,29 @@ def parse_arguments():
     return args
 
 
+def write_configuration(args, dtype: torch.dtype) -> None:
+    """Write config.json and generation_config.json."""
+    heads, wide = args.hidden_size // HEAD, -(-args.hidden_size * 8 // 3 // HEAD) * HEAD
+    config = CONFIG | {"vocab_size": args.vocabulary, "hidden_size": args.hidden_size, "intermediate_size": wide}
+    config |= {"num_hidden_layers": args.layers, "num_attention_heads": heads, "num_key_value_heads": heads}
+    config |= {"head_dim": HEAD, "max_position_embeddings": CONTEXT, "torch_dtype": str(dtype).split(".")[1]}
+    write_json(args.out / "config.json", config)
+    write_json(args.out / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
+
+
+def seen(corpus: Corpus, plan: list[Step], args) -> dict:
+    """Return what base.json says of the data: where they come from, and how many examples of each kind there are."""
+    examples = Counter(question.paradigm for questions, _ in plan for question in questions)
+    asked = examples.total()
+    examples.update(writing.kind for _, writings in plan for writing in writings)
+    sources = read_json(Path(args.data) / "meta.json").get("sources", [])
+    record = {"data": args.data, "sources": sources, "split": "train", "users": len(corpus.sequences)}
+    record |= {"texts": len(corpus.texts), "positives": len(corpus.positions())}
+    record |= {"examples": {kind: examples[kind] for kind in (*QUESTIONS, *WRITINGS)}}
+    record |= {"answers": {"Yes": asked, "No": asked * args.negatives}}
+    return record | {"facets": corpus.rule.facets, "common_words": sorted(corpus.rule.common)}
+
+
 def main() -> None:
     """Train the base model that the command line asks for."""
     args = parse_arguments()
@@ -210,12 +233,7 @@ def main() -> None:
     corpus = Corpus.load(args.data)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "base.json").unlink(missing_ok=True)  # it comes last, so that a folder that has one is whole
-    heads, wide = args.hidden_size // HEAD, -(-args.hidden_size * 8 // 3 // HEAD) * HEAD
-    config = CONFIG | {"vocab_size": args.vocabulary, "hidden_size": args.hidden_size, "intermediate_size": wide}
-    config |= {"num_hidden_layers": args.layers, "num_attention_heads": heads, "num_key_value_heads": heads}
-    config |= {"head_dim": HEAD, "max_position_embeddings": CONTEXT, "torch_dtype": str(dtype).split(".")[1]}
-    write_json(args.out / "config.json", config)
-    write_json(args.out / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
+    write_configuration(args, dtype)
     try:
         tokenizer = write_tokenizer(args.out, corpus.tokenizer_lines(), args.vocabulary)
     except RuntimeError as error:
@@ -228,32 +246,19 @@ def main() -> None:
     model.to(device)
     if device.type == "cuda":
         compile_layers(model)
-    examples = Counter(question.paradigm for questions, _ in plan for question in questions)
-    examples.update(writing.kind for _, writings in plan for writing in writings)
-    kinds = {kind: examples[kind] for kind in (*QUESTIONS, *WRITINGS)}
-    n = sum(p.numel() for p in model.parameters())
-    positives = len(corpus.positions())
-    asked = sum(kinds[kind] for kind in QUESTIONS)
-    print(
-        f"data    {args.data}: {len(corpus.sequences)} training users, {len(corpus.texts)} texts, {positives} positives"
-    )
+    n, record = sum(p.numel() for p in model.parameters()), seen(corpus, plan, args)
+    asked, written = (sum(record["examples"][kind] for kind in kinds) for kinds in (QUESTIONS, WRITINGS))
+    print(f"data    {args.data}: {record['users']} training users, {record['texts']} texts of their items")
     print(f"model   {n / 1e6:.1f}M parameters from seed {args.seed}, {args.vocabulary} pieces, on {device.type}")
-    print(f"learns  {asked} questions ({asked / positives:.1f} epochs), {examples.total() - asked} writings")
+    print(f"learns  {asked} questions, {asked / record['positives']:.2f} epochs, and {written} writings")
     print(f"steps   {args.steps}, each of up to 2 x {args.pack_tokens} tokens")
     found = train(model, steps, args, device)
     save(model, args.out, dtype)
-    meta = read_json(Path(args.data) / "meta.json")
-    record = {"data": args.data, "sources": meta.get("sources", []), "split": "train", "users": len(corpus.sequences)}
-    record |= {"texts": len(corpus.texts), "positives": positives, "examples": kinds}
-    record |= {"answers": {"Yes": asked, "No": asked * args.negatives}} | found
-    record |= {"parameters": n, "device": device.type, "torch": torch.__version__, "rule": asdict(corpus.rule)}
-    record["rule"]["common"] = sorted(record["rule"]["common"])
-    write_json(args.out / "base.json", record | {"settings": vars(args) | {"out": str(args.out)}})
+    made = {"parameters": n, "device": device.type, "torch": torch.__version__}
+    write_json(args.out / "base.json", record | found | made | {"settings": vars(args) | {"out": str(args.out)}})
     losses = ", ".join(f"{name} {value:.4f}" for name, value in found["loss"].items())
-    print(
-        f"wrote   {args.out}: {sum(found['tokens'].values())} tokens in {found['seconds']} s; loss {losses}; peak "
-        f"{peak_memory(device)}"
-    )
+    print(f"learned {sum(found['tokens'].values())} tokens in {found['seconds']} s; loss {losses}")
+    print(f"wrote   {args.out}; peak {peak_memory(device)}")
     print(f"next    python summarize.py --data {args.data} --model {args.out} --run runs/{args.out.name}")
 
 
