@@ -311,6 +311,9 @@ def main() -> None:
     settings = {f: v for f, v in vars(args).items() if f not in NOT_KEPT}
     args.lora = LoRAConfig(args.lora_r, args.lora_alpha, args.lora_dropout, tuple(args.lora_targets))
     torch.manual_seed(args.seed)
+    if device.type == "cpu":  # or threads add up the gradients of a pack's rows in the order in which they come
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
     if args.lora_r:
         apply_lora(model, args.lora)
     recommender, answers = make_recommender(args, model, folder, domain, items, summaries)

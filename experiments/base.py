@@ -8,7 +8,8 @@ training users and the texts of the items in their histories and targets, nothin
 
     questions   the recommendation prompts, under all paradigms: each item of a user's history after the first, and the
                 target, is a positive after the items before it; the negatives are uniform; loss on Yes and No alone
-    writings    the prompts that ask for a summary, answered by experiments.rule; loss on every token
+    writings    the prompts that ask for a summary, answered by experiments.rule; loss on every token, with a tenth of
+                its weight on the prompt's
 
 A step has a pack of each. What is in it depends on the seed and the step alone, however many processes tokenize.
 """
@@ -17,7 +18,7 @@ import argparse
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from tqdm import tqdm
 import trsr
 from experiments.corpus import BLOCK, CONTEXT, QUESTIONS, WRITINGS, Corpus, Question, Writing
 from llama import Llama, compile_layers, load_config
+from models.packs import BLOCK as PACK_UNIT
 from models.packs import Pack, Tree, make_tree, pack_trees
 from models.tiny.make import CONFIG, initialize, learning_rate, make_optimizers, save, write_tokenizer
 from models.tokenizer import Tokenizer
@@ -37,7 +39,8 @@ from runfolder.processes import host_workers, peak_memory
 
 HEAD, RECENT = 64, 3  # head size, recent items in a prompt
 WRITINGS_SHARE = 4  # a step has this many times fewer tokens of writings than of questions
-ANSWER_WEIGHT, TOKEN_WEIGHT = 1.0, 1.0  # of the mean loss of a step's answers, and of its writings' tokens
+QUESTION_WEIGHT, WRITING_WEIGHT = 1.0, 1.0  # of the mean losses of a step's questions and writings
+PROMPT_WEIGHT = 0.1  # of a writing's prompt tokens, where a summary's count 1
 LOG_EVERY = 10  # steps
 
 
@@ -104,11 +107,11 @@ class Steps(Dataset):
 
     def __getitem__(self, step: int) -> tuple[list[Pack], list[Pack]]:
         questions, writings = self.plan[step]
-        asked = [self.question_tree(question) for question in questions]
-        written = [self.writing_tree(writing) for writing in writings]
         room, few = self.pack_tokens, self.pack_tokens // WRITINGS_SHARE
-        packs = pack_trees(asked, room, min(room, self.pad_to), last_only=True)
-        return packs, pack_trees(written, few, min(few, self.pad_to))
+        asked = [self.question_tree(question) for question in questions]
+        written = pack_trees([self.writing_tree(writing) for writing in writings], few, min(few, self.pad_to))
+        asked = pack_trees(asked, room, min(room, self.pad_to), last_only=True)
+        return asked, [weighted(pack) for pack in written]
 
     def question_tree(self, question: Question) -> Tree:
         """Return the prompts of the positive and the negatives, each with its answer."""
@@ -121,7 +124,14 @@ class Steps(Dataset):
     def writing_tree(self, writing: Writing) -> Tree:
         """Return the prompt, its answer and the end as a tree of one branch."""
         prompt, answer = self.corpus.written(writing, replace(self.recommender.budget, tokens=CONTEXT - 150))
-        return make_tree([[*self.tokenizer.encode([prompt + answer])[0], CONFIG["eos_token_id"]]])
+        begin, ids = self.tokenizer.encode([prompt, prompt + answer])
+        return Tree(begin, [[*ids[len(begin) :], CONFIG["eos_token_id"]]])
+
+
+def weighted(pack: Pack) -> Pack:
+    """Return a pack of trees of one branch with the prefixes' tokens weighing less as targets."""
+    in_branch = pack.branches[pack.rows + 1] > 0  # where a row has several targets, they are still in prefixes
+    return replace(pack, weights=pack.weights * torch.where(in_branch, 1.0, PROMPT_WEIGHT))
 
 
 # ---- Training
@@ -138,39 +148,37 @@ def mean_loss(model: Llama, packs: list[Pack], weight: float, device: torch.devi
     return total
 
 
+def train_step(model: Llama, optimizers, kinds, lr: float, device: torch.device) -> torch.Tensor:
+    """Update the model on a step's packs; return the mean losses of its questions and its writings, (2,)."""
+    weights = (QUESTION_WEIGHT, WRITING_WEIGHT)
+    pairs = zip(kinds, weights, strict=True)
+    losses = torch.stack([mean_loss(model, packs, weight, device) for packs, weight in pairs])
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return losses
+
+
 def train(model: Llama, steps: Steps, args, device: torch.device) -> dict:
-    """Train for all steps; return the tokens of both kinds of packs, the seconds, and the last tenth's mean losses."""
-    optimizers = make_optimizers(model, args.lr)
-    workers = host_workers(device)
+    """Train for all steps; return each kind's tokens, its mean loss in the last tenth of the steps, and the seconds."""
+    optimizers, workers = make_optimizers(model, args.lr), host_workers(device)
     loader = DataLoader(steps, batch_size=None, num_workers=workers, prefetch_factor=2 if workers else None)
     tokens, losses, began = [0, 0], [], time.perf_counter()
     with tqdm(loader, unit="step") as bar:
         for step, kinds in enumerate(bar):
-            losses.append(
-                torch.stack(
-                    [
-                        mean_loss(model, packs, weight, device)
-                        for packs, weight in zip(kinds, (ANSWER_WEIGHT, TOKEN_WEIGHT), strict=True)
-                    ]
-                )
-            )
+            losses.append(train_step(model, optimizers, kinds, learning_rate(step, args), device))
             tokens = [n + sum(pack.tokens for pack in packs) for n, packs in zip(tokens, kinds, strict=True)]
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(step, args)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
             if (step + 1) % LOG_EVERY == 0 or step + 1 == len(steps):  # to ask more often would make the GPU wait
-                answer, token = torch.stack(losses[-LOG_EVERY:]).mean(0).tolist()
+                asked, written = torch.stack(losses[-LOG_EVERY:]).mean(0).tolist()
                 speed = sum(tokens) / (time.perf_counter() - began)
-                bar.set_postfix_str(f"answer loss {answer:.4f}, token loss {token:.4f}, {speed:.0f} tokens/s")
-    seconds = round(time.perf_counter() - began, 1)
-    last = torch.stack(losses[-(-len(losses) * 9 // 10) - 1 :]).mean(0).tolist()
-    names = ("questions", "writings")
-    return {"tokens": dict(zip(names, tokens, strict=True)), "loss": dict(zip(names, last, strict=True))} | {
-        "seconds": seconds
-    }
+                bar.set_postfix_str(f"loss of questions {asked:.4f}, of writings {written:.4f}, {speed:.0f} tokens/s")
+    seconds, last = time.perf_counter() - began, torch.stack(losses[-max(1, len(losses) // 10) :]).mean(0).tolist()
+    found = {"tokens": tokens, "loss": last}
+    named = {what: dict(zip(("questions", "writings"), pair, strict=True)) for what, pair in found.items()}
+    return named | {"seconds": round(seconds, 1)}
 
 
 def parse_arguments():
@@ -185,13 +193,42 @@ def parse_arguments():
     flag("--layers", type=positive, default=8)
     flag("--vocabulary", type=positive, default=8192, help="pieces of the tokenizer")
     flag("--tokens", type=float, default=40e6, help="tokens to compute, about")
-    flag("--pack-tokens", type=positive, default=16384, help="of questions in a step; of writings a quarter as many")
+    flag(
+        "--pack-tokens",
+        type=positive,
+        default=16384,
+        help="of questions in a step (of writings a quarter)",
+    )
     flag("--lr", type=float, default=2e-3, help="highest learning rate")
     flag("--negatives", type=positive, default=4, help="for a positive")
     args = parser.parse_args()
-    if args.hidden_size % HEAD:
-        parser.error(f"--hidden-size {args.hidden_size} is no multiple of {HEAD}")
+    for name, unit in (("hidden_size", HEAD), ("pack_tokens", PACK_UNIT)):
+        if vars(args)[name] % unit:
+            parser.error(f"--{name.replace('_', '-')} {vars(args)[name]} is no multiple of {unit}")
     return args
+
+
+def write_configuration(args, dtype: torch.dtype) -> None:
+    """Write config.json and generation_config.json."""
+    heads, wide = args.hidden_size // HEAD, -(-args.hidden_size * 8 // 3 // HEAD) * HEAD
+    config = CONFIG | {"vocab_size": args.vocabulary, "hidden_size": args.hidden_size, "intermediate_size": wide}
+    config |= {"num_hidden_layers": args.layers, "num_attention_heads": heads, "num_key_value_heads": heads}
+    config |= {"head_dim": HEAD, "max_position_embeddings": CONTEXT, "torch_dtype": str(dtype).split(".")[1]}
+    write_json(args.out / "config.json", config)
+    write_json(args.out / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
+
+
+def seen(corpus: Corpus, plan: list[Step], args) -> dict:
+    """Return what base.json says of the data: where they come from, and how many examples of each kind there are."""
+    examples = Counter(question.paradigm for questions, _ in plan for question in questions)
+    asked = examples.total()
+    examples.update(writing.kind for _, writings in plan for writing in writings)
+    sources = read_json(Path(args.data) / "meta.json").get("sources", [])
+    record = {"data": args.data, "sources": sources, "split": "train", "users": len(corpus.sequences)}
+    record |= {"texts": len(corpus.texts), "positives": len(corpus.positions())}
+    record |= {"examples": {kind: examples[kind] for kind in (*QUESTIONS, *WRITINGS)}}
+    record |= {"answers": {"Yes": asked, "No": asked * args.negatives}}
+    return record | {"facets": corpus.rule.facets, "common_words": sorted(corpus.rule.common)}
 
 
 def main() -> None:
@@ -204,12 +241,7 @@ def main() -> None:
     corpus = Corpus.load(args.data)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "base.json").unlink(missing_ok=True)  # it comes last, so that a folder that has one is whole
-    heads, wide = args.hidden_size // HEAD, -(-args.hidden_size * 8 // 3 // HEAD) * HEAD
-    config = CONFIG | {"vocab_size": args.vocabulary, "hidden_size": args.hidden_size, "intermediate_size": wide}
-    config |= {"num_hidden_layers": args.layers, "num_attention_heads": heads, "num_key_value_heads": heads}
-    config |= {"head_dim": HEAD, "max_position_embeddings": CONTEXT, "torch_dtype": str(dtype).split(".")[1]}
-    write_json(args.out / "config.json", config)
-    write_json(args.out / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
+    write_configuration(args, dtype)
     try:
         tokenizer = write_tokenizer(args.out, corpus.tokenizer_lines(), args.vocabulary)
     except RuntimeError as error:
@@ -222,32 +254,19 @@ def main() -> None:
     model.to(device)
     if device.type == "cuda":
         compile_layers(model)
-    examples = Counter(question.paradigm for questions, _ in plan for question in questions)
-    examples.update(writing.kind for _, writings in plan for writing in writings)
-    kinds = {kind: examples[kind] for kind in (*QUESTIONS, *WRITINGS)}
-    n = sum(p.numel() for p in model.parameters())
-    positives = len(corpus.positions())
-    asked = sum(kinds[kind] for kind in QUESTIONS)
-    print(
-        f"data    {args.data}: {len(corpus.sequences)} training users, {len(corpus.texts)} texts, {positives} positives"
-    )
+    n, record = sum(p.numel() for p in model.parameters()), seen(corpus, plan, args)
+    asked, written = (sum(record["examples"][kind] for kind in kinds) for kinds in (QUESTIONS, WRITINGS))
+    print(f"data    {args.data}: {record['users']} training users, {record['texts']} texts of their items")
     print(f"model   {n / 1e6:.1f}M parameters from seed {args.seed}, {args.vocabulary} pieces, on {device.type}")
-    print(f"learns  {asked} questions ({asked / positives:.1f} epochs), {examples.total() - asked} writings")
+    print(f"learns  {asked} questions, {asked / record['positives']:.2f} epochs, and {written} writings")
     print(f"steps   {args.steps}, each of up to {args.pack_tokens} + {args.pack_tokens // WRITINGS_SHARE} tokens")
     found = train(model, steps, args, device)
     save(model, args.out, dtype)
-    meta = read_json(Path(args.data) / "meta.json")
-    record = {"data": args.data, "sources": meta.get("sources", []), "split": "train", "users": len(corpus.sequences)}
-    record |= {"texts": len(corpus.texts), "positives": positives, "examples": kinds}
-    record |= {"answers": {"Yes": asked, "No": asked * args.negatives}} | found
-    record |= {"parameters": n, "device": device.type, "torch": torch.__version__, "rule": asdict(corpus.rule)}
-    record["rule"]["common"] = sorted(record["rule"]["common"])
-    write_json(args.out / "base.json", record | {"settings": vars(args) | {"out": str(args.out)}})
+    made = {"parameters": n, "device": device.type, "torch": torch.__version__}
+    write_json(args.out / "base.json", record | found | made | {"settings": vars(args) | {"out": str(args.out)}})
     losses = ", ".join(f"{name} {value:.4f}" for name, value in found["loss"].items())
-    print(
-        f"wrote   {args.out}: {sum(found['tokens'].values())} tokens in {found['seconds']} s; loss {losses}; peak "
-        f"{peak_memory(device)}"
-    )
+    print(f"learned {sum(found['tokens'].values())} tokens in {found['seconds']} s; loss {losses}")
+    print(f"wrote   {args.out}; peak {peak_memory(device)}")
     print(f"next    python summarize.py --data {args.data} --model {args.out} --run runs/{args.out.name}")
 
 

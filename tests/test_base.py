@@ -23,18 +23,19 @@ from runfolder.prompts import Prompts
 
 CPU = torch.device("cpu")
 SMALL = ["--hidden-size", "64", "--layers", "1", "--vocabulary", "480", "--seed", "3"]
-SMALL += ["--tokens", "75000", "--pack-tokens", "1500", "--lr", "5e-3"]
+SMALL += ["--tokens", "75000", "--pack-tokens", "1536", "--lr", "5e-3"]
 RULE = Rule(("Color",), frozenset({"with"}))
 
 
-def make(data, out, *more):
-    """Run the script inside this process."""
-    argv, sys.argv = sys.argv, ["base", "--data", str(data), "--out", str(out), *SMALL, *more]
-    try:
-        base.run_main(base.main)
-    finally:
-        sys.argv = argv
-        torch.use_deterministic_algorithms(False)
+def make(data, out, *more, gpu=False):
+    """Run the script inside this process, without a GPU if not asked for one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["base", "--data", str(data), "--out", str(out), *SMALL, *more])
+        patch.setattr(torch.cuda, "is_available", lambda: gpu)
+        try:
+            base.run_main(base.main)
+        finally:
+            torch.use_deterministic_algorithms(False)
     return out
 
 
@@ -70,8 +71,8 @@ def made(data, tmp_path_factory):
 @pytest.fixture(scope="module")
 def steps(data, made):
     corpus, tokenizer = Corpus.load(str(data)), Tokenizer(made[0], 480)
-    plan = base.plan_steps(corpus, tokenizer, SimpleNamespace(tokens=12000, pack_tokens=1500, negatives=4, seed=0))
-    return base.Steps(corpus, tokenizer, plan, 1500, 1)
+    plan = base.plan_steps(corpus, tokenizer, SimpleNamespace(tokens=12000, pack_tokens=1536, negatives=4, seed=0))
+    return base.Steps(corpus, tokenizer, plan, 1536, 1)
 
 
 # ---- The rule
@@ -203,6 +204,21 @@ def test_writings_are_the_prompts_of_summarize_and_end(steps):
         assert steps.tokenizer.decode(ids[len(begin) : -1]) == answer
 
 
+def test_a_prompt_weighs_less_than_its_summary(steps):
+    trees = [steps.writing_tree(writing) for writing in steps.plan[0][1]]
+    told, full, total = Counter(), Counter(), 0.0
+    for tree in trees:
+        told.update(tree.branches[0])
+        total += len(tree.branches[0]) + base.PROMPT_WEIGHT * (len(tree.prefix) - 1)
+    for pack in steps[0][1]:
+        total -= pack.weights.sum().item()
+        # A target of the trunk counts for all trees, where there are several.
+        apart = (pack.documents[pack.rows] > 0) | (pack.documents.max() == 1)
+        full.update(pack.next_ids[apart & (pack.weights == 1)].tolist())
+    assert full == told
+    assert abs(total) < 1e-2
+
+
 def test_packs_are_the_same_for_any_number_of_workers(steps):
     alone = [steps[i] for i in range(len(steps))]
     shared = list(DataLoader(steps, batch_size=None, num_workers=2))
@@ -250,9 +266,22 @@ def test_summarize_train_and_evaluate_run_on_it(data, made, tmp_path):
     assert read_json(tmp_path / "results.json")["users"] == 4
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_writes_bf16(data, tmp_path):
+    folder = make(data, tmp_path, gpu=True)
+    record = read_json(folder / "base.json")
+    assert (record["device"], read_json(folder / "config.json")["torch_dtype"]) == ("cuda", "bfloat16")
+    assert record["loss"]["questions"] < 1.0
+    assert load_model(folder, CPU, torch.bfloat16).lm_head.weight.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
-    [(["--vocabulary", "90000"], "--vocabulary 90000"), (["--negatives", "59"], "--negatives 59")],
+    [
+        (["--vocabulary", "90000"], "--vocabulary 90000"),
+        (["--negatives", "59"], "--negatives 59"),
+        (["--data", "nowhere"], "nowhere: no dataset"),
+    ],
 )
 def test_what_cannot_be_is_told_in_one_line(data, tmp_path, capsys, flags, named):
     with pytest.raises(SystemExit) as end:

@@ -120,13 +120,27 @@ def test_more_processes_train_the_same_model(tmp_path, alone, data_folder, model
         assert ((tensor - theirs[name]).abs() < 1e-4).float().mean() > 0.97, name
 
 
-def test_eight_processes_train_the_embedded_model_as_one_does(tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    made = [sys.executable, "-m", "prepare.demo", "--out", str(tmp_path / "data"), "--users", "30", "--items", "1500"]
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shop")
+    made = [sys.executable, "-m", "prepare.demo", "--out", str(folder), "--users", "30", "--items", "1500"]
     assert subprocess.run(made, cwd=ROOT, capture_output=True).returncode == 0
+    return folder
+
+
+def test_threads_change_no_bit(tmp_path, shop):
+    for name in ("a", "b", "c"):  # packs so large that several threads add up one row's gradients
+        fit(tmp_path / name, shop, ROOT / "models/tiny", "--epochs", 1, "--batch-size", 52)
+    a, b, c = ((tmp_path / name / "adapter/adapter_model.safetensors").read_bytes() for name in "abc")
+    assert a == b == c
+    assert losses(tmp_path / "a") == losses(tmp_path / "b") == losses(tmp_path / "c")
+
+
+def test_eight_processes_train_the_embedded_model_as_one_does(tmp_path, shop, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     flags = ("--lora-dropout", 0, "--epochs", 1, "--shard", "zero2", "--batch-size", 16)
     for processes in (1, 8):  # 26 users in 4 steps, the last of which leaves six processes without a user
-        fit(tmp_path / str(processes), tmp_path / "data", ROOT / "models/tiny", *flags, processes=processes)
+        fit(tmp_path / str(processes), shop, ROOT / "models/tiny", *flags, processes=processes)
     one, eight = (losses(tmp_path / name) for name in ("1", "8"))
     assert [step for step, _, _ in one] == [step for step, _, _ in eight] == [1, 2, 3, 4]
     assert one[0][1] - one[-1][1] > 0.01
