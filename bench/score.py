@@ -7,7 +7,7 @@
 
 transformers: a user's 21 prompts in one batch, padded on the left, the last position's logits alone. The authors' way:
 each prompt padded to 2,048 tokens, one a forward pass (the last position's logits alone too). The same random weights
-and prompts for all. FLOP are 2 a weight of the layers and token, without attention; the fill is the share of packs'
+and prompts for all. FLOP are 2 a weight and token that meet, without attention; the fill is the share of the packs'
 places that hold a token. With several numbers of candidates, this project's cost a user for each. With --data, the time
 of evaluate.py's own way from a dataset's texts to scores, and the share of it in which the GPU computes.
 """
@@ -129,7 +129,10 @@ def main() -> None:
     rates = {"ours": users / seconds(lambda: gather(score(trees)), device, args.repeats)}
     packs = [pack for share in gather(list(packs_of(trees))) for pack in share]
     real, places = sum(pack.tokens for pack in packs), sum(len(pack.ids) for pack in packs)
-    flops = 2 * weights_read(ours) * real / users * rates["ours"]
+    last = ours.model.layers[-1]  # whose second half is computed for the candidates' last tokens alone
+    tail = sum(p.numel() for part in (last.self_attn.o_proj, last.mlp) for p in part.parameters())
+    computed = (weights_read(ours) - tail) * real + tail * sum(len(pack.leaves) for pack in packs)
+    flops = 2 * computed / users * rates["ours"]
     found |= {"users_per_second": rates, "tokens_a_user": real / users, "fill": real / places, "flops": flops}
     found |= {"ceiling": limit, "share_of_ceiling": flops / limit, "seconds_a_user": {}}
     if not args.no_peer:
