@@ -24,7 +24,7 @@ demo: .venv/installed
 	$(BIN)/python -m runfolder.compare runs/demo-recent-only runs/demo runs/demo-recurrent
 
 test: .venv/installed-test lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-faults: .venv/installed-test
 	$(BIN)/python -m pytest tests/test_faults.py --long -s

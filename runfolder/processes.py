@@ -103,10 +103,7 @@ def run_script(main: Callable[[], None]) -> None:
                 raise
             raise InputError("another process has ended, so none can go on; the same command resumes") from None
         finally:
-            for number in (
-                signal.SIGTERM,
-                signal.SIGINT,
-            ):  # it ends already: torchrun's signal is not to break that off
+            for number in (signal.SIGTERM, signal.SIGINT):  # torchrun's is not to break off what ends already
                 signal.signal(number, signal.SIG_IGN)
 
     status = 0

@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -128,7 +129,9 @@ def shop(tmp_path_factory):
     return folder
 
 
-def test_threads_change_no_bit(tmp_path, shop):
+def test_threads_change_no_bit(tmp_path, shop, request):
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(2)
     for name in ("a", "b", "c"):  # packs so large that several threads add up one row's gradients
         fit(tmp_path / name, shop, ROOT / "models/tiny", "--epochs", 1, "--batch-size", 52)
     a, b, c = ((tmp_path / name / "adapter/adapter_model.safetensors").read_bytes() for name in "abc")
