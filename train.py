@@ -106,9 +106,9 @@ def make_recommender(args, model: Llama, folder: Path, domain, items, summaries)
 
 
 def user_packs(recommender, examples, candidates, users: Sequence[int], args, show: bool) -> Iterator[Pack]:
-    """Yield packs with all prompts of these users (indices of examples), while workers tokenize the next ones."""
+    """Return packs with all prompts of these users (indices of examples), while workers tokenize the next ones."""
     trees = tokenized(Prompts(recommender, [(examples[u], candidates[u]) for u in users]), args, show)
-    yield from stream_packs(zip(users, trees, strict=True), len(users), args)
+    return stream_packs(zip(users, trees, strict=True), len(users), args)
 
 
 def stream_packs(trees: Iterator[tuple[int, Tree]], n: int, args) -> Iterator[Pack]:

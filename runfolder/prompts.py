@@ -33,14 +33,22 @@ class Prompts(Dataset):
 
 
 def tokenized(prompts: Prompts, args, show: bool) -> Iterator[Tree]:
-    """Yield the trees in order, made by args.workers processes; then the budget knows what all of them trimmed."""
-    known = prompts.recommender.budget.trimmed
-    trimmed = Counter(known)
+    """Return the trees in order, made by args.workers processes; then the budget knows what all of them trimmed.
+
+    The processes start now, not with the first tree, since they must not descend from the thread that may ask for it.
+    """
     options = {"num_workers": args.workers} | ({"prefetch_factor": 32} if args.workers else {})
-    for tree, cut in tqdm(DataLoader(prompts, batch_size=None, **options), "prompts", unit="user", disable=not show):
-        if isinstance(tree, InputError):
-            raise tree
-        trimmed.update(cut)
-        yield tree
-    known.clear()
-    known.update(trimmed)
+    made = iter(DataLoader(prompts, batch_size=None, **options))
+
+    def trees() -> Iterator[Tree]:
+        known = prompts.recommender.budget.trimmed
+        trimmed = Counter(known)
+        for tree, cut in tqdm(made, "prompts", len(prompts), unit="user", disable=not show):
+            if isinstance(tree, InputError):
+                raise tree
+            trimmed.update(cut)
+            yield tree
+        known.clear()
+        known.update(trimmed)
+
+    return trees()
