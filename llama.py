@@ -558,8 +558,7 @@ class Generator:
         for pack in pack_trees(trees, size, pad, last_only=True):
             rows, tokens = [], []
             for leaf, end in pack.leaves.items():
-                same = (pack.branches == 0) | (pack.branches == pack.branches[end])
-                path = (((pack.documents == pack.documents[end]) & same) | (pack.documents == 0)).nonzero()[:, 0]
+                path = (pack.ends[: end + 1] > end).nonzero()[:, 0]
                 rows.append(torch.full_like(path, first + prompt_of[leaf]))
                 tokens.append(path)
             rows, tokens = torch.cat(rows), torch.cat(tokens)

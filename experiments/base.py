@@ -4,7 +4,7 @@
     python -m experiments.base --data data/mind --out runs/base/mind-small --hidden-size 128 --layers 4 --tokens 4e6
 
 Writes a Llama folder for summarize.py, train.py and evaluate.py, and base.json, which tells what the model saw: the
-training users and the texts of the items in their histories and targets, nothing of val.jsonl and test.jsonl. It learns
+training users and the texts of the items that train.jsonl names, nothing of val.jsonl and test.jsonl. It learns
 
     questions   the recommendation prompts, under all paradigms: each item of a user's history after the first, and the
                 target, is a positive after the items before it; the negatives are uniform; loss on Yes and No alone
@@ -109,9 +109,10 @@ class Steps(Dataset):
         questions, writings = self.plan[step]
         room, few = self.pack_tokens, self.pack_tokens // WRITINGS_SHARE
         asked = [self.question_tree(question) for question in questions]
-        written = pack_trees([self.writing_tree(writing) for writing in writings], few, min(few, self.pad_to))
+        trees = [self.writing_tree(writing) for writing in writings]
+        written = [weighted(pack, trees) for pack in pack_trees(trees, few, min(few, self.pad_to))]
         asked = pack_trees(asked, room, min(room, self.pad_to), last_only=True)
-        return asked, [weighted(pack) for pack in written]
+        return asked, written
 
     def question_tree(self, question: Question) -> Tree:
         """Return the prompts of the positive and the negatives, each with its answer."""
@@ -128,10 +129,13 @@ class Steps(Dataset):
         return Tree(begin, [[*ids[len(begin) :], CONFIG["eos_token_id"]]])
 
 
-def weighted(pack: Pack) -> Pack:
+def weighted(pack: Pack, trees: list[Tree]) -> Pack:
     """Return a pack of trees of one branch with the prefixes' tokens weighing less as targets."""
-    in_branch = pack.branches[pack.rows + 1] > 0  # where a row has several targets, they are still in prefixes
-    return replace(pack, weights=pack.weights * torch.where(in_branch, 1.0, PROMPT_WEIGHT))
+    answers = torch.zeros(len(pack.ids), dtype=torch.bool)
+    for (t, _), last in pack.leaves.items():
+        answers[last + 1 - len(trees[t].branches[0]) : last + 1] = True
+    # A row with several targets is still in a prefix, and so is what stands after it.
+    return replace(pack, weights=pack.weights * torch.where(answers[pack.rows + 1], 1.0, PROMPT_WEIGHT))
 
 
 # ---- Training

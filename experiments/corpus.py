@@ -38,7 +38,7 @@ class Writing:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The training users' sequences, history and target, and the texts of the items in them."""
+    """The training users' sequences, history and target, and the texts of the items in them and of their negatives."""
 
     domain: trsr.Domain
     texts: dict[str, str]
@@ -49,7 +49,8 @@ class Corpus:
     def load(cls, folder: str) -> "Corpus":
         """Return the corpus of a dataset's training split; no other split's file is opened."""
         domain, items, splits = load_dataset(folder, ("train",))
-        texts = {i: items[i] for i in sorted(popularity(splits["train"]))}  # without items that are only negatives
+        named = popularity(splits["train"]).keys() | {i for example in splits["train"] for i in example.negatives}
+        texts = {i: items[i] for i in sorted(named)}
         sequences = [[*example.history, example.positive] for example in splits["train"]]
         return cls(domain, texts, sequences, Rule.of(list(texts.values())))
 

@@ -3,18 +3,20 @@
 A tree is a prefix and its branches, such as a user's prompts, which differ in the candidate alone. A pack holds many
 trees, whose common first tokens (the trunk) stand in it once. Plain text is a tree of one branch.
 
-    tokens     i i i | p p p a a b b | p p a a b b      the trunk, a tree, another tree
-    position   0 1 2 | 3 4 5 6 7 6 7 | 3 4 5 6 5 6      branches begin again where their prefix ends
-    document   0 0 0 | 1 1 1 1 1 1 1 | 2 2 2 2 2 2
-    branch     0 0 0 | 0 0 0 1 1 2 2 | 0 0 1 1 2 2
+    row         0  1  2 |  3  4  5  6  7  8  9 | 10 11 12 13 14 15
+    token       i  i  i |  p  p  p  a  a  b  b |  p  p  a  a  b  b     the trunk, a tree, another tree
+    position    0  1  2 |  3  4  5  6  7  6  7 |  3  4  5  6  5  6     branches begin again where their prefix ends
+    end        16 16 16 | 10 10 10  8  8 10 10 | 16 16 14 14 16 16     the first row that no longer continues it
 
-One rule says who sees whom (tree_rule); every mask is made from it or checked against it. T: tokens of a pack.
+What continues a token stands right after it, so a query sees a key if key <= query < end of the key (tree_rule). Every
+mask is made from this rule or checked against it. T: tokens of a pack.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
@@ -59,8 +61,7 @@ class Pack:
 
     ids: Tensor  # (T,), and so the next three
     positions: Tensor
-    documents: Tensor  # 0 the trunk, then 1, 2, ... a tree each; -1 padding
-    branches: Tensor  # 0 a prefix, then 1, 2, ...
+    ends: Tensor  # int32, which the attention kernels compare twice as fast
     rows: Tensor  # (N,), and so the next two
     next_ids: Tensor
     weights: Tensor
@@ -76,8 +77,8 @@ class Pack:
     def mask(self, first: int = 0, block: int = 256) -> BlockMask | QueryBlocks:
         """Return whom the queries from row `first` on see, by tree_rule: on CUDA a BlockMask, elsewhere QueryBlocks."""
         if self.ids.is_cuda:
-            return block_mask(self.documents, self.branches, first)
-        rule, rows = tree_rule(self.documents, self.branches), torch.arange(len(self.ids))
+            return block_mask(self.ends, first)
+        rule, rows = tree_rule(self.ends), torch.arange(len(self.ids))
         keys, blocks = [], []
         for queries in rows[first:].split(block):
             seen = rule(None, None, queries[:, None], rows[None, : queries[-1] + 1])
@@ -93,48 +94,36 @@ def on_device(tensor: Tensor, device: torch.device) -> Tensor:
     )
 
 
-def tree_rule(documents: Tensor, branches: Tensor) -> Callable:
-    """Return the attention rule of a pack: (batch, head, query row, key row) -> whether the query sees the key."""
+def tree_rule(ends: Tensor) -> Callable:
+    """Return the attention rule of a pack: (batch, head, query row, key row) -> whether the query sees the key.
 
-    def rule(_batch, _head, query, key):
-        same_path = (branches[key] == 0) | (branches[key] == branches[query])
-        return (key <= query) & ((documents[key] == 0) | ((documents[key] == documents[query]) & same_path))
+    A kernel asks it of every query and key in a block that is not seen as a whole, so what it computes and reads is
+    most of what attention costs in packs of short texts.
+    """
+    return lambda _batch, _head, query, key: (key <= query) & (query < ends[key])
 
-    return rule
 
-
-def block_mask(documents: Tensor, branches: Tensor, first: int = 0) -> BlockMask:
+def block_mask(ends: Tensor, first: int = 0) -> BlockMask:
     """Return tree_rule, for the queries from row `first` on, as which blocks of keys each block of queries looks at.
 
-    In the rows before a block of queries lies what its first query sees: the trunk, its tree's prefix, its own branch.
-    What else later queries of the block see begins inside of the block. So a few comparisons make the mask, where
-    asking the rule of each query and key takes a tenth of scoring's time.
+    A few comparisons of a block's least and greatest end make the mask, where asking the rule of each query and key
+    takes a tenth of scoring's time.
     """
-    rows = torch.arange(len(documents), device=documents.device)
-    start, keys = rows[first::BLOCK], rows[::BLOCK]  # of the blocks of queries, of keys
-    last = (start + BLOCK - 1).clamp(max=len(documents) - 1)
-    tree = documents[start, None] == documents  # (blocks, T)
-    path = tree & (branches[start, None] == branches)
-    spans = []  # rows [low, high) that the first query sees, and whether all queries of the block see them
-    spans.append((0 * start, (documents == 0).sum() + 0 * start, start >= 0))
-    low = tree.int().argmax(1)  # the first True
-    same_tree = documents[start] == documents[last]
-    spans.append((low, low + (tree & (branches == 0)).sum(1), same_tree))
-    spans.append((path.int().argmax(1), last + 1, same_tree & (branches[start] == branches[last])))
-    some = whole = torch.zeros(len(start), len(keys), dtype=torch.bool, device=documents.device)
-    for low, high, by_all in spans:
-        some = some | ((keys < torch.minimum(high, last + 1)[:, None]) & (keys + BLOCK > low[:, None]))
-        inside = (keys >= low[:, None]) & (keys + BLOCK <= torch.minimum(high, start)[:, None])
-        whole = whole | (inside & by_all[:, None])
+    rows = torch.arange(len(ends), device=ends.device)
+    start, keys = rows[first::BLOCK, None], rows[::BLOCK]  # of the blocks of queries, of keys
+    last = (start + BLOCK - 1).clamp(max=len(ends) - 1)
+    least, greatest = F.pad(ends, (0, -len(ends) % BLOCK)).view(-1, BLOCK).aminmax(dim=1)
+    some = (keys <= last) & (greatest > start)
+    whole = (keys + BLOCK - 1 <= start) & (least > last)
     columns = []
     for blocks in (some & ~whole, whole):
         columns += [blocks.sum(1, dtype=torch.int32), blocks.int().argsort(dim=1, descending=True, stable=True).int()]
-    rule = tree_rule(documents, branches)
+    rule = tree_rule(ends)
     return BlockMask.from_kv_blocks(
         *(column[None, None] for column in columns),
         BLOCK_SIZE=BLOCK,
         mask_mod=(lambda b, h, query, key: rule(b, h, query + first, key)) if first else rule,
-        seq_lengths=(len(documents) - first, len(documents)),
+        seq_lengths=(len(ends) - first, len(ends)),
     )
 
 
@@ -217,37 +206,40 @@ def pack_length(trees: list[Tree], max_tokens: int) -> int:
 
 
 def _build_pack(trees: list[Tree], trunk: int, held: list[tuple], pad_to: int, last_only: bool) -> Pack:
-    columns = ids, positions, _, _ = [], [], [], []  # of tokens; then documents and branches
+    columns = ids, positions, ends = [], [], []  # of tokens
     targets = rows, next_ids, weights = [], [], []
 
-    def add(segment: list[int], document: int, branch: int, parent: int | None, weight: int) -> int | None:
-        """Append a segment that continues row `parent`; return the row of its last token."""
+    def add(segment: list[int], parent: int | None, weight: int, below: int) -> int | None:
+        """Append a segment that continues row `parent` and that the next `below` tokens continue; return the row of its
+        last token.
+        """
         if not segment:
             return parent
         first, n = len(ids), len(segment)
         start = 0 if parent is None else positions[parent] + 1
-        for column, values in zip(
-            columns, (segment, range(start, start + n), [document] * n, [branch] * n), strict=True
-        ):
+        for column, values in zip(columns, (segment, range(start, start + n), [first + n + below] * n), strict=True):
             column.extend(values)
         predecessors = ([] if parent is None else [parent]) + list(range(first, first + n - 1))
         if last_only:
-            predecessors = predecessors[-1:] if branch else []
+            predecessors = [] if below else predecessors[-1:]
         due = segment[len(segment) - len(predecessors) :]
         for column, values in zip(targets, (predecessors, due, [weight] * len(due)), strict=True):
             column.extend(values)
         return first + n - 1
 
     leaves = {}
-    root = add(trees[held[0][1]].prefix[:trunk], 0, 0, None, sum(len(group) for _, _, group in held))
-    for document, (_, t, group) in enumerate(held, 1):
-        stem = add(trees[t].prefix[trunk:], document, 0, root, len(group))
-        for branch, b in enumerate(group, 1):
-            leaves[t, b] = add(trees[t].branches[b], document, branch, stem, 1)
-    tokens = len(ids)
-    for column, value in zip(columns, (0, 0, -1, 0), strict=True):
-        column.extend([value] * (-tokens % pad_to))
-    made = (torch.tensor(column, dtype=torch.long) for column in (*columns, rows, next_ids))
+    below = [sum(len(trees[t].branches[b]) for b in group) for _, t, group in held]
+    tokens = trunk + sum(below) + sum(len(trees[t].prefix) - trunk for _, t, _ in held)
+    length = -(-tokens // pad_to) * pad_to
+    root = add(trees[held[0][1]].prefix[:trunk], None, sum(len(group) for _, _, group in held), length - trunk)
+    for (_, t, group), n in zip(held, below, strict=True):
+        stem = add(trees[t].prefix[trunk:], root, len(group), n)
+        for b in group:
+            leaves[t, b] = add(trees[t].branches[b], stem, 1, 0)
+    for column, value in zip(columns, (0, 0, length), strict=True):
+        column.extend([value] * (length - tokens))
+    made = [torch.tensor(column, dtype=torch.long) for column in (*columns, rows, next_ids)]
+    made[2] = made[2].int()
     return Pack(*made, torch.tensor(weights, dtype=torch.float32), leaves, tokens)
 
 

@@ -166,7 +166,7 @@ def test_packs_share_the_trunk_and_every_prefix():
     (pack,) = pack_trees(trees, 9999)
     trunk = 7
     assert pack.tokens == trunk + sum(tree.size - trunk for tree in trees)
-    assert (pack.documents == 0).sum() == trunk
+    assert (pack.ends == len(pack.ids)).nonzero()[:trunk, 0].tolist() == list(range(trunk))
 
 
 def test_scores_are_two_columns_of_the_logits(tiny):
@@ -181,18 +181,23 @@ def test_scores_are_two_columns_of_the_logits(tiny):
 def test_the_mask_is_the_rule_spelled_out():
     trees = random_trees(4, 3)
     (pack,) = pack_trees(trees, 999, pad_to=64)
-    d, b = pack.documents.tolist(), pack.branches.tolist()
-    mask, first = torch.zeros(len(d), len(d), dtype=torch.bool), 0
+    n, trunk = len(pack.ids), 7
+    mask, first = torch.zeros(n, n, dtype=torch.bool), 0
     blocks = pack.mask(block=24)
     for keys, seen in zip(blocks.keys.split(blocks.sizes), blocks.seen, strict=True):
         assert seen.any(0).all()  # no key that nobody sees
         mask[first : first + len(seen), keys] = seen
         first += len(seen)
-    assert first == len(d)
-    for q in range(len(d)):
-        for k in range(len(d)):
-            sees = k <= q and (d[k] == 0 or (d[k] == d[q] and b[k] in (0, b[q])))
-            assert mask[q, k].item() == sees
+    assert first == n
+    expected = torch.zeros_like(mask)
+    for (t, b), last in pack.leaves.items():
+        stem, branches = len(trees[t].prefix) - trunk, [len(branch) for branch in trees[t].branches]
+        begin = last + 1 - sum(branches[: b + 1]) - stem  # of the tree
+        path = [*range(trunk), *range(begin, begin + stem), *range(last + 1 - branches[b], last + 1)]
+        for i, query in enumerate(path):
+            expected[query, path[: i + 1]] = True
+    assert (mask[: pack.tokens] == expected[: pack.tokens]).all()
+    assert mask.diagonal().all()  # also where padding is, since a softmax over nothing is not a number
 
 
 def test_a_tree_larger_than_a_pack_is_split_and_its_prefix_computed_once(tiny, monkeypatch):

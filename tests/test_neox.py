@@ -262,7 +262,7 @@ def test_the_block_mask_of_gpus_gives_the_same_logits(tiny):
     (pack,) = pack_trees(random_trees(6, 4), 999, pad_to=256)
     with torch.no_grad():
         inputs = pack.ids[None], pack.positions[None]
-        blocks = tiny(*inputs, block_mask(pack.documents, pack.branches))[0]
+        blocks = tiny(*inputs, block_mask(pack.ends))[0]
         assert (blocks - tiny(*inputs, pack.mask())[0])[: pack.tokens].abs().max() < 1e-4
 
 

@@ -37,8 +37,8 @@ CASES = [(1, 1, 0), (1, 21, 300), (4, 2, 0), (6, 5, 100), (9, 2, 700), (30, 1, 4
 def test_the_block_mask_covers_the_rule_and_asks_it_where_it_must(n, branches, trunk, first):
     (pack,) = pack_trees(long_trees(n, branches, trunk), 99999, pad_to=256)
     rows = torch.arange(len(pack.ids))
-    seen = tree_rule(pack.documents, pack.branches)(None, None, rows[first:, None], rows[None])
-    mask = block_mask(pack.documents, pack.branches, first)
+    seen = tree_rule(pack.ends)(None, None, rows[first:, None], rows[None])
+    mask = block_mask(pack.ends, first)
     dense = torch.nn.functional.pad(seen, (0, 0, 0, -len(seen) % 128))
     tiles = dense.view(-1, 128, len(rows) // 128, 128).transpose(1, 2)  # (blocks of queries, of keys, 128, 128)
     real = torch.nn.functional.pad(torch.ones_like(seen), (0, 0, 0, -len(seen) % 128))
@@ -49,17 +49,17 @@ def test_the_block_mask_covers_the_rule_and_asks_it_where_it_must(n, branches, t
         for i in range(len(found)):
             found[i, order[0, 0, i, : number[0, 0, i]].long()] = True
     assert not (asked & whole).any()
-    assert (whole <= (tiles | ~real).flatten(2).all(2)).all()  # nothing is seen that the rule hides
     assert (tiles.flatten(2).any(2) <= (asked | whole)).all()  # nothing is hidden that the rule shows
     assert (asked | whole).sum() == tiles.flatten(2).any(2).sum()  # and nothing is looked at in vain
+    assert (whole == (tiles | ~real).flatten(2).all(2)).all()  # and the rule is asked only where it must be
 
 
 def test_flex_attention_with_the_block_mask_equals_the_dense_mask():
     (pack,) = pack_trees(long_trees(5, 3, 60), 99999, pad_to=256)
     rows = torch.arange(len(pack.ids))
-    seen = tree_rule(pack.documents, pack.branches)(None, None, rows[:, None], rows[None])
+    seen = tree_rule(pack.ends)(None, None, rows[:, None], rows[None])
     q, k, v = torch.randn(3, 1, 2, len(rows), 16, generator=torch.Generator().manual_seed(0))
-    found = flex_attention(q, k, v, block_mask=block_mask(pack.documents, pack.branches))
+    found = flex_attention(q, k, v, block_mask=block_mask(pack.ends))
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
     assert (found - expected).abs().max() < 1e-5
 
