@@ -149,6 +149,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | BlockMask | None") -
     grouped = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):
         flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
+        q, k = q.to(v.dtype), k.to(v.dtype)  # autocast leaves them in fp32 after the rotation
         return flex(q, k, v, block_mask=mask, enable_gqa=grouped)
     if isinstance(mask, QueryBlocks):
         queries = q.split([len(seen) for seen in mask.seen], dim=2)
