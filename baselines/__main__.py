@@ -3,13 +3,15 @@
     python -m baselines                                         # all of them on the demo, over models/tiny's states
     python -m baselines --data data/games --run runs/games --encoder PATH_OR_HUB_ID --models sasrec narm --seeds 0 1 2
 
-Each model learns from the training users alone, by softmax over the target, the file's negatives and others that are
-drawn anew in every epoch as `prepare` draws them (uniform, never the target or an item of the history); the epoch with
-the best validation recall ranks the test users. Writes RUN/baselines/NAME-SEED/scores-test.jsonl and results.json, and
+Each model learns from the training users alone, by softmax over the target (with --every-position each item of the
+histories too, after those before it), the file's negatives and others that are drawn anew in every epoch as `prepare`
+draws them (uniform, never the target or an item of the history); the epoch with the best validation recall ranks the
+test users. Writes RUN/baselines/NAME-SEED/scores-test.jsonl and results.json, and
 prints one table.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,17 @@ class Users:
         self.examples, self.names = examples, candidates
         self.histories = torch.tensor([h + [-1] * (width - len(h)) for h in histories])
         self.candidates = torch.tensor([[number[i] for i in items] for items in candidates])
+
+
+def every_position(examples: list[trsr.Example]) -> list[trsr.Example]:
+    """Return each item of the histories but the first as a target after the items before it, and the targets."""
+    made = []
+    for example in examples:
+        sequence = [*example.history, example.positive]
+        for i in range(1, len(sequence)):
+            if sequence[i] not in sequence[:i]:  # as in the dataset, no target is in its own history
+                made.append(replace(example, history=sequence[:i], positive=sequence[i]))
+    return made
 
 
 def draw_negatives(users: Users, n_items: int, n: int, rng: np.random.Generator) -> torch.Tensor:
@@ -115,6 +128,7 @@ def main() -> None:
     flag("--negatives", type=positive, default=20, help="drawn for each user in every epoch")
     flag("--epochs", type=positive, default=60)
     flag("--patience", type=positive, default=8, help="epochs without a better validation recall before training ends")
+    flag("--every-position", action="store_true", help="a training user's every item is a target after those before")
     flag("--longest", type=positive, default=200, help="most recent items of a history that are looked at")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -124,8 +138,10 @@ def main() -> None:
     print(f"data    {args.data}: {', '.join(f'{len(e)} {s}' for s, e in splits.items())} users, {len(items)} items")
     print(f"items   {args.encoder}: {texts.shape[1]} dimensions, frozen; {args.size} in the models, on {device.type}")
     candidates = {split: [trsr.shuffled_candidates(e) for e in splits[split]] for split in ("val", "test")}
-    candidates["train"] = [[e.positive, *e.negatives] for e in splits["train"]]
-    users = {split: Users(splits[split], number, candidates[split], args.longest) for split in splits}
+    examples = splits | {"train": every_position(splits["train"])} if args.every_position else splits
+    candidates["train"] = [[e.positive, *e.negatives] for e in examples["train"]]
+    users = {split: Users(examples[split], number, candidates[split], args.longest) for split in splits}
+    print(f"learns  {len(examples['train'])} targets, each against its file's and {args.negatives} more negatives")
     table = {}
     for name in args.models:
         all_ranks = []

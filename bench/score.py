@@ -67,13 +67,13 @@ def agreement(ours: dict, theirs: list, trees: list[Tree]) -> tuple[float, float
 
 
 def recommender_of(args, model: Llama) -> tuple:
-    """Return (recommender, answers, examples, candidates) of a dataset's test users, whole histories in the prompt."""
-    domain, items, splits = load_dataset(args.data, ("test",))
+    """Return (recommender, answers, examples, candidates) of training users, whole histories in the prompt."""
+    domain, items, splits = load_dataset(args.data, ("train",))
     with tempfile.TemporaryDirectory() as folder:
         shutil.copyfile(args.tokenizer, Path(folder) / "tokenizer.model")
         settings = argparse.Namespace(max_length=2048, paradigm="whole-history", history_items=0)
         recommender, answers = make_recommender(settings, model, Path(folder), domain, items, {})
-    examples = splits["test"][: args.users]
+    examples = splits["train"][: args.users]
     return recommender, answers, examples, [trsr.shuffled_candidates(example) for example in examples]
 
 

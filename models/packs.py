@@ -206,7 +206,7 @@ def pack_length(trees: list[Tree], max_tokens: int) -> int:
 
 
 def _build_pack(trees: list[Tree], trunk: int, held: list[tuple], pad_to: int, last_only: bool) -> Pack:
-    columns = ids, positions, ends = [], [], []  # of tokens
+    columns = ids, positions, _ = [], [], []  # of tokens; then ends
     targets = rows, next_ids, weights = [], [], []
 
     def add(segment: list[int], parent: int | None, weight: int, below: int) -> int | None:

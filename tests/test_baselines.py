@@ -109,6 +109,27 @@ def test_drawn_negatives_are_new_and_never_the_target_or_of_the_history(tmp_path
         assert not {number[i] for i in [*example.history, example.positive]} & set(row)
 
 
+def test_with_every_position_each_item_is_a_target_after_those_before_it(
+    finished, model_folder, tmp_path, capsys, monkeypatch
+):
+    example = trsr.Example("u", ["a", "b", "a", "c"], "d", ["n"])
+    made = command.every_position([example, trsr.Example("v", ["a"], "b", ["m"])])
+    assert [(e.user, e.history, e.positive, e.negatives) for e in made] == [
+        ("u", ["a"], "b", ["n"]),
+        ("u", ["a", "b", "a"], "c", ["n"]),
+        ("u", ["a", "b", "a", "c"], "d", ["n"]),
+        ("v", ["a"], "b", ["m"]),
+    ]
+    _, _, splits = load_dataset(finished / "data", ("train",))
+    flags = ["--data", str(finished / "data"), "--run", str(tmp_path), "--encoder", f"llama:{model_folder}"]
+    flags += ["--epochs", "1", "--size", "8", "--models", "ncf", "--every-position"]
+    monkeypatch.setattr("sys.argv", ["baselines", *flags])
+    command.main()
+    assert f"learns  {sum(len(e.history) for e in splits['train'])} targets" in capsys.readouterr().out
+    last, every = (json.loads((r / "baselines" / "results.json").read_text()) for r in (finished / "run", tmp_path))
+    assert every["table"]["popularity"] == last["table"]["popularity"]
+
+
 def test_texts_are_the_mean_of_the_llama_s_states(model_folder):
     texts = ["Title: red lamp", "Title: a very long blue table with many words in it", "x"]
     found = by_llama(model_folder, texts, CPU)
