@@ -11,6 +11,7 @@ prefix that is computed once; ties count against the positive.
 import argparse
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -19,16 +20,17 @@ import torch.distributed as dist
 import trsr
 from llama import compile_layers, score_packs
 from lora import load_adapter
-from models.hub import find_model, load_model
+from models.hub import find_model, load_config, load_model
 from models.packs import Pack
 from prepare.dataset import load_dataset, write_json, write_jsonl
 from runfolder.command import natural, positive, script_parser
 from runfolder.compare import format_table
 from runfolder.page import write_report
 from runfolder.processes import ahead, gather, host_workers, join_processes, peak_memory, run_script, share_out
+from runfolder.prompts import user_packs
 from runfolder.scores import read_scores, table_of
 from runfolder.state import fingerprint, load_summaries, read_config
-from train import make_recommender, user_packs
+from train import make_recommender
 
 
 def parse_arguments():
@@ -46,25 +48,28 @@ def parse_arguments():
     return parser.parse_args()
 
 
-def score(model, recommender, examples, candidates, answers, args, show: bool) -> tuple[dict, list[int], Counter]:
+def own_packs(recommender, examples, candidates, args, show: bool) -> Iterator[Pack]:
+    """Return the packs of this process's users, shared out by their candidates' lengths; tokenizing begins now."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    sizes = [sum(len(recommender.items[i]) for i in items) for items in candidates]
+    return user_packs(recommender, examples, candidates, sorted(share_out(sizes, world)[rank]), args, show)
+
+
+def score(model, packs, users: int, answers, budget: trsr.Budget) -> tuple[dict, list[int], Counter]:
     """Return the (Yes, No) logits by (user, candidate), each user's longest prompt in tokens, and what was trimmed.
 
-    The users are shared out over the processes by their candidates' lengths; every process gets the whole result.
+    packs: this process's own; every process gets the result of all.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     lengths: Counter = Counter()
 
     def measure(pack: Pack) -> None:
         for (user, _), row in pack.leaves.items():
             lengths[user] = max(lengths[user], int(pack.positions[row]) + 1)
 
-    sizes = [sum(len(recommender.items[i]) for i in items) for items in candidates]
-    mine = sorted(share_out(sizes, world)[rank])
-    packs = ahead(user_packs(recommender, examples, candidates, mine, args, show))
-    parts = gather((score_packs(model, packs, answers, measure), lengths, recommender.budget.trimmed))
+    parts = gather((score_packs(model, ahead(packs), answers, measure), lengths, budget.trimmed))
     scores = {key: value for part, _, _ in parts for key, value in part.items()}
     lengths, trimmed = (sum((part[i] for part in parts), Counter()) for i in (1, 2))
-    return scores, [lengths[user] for user in range(len(examples))], trimmed
+    return scores, [lengths[user] for user in range(users)], trimmed
 
 
 def rank_by_file(args) -> None:
@@ -105,6 +110,14 @@ def main() -> None:
     domain, items, splits = load_dataset(args.data, ("train", args.split))
     examples = splits[args.split][: args.users]
     summaries = load_summaries(args.run, items, examples) if args.paradigm in trsr.SUMMARIZED else {}
+    recommender, answers = make_recommender(args, load_config(folder), folder, domain, items, summaries)
+    row = "untrained" if args.untrained else "trained"
+    if rank == 0:
+        print(f"data    {args.data}: {len(examples)} users of {args.split}.jsonl")
+        print(f"model   {args.model}, {row} ({kind}), {args.dtype}, on {world} x {device.type}")
+        print(f"prompt  {args.paradigm}, {args.history_items} recent items, {recommender.budget.tokens} tokens at most")
+    candidates = [trsr.shuffled_candidates(example) for example in examples]
+    packs = own_packs(recommender, examples, candidates, args, show=rank == 0)  # while the weights are loaded
     if kind == "model" and not args.untrained:
         folder = args.run / "model"
     model = load_model(folder, device, torch.bfloat16 if args.dtype == "bf16" else torch.float32)
@@ -113,15 +126,8 @@ def main() -> None:
     model.eval()
     if device.type == "cuda" and not args.no_compile:
         compile_layers(model)
-    recommender, answers = make_recommender(args, model, folder, domain, items, summaries)
-    row = "untrained" if args.untrained else "trained"
-    if rank == 0:
-        print(f"data    {args.data}: {len(examples)} users of {args.split}.jsonl")
-        print(f"model   {args.model}, {row} ({kind}), {args.dtype}, on {world} x {device.type}")
-        print(f"prompt  {args.paradigm}, {args.history_items} recent items, {recommender.budget.tokens} tokens at most")
     start = time.perf_counter()
-    candidates = [trsr.shuffled_candidates(example) for example in examples]
-    logits, lengths, trimmed = score(model, recommender, examples, candidates, answers, args, show=rank == 0)
+    logits, lengths, trimmed = score(model, packs, len(examples), answers, recommender.budget)
     seconds = time.perf_counter() - start
     if rank > 0:
         return

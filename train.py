@@ -14,9 +14,6 @@ import math
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from itertools import islice, pairwise
 from pathlib import Path
 from statistics import median
 
@@ -30,17 +27,16 @@ import trsr
 from llama import Llama
 from lora import LoRAConfig, apply_lora
 from models.hub import find_model, load_model
-from models.packs import Pack, Tree, pack_length, pack_trees, steady_length
+from models.packs import Pack, Tree, pack_length, pack_trees
 from models.tokenizer import Tokenizer
 from prepare.dataset import append_jsonl, load_dataset, read_jsonl, write_jsonl
 from runfolder.checkpoint import full, load_checkpoint, save_best, save_checkpoint, trainable
 from runfolder.command import natural, positive, script_parser
 from runfolder.estimate import preflight
 from runfolder.processes import ahead, gather, host_workers, join_processes, peak_memory, run_script, share_out
-from runfolder.prompts import Prompts, tokenized
+from runfolder.prompts import Prompts, tokenized, user_packs
 from runfolder.state import claim_config, fingerprint, load_summaries, locked, read_config
 
-USERS_PACKED = 64  # whose prompts are packed together in scoring
 # Settings with which a run may go on in another way than it began.
 NOT_KEPT = ("run", "autocast", "pad_to", "save_every", "workers", "shard", "activation_checkpointing", "dry_run")
 NOT_KEPT += ("no_compile",)
@@ -96,35 +92,13 @@ def step_batches(n_users: int, users_a_step: int, seed: int, epoch: int) -> list
 # ---- Scoring, in validation here and in evaluate.py
 
 
-def make_recommender(args, model: Llama, folder: Path, domain, items, summaries) -> tuple[trsr.Recommender, tuple]:
-    """Return what makes the prompts, and the token ids of Yes and No."""
-    tokenizer = Tokenizer(folder, model.config.vocab_size)
-    context = min(args.max_length, model.config.max_position_embeddings)
+def make_recommender(args, config, folder: Path, domain, items, summaries) -> tuple[trsr.Recommender, tuple]:
+    """Return what makes the prompts for a model of that configuration, and the token ids of Yes and No."""
+    tokenizer = Tokenizer(folder, config.vocab_size)
+    context = min(args.max_length, config.max_position_embeddings)
     budget = trsr.Budget(context - 1, tokenizer.encode, Counter())  # one token is the answer's
     answers = trsr.answer_ids(tokenizer.encode, domain)
     return trsr.Recommender(args.paradigm, domain, items, summaries, args.history_items, budget), answers
-
-
-def user_packs(recommender, examples, candidates, users: Sequence[int], args, show: bool) -> Iterator[Pack]:
-    """Return packs with all prompts of these users (indices of examples), while workers tokenize the next ones."""
-    trees = tokenized(Prompts(recommender, [(examples[u], candidates[u]) for u in users]), args, show)
-    return stream_packs(zip(users, trees, strict=True), len(users), args)
-
-
-def stream_packs(trees: Iterator[tuple[int, Tree]], n: int, args) -> Iterator[Pack]:
-    """Yield packs of n (number, tree) pairs as they come; a pack's leaves are (number, branch)."""
-    held, length = [], None
-    for start, end in pairwise([0, *range(USERS_PACKED // 2, n, USERS_PACKED), n]):
-        held += islice(trees, end - start)
-        ready = [tree for _, tree in held]
-        length = length or (args.pack_tokens if args.pad_to == 1 else steady_length(ready, args.pack_tokens))
-        packs = pack_trees(ready, length, min(length, args.pad_to))
-        # The emptiest pack is the last; its users wait for others to fill it.
-        waiting = end < n and not packs[-1].known
-        for pack in packs[: len(packs) - waiting]:
-            yield replace(pack, leaves={(held[t][0], b): row for (t, b), row in pack.leaves.items()})
-        held = [held[t] for t in dict.fromkeys(t for t, _ in packs[-1].leaves)] if waiting else []
-    next(trees, None)  # its last words
 
 
 def validation_recall(model: Llama, examples, candidates, packs: list[Pack], answers, args) -> dict[str, float]:
@@ -316,7 +290,7 @@ def main() -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False
     if args.lora_r:
         apply_lora(model, args.lora)
-    recommender, answers = make_recommender(args, model, folder, domain, items, summaries)
+    recommender, answers = make_recommender(args, model.config, folder, domain, items, summaries)
     with locked(args.run, hold=rank == 0):
         if rank == 0:
             started = any((args.run / name).is_dir() for name in ("checkpoint", "adapter", "model"))

@@ -9,7 +9,8 @@ transformers: a user's 21 prompts in one batch, padded on the left, the last pos
 each prompt padded to 2,048 tokens, one a forward pass (the last position's logits alone too). The same random weights
 and prompts for all. FLOP are 2 a weight and token that meet, without attention; the fill is the share of the packs'
 places that hold a token. With several numbers of candidates, this project's cost a user for each. With --data, the time
-of evaluate.py's own way from a dataset's texts to scores, and the share of it in which the GPU computes.
+of evaluate.py's own way from a dataset's texts to scores, when the GPU begins (evaluate.py tokenizes while it loads
+weights), and the share of the time from then on in which it computes.
 """
 
 import argparse
@@ -30,7 +31,8 @@ from llama import Llama, compile_layers, score_packs
 from models.packs import Pack, Tree
 from prepare.dataset import load_dataset
 from runfolder.processes import ahead, gather, host_workers, join_processes, run_script, share_out
-from train import make_recommender, stream_packs
+from runfolder.prompts import stream_packs
+from train import make_recommender
 from trsr import InputError
 
 ANSWERS = (17, 1711)  # two tokens in place of Yes and No
@@ -72,16 +74,19 @@ def recommender_of(args, model: Llama) -> tuple:
     with tempfile.TemporaryDirectory() as folder:
         shutil.copyfile(args.tokenizer, Path(folder) / "tokenizer.model")
         settings = argparse.Namespace(max_length=2048, paradigm="whole-history", history_items=0)
-        recommender, answers = make_recommender(settings, model, Path(folder), domain, items, {})
+        recommender, answers = make_recommender(settings, model.config, Path(folder), domain, items, {})
     examples = splits["train"][: args.users]
     return recommender, answers, examples, [trsr.shuffled_candidates(example) for example in examples]
 
 
-def busy_share(work) -> tuple[float, float]:
-    """Return the seconds that work takes, and the share of them in which the GPU computes."""
+def busy_share(work) -> tuple[float, float, float]:
+    """Return the seconds that work takes, the seconds before the GPU begins, and the share of the others in which it
+    computes.
+    """
     activity = torch.profiler.ProfilerActivity.CUDA
     with torch.profiler.profile(activities=[activity]) as profile:
         began = time.perf_counter()
+        torch.zeros(1, device="cuda")  # in the profile, where the work begins
         work()
         torch.cuda.synchronize()
         took = time.perf_counter() - began
@@ -90,7 +95,8 @@ def busy_share(work) -> tuple[float, float]:
     for start, end in spans:
         busy += max(0.0, end - max(start, reached))
         reached = max(reached, end)
-    return took, busy / 1e6 / took
+    before = (spans[1][0] - spans[0][0]) / 1e6
+    return took, before, busy / 1e6 / (took - before)
 
 
 def main() -> None:
@@ -151,10 +157,11 @@ def main() -> None:
         recommender, answers, examples, candidates = recommender_of(args, ours)
 
         def from_texts() -> None:
-            evaluate.score(ours, recommender, examples, candidates, answers, args, show=False)
+            own = evaluate.own_packs(recommender, examples, candidates, args, show=False)
+            evaluate.score(ours, own, len(examples), answers, recommender.budget)
 
         from_texts()  # compiled
-        found["from_texts"] = busy_share(from_texts) if gpu else (seconds(from_texts, device, 1), None)
+        found["from_texts"] = busy_share(from_texts) if gpu else (seconds(from_texts, device, 1),)
     if rank:
         return
     print(f"{args.shape}, {args.work}, {found['dtype']} on {found['device']}, torch {torch.__version__}")
@@ -167,8 +174,8 @@ def main() -> None:
     for n, cost in found["seconds_a_user"].items():
         print(f"{n:>6} candidates: {cost:.4f} s a user")
     if args.data:
-        took, busy = found["from_texts"]
-        share = "" if busy is None else f"; the GPU computes in {busy:.1%} of the time"
+        took, *more = found["from_texts"]
+        share = "; the GPU begins after {:.2f} s, then it computes in {:.1%} of the time".format(*more) if more else ""
         print(f"{len(examples)} users of {args.data} from texts to scores in {took:.2f} s{share}", flush=True)
     if args.json:
         print(json.dumps(found))

@@ -32,15 +32,21 @@ def find_model(name: str, revision: str | None = None) -> Path:
     raise CheckpointError(f"{name}: {why}") from None
 
 
-def build_model(folder: Path) -> Llama:
-    """Return the model that a folder's config.json describes, without weights; CheckpointError for an unknown one."""
+def load_config(folder: Path) -> llama.Config | neox.Config:
+    """Return what a folder's config.json describes; CheckpointError for an unknown architecture."""
     path = folder / "config.json"
     kind = llama.read_json_file(path).get("model_type")
     if kind == "llama":
-        return Llama(llama.load_config(folder))
+        return llama.load_config(folder)
     if kind == "gpt_neox":
-        return neox.GPTNeoX(neox.load_config(folder))
+        return neox.load_config(folder)
     raise CheckpointError(f"{path}: model_type is {kind!r}, only 'llama' and 'gpt_neox' are supported")
+
+
+def build_model(folder: Path) -> Llama:
+    """Return the model that a folder's config.json describes, without weights."""
+    config = load_config(folder)
+    return neox.GPTNeoX(config) if isinstance(config, neox.Config) else Llama(config)
 
 
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype, **options) -> Llama:

@@ -71,9 +71,10 @@ def share_out(sizes: list[int], shares: int) -> list[list[int]]:
 def ahead(items: Iterator) -> Iterator:
     """Yield items, each of which a thread makes while the one before is worked on."""
     with ThreadPoolExecutor(1) as pool:
-        due = pool.submit(next, items, None)
-        while (item := due.result()) is not None:
-            due = pool.submit(next, items, None)
+        due = [pool.submit(next, items, None)]
+        # Whoever still had the future when it raises would be a cycle with the error, and keep all that items holds.
+        while (item := due.pop().result()) is not None:
+            due.append(pool.submit(next, items, None))
             yield item
 
 

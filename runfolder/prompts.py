@@ -1,13 +1,17 @@
-"""Users to trees of token ids, made by worker processes while a GPU works."""
+"""Users to trees of token ids, made by worker processes while a GPU works, and to packs."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice, pairwise
 
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from models.packs import Tree, make_tree
+from models.packs import Pack, Tree, make_tree, pack_trees, steady_length
 from trsr import Example, InputError, Recommender
+
+USERS_PACKED = 64  # whose prompts are packed together in scoring
 
 
 class Prompts(Dataset):
@@ -45,10 +49,32 @@ def tokenized(prompts: Prompts, args, show: bool) -> Iterator[Tree]:
         trimmed = Counter(known)
         for tree, cut in tqdm(made, "prompts", len(prompts), unit="user", disable=not show):
             if isinstance(tree, InputError):
-                raise tree
+                raise InputError(*tree.args)  # `tree` itself would be a cycle with this frame, and its workers go on
             trimmed.update(cut)
             yield tree
         known.clear()
         known.update(trimmed)
 
     return trees()
+
+
+def user_packs(recommender, examples, candidates, users: Sequence[int], args, show: bool) -> Iterator[Pack]:
+    """Return packs with all prompts of these users (indices of examples), while workers tokenize the next ones."""
+    trees = tokenized(Prompts(recommender, [(examples[u], candidates[u]) for u in users]), args, show)
+    return stream_packs(zip(users, trees, strict=True), len(users), args)
+
+
+def stream_packs(trees: Iterator[tuple[int, Tree]], n: int, args) -> Iterator[Pack]:
+    """Yield packs of n (number, tree) pairs as they come; a pack's leaves are (number, branch)."""
+    held, length = [], None
+    for start, end in pairwise([0, *range(USERS_PACKED // 2, n, USERS_PACKED), n]):
+        held += islice(trees, end - start)
+        ready = [tree for _, tree in held]
+        length = length or (args.pack_tokens if args.pad_to == 1 else steady_length(ready, args.pack_tokens))
+        packs = pack_trees(ready, length, min(length, args.pad_to))
+        # The emptiest pack is the last; its users wait for others to fill it.
+        waiting = end < n and not packs[-1].known
+        for pack in packs[: len(packs) - waiting]:
+            yield replace(pack, leaves={(held[t][0], b): row for (t, b), row in pack.leaves.items()})
+        held = [held[t] for t in dict.fromkeys(t for t, _ in packs[-1].leaves)] if waiting else []
+    next(trees, None)  # its last words

@@ -1,6 +1,8 @@
 """evaluate.py as a command: scores against 21 separate prompts, and a table that says what the scores say."""
 
+import gc
 import json
+import multiprocessing
 import shutil
 import signal
 
@@ -185,7 +187,12 @@ def test_a_worker_process_reports_bad_input_in_one_line(trained, monkeypatch):
     done = run("evaluate.py", "--run", trained, "--k", 1, check=False)
     assert done.returncode == 0
     monkeypatch.setattr(trsr.Recommender, "prompt_ids", lambda *_: (_ for _ in ()).throw(trsr.InputError("no room")))
-    done = run("evaluate.py", "--run", trained, "--k", 1, check=False)
+    gc.collect(), gc.disable()
+    try:
+        done = run("evaluate.py", "--run", trained, "--k", 1, check=False)
+    finally:
+        gc.enable()
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].endswith(": no room")
     assert "Traceback" not in done.stderr
+    assert not multiprocessing.active_children()  # they end with the error, not when garbage is collected
