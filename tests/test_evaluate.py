@@ -5,6 +5,8 @@ import json
 import multiprocessing
 import shutil
 import signal
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +19,8 @@ from llama import load_model
 from lora import load_adapter
 from models.tokenizer import Tokenizer
 from prepare.dataset import load_dataset
-from runfolder.processes import run_script
+from runfolder.processes import ahead, run_script
+from runfolder.prompts import Prompts, tokenized
 from runfolder.scores import popularity_ranks
 
 
@@ -187,12 +190,32 @@ def test_a_worker_process_reports_bad_input_in_one_line(trained, monkeypatch):
     done = run("evaluate.py", "--run", trained, "--k", 1, check=False)
     assert done.returncode == 0
     monkeypatch.setattr(trsr.Recommender, "prompt_ids", lambda *_: (_ for _ in ()).throw(trsr.InputError("no room")))
-    gc.collect(), gc.disable()
-    try:
-        done = run("evaluate.py", "--run", trained, "--k", 1, check=False)
-    finally:
-        gc.enable()
+    done = run("evaluate.py", "--run", trained, "--k", 1, check=False)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].endswith(": no room")
     assert "Traceback" not in done.stderr
-    assert not multiprocessing.active_children()  # they end with the error, not when garbage is collected
+
+
+class Refusing:
+    """A recommender that has no prompts for user 50."""
+
+    budget = SimpleNamespace(trimmed=Counter())
+
+    def prompt_ids(self, user, _items):
+        if user == 50:
+            raise trsr.InputError("no room")
+        return [[1, 2, 3], [1, 2, 4]]
+
+
+def test_an_error_ends_the_worker_processes_at_once_and_not_when_garbage_is_collected():
+    gc.collect(), gc.disable()
+    try:
+        prompts = Prompts(Refusing(), [(user, []) for user in range(400)])
+        trees = ahead(tokenized(prompts, SimpleNamespace(workers=2), show=False))
+        assert multiprocessing.active_children()
+        with pytest.raises(trsr.InputError, match="no room"):
+            list(trees)
+        del trees
+        assert not multiprocessing.active_children()
+    finally:
+        gc.enable()
