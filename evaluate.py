@@ -2,7 +2,7 @@
 
     python evaluate.py --k 3 5 10                               # the embedded default, after train.py
     python evaluate.py --run runs/mind --split test             # data, model and prompt as the run was trained with
-    torchrun --nproc_per_node 8 evaluate.py --run-dir runs/mind # the packs are shared out; the result is the same
+    torchrun --nproc_per_node 8 evaluate.py --run-dir runs/mind # users are shared out; the result is the same
 
 Writes RUN/scores-SPLIT.jsonl, a line a user, and RUN/results.json, the table. A user's candidates are branches of one
 prefix that is computed once; ties count against the positive.
@@ -49,13 +49,15 @@ def parse_arguments():
 
 
 def own_packs(recommender, examples, candidates, args, show: bool) -> Iterator[Pack]:
-    """Return the packs of this process's users, shared out by their candidates' lengths; tokenizing begins now."""
+    """Return the packs of this process's users, shared out by their candidates' lengths. Worker processes, if args asks
+    for any, tokenize from now on.
+    """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     sizes = [sum(len(recommender.items[i]) for i in items) for items in candidates]
     return user_packs(recommender, examples, candidates, sorted(share_out(sizes, world)[rank]), args, show)
 
 
-def score(model, packs, users: int, answers, budget: trsr.Budget) -> tuple[dict, list[int], Counter]:
+def score(model, packs, n_users: int, answers, budget: trsr.Budget) -> tuple[dict, list[int], Counter]:
     """Return the (Yes, No) logits by (user, candidate), each user's longest prompt in tokens, and what was trimmed.
 
     packs: this process's own; every process gets the result of all.
@@ -69,7 +71,7 @@ def score(model, packs, users: int, answers, budget: trsr.Budget) -> tuple[dict,
     parts = gather((score_packs(model, ahead(packs), answers, measure), lengths, budget.trimmed))
     scores = {key: value for part, _, _ in parts for key, value in part.items()}
     lengths, trimmed = (sum((part[i] for part in parts), Counter()) for i in (1, 2))
-    return scores, [lengths[user] for user in range(users)], trimmed
+    return scores, [lengths[user] for user in range(n_users)], trimmed
 
 
 def rank_by_file(args) -> None:
@@ -126,7 +128,7 @@ def main() -> None:
     model.eval()
     if device.type == "cuda" and not args.no_compile:
         compile_layers(model)
-    start = time.perf_counter()
+    start = time.perf_counter()  # on a GPU, the first users are tokenized by now
     logits, lengths, trimmed = score(model, packs, len(examples), answers, recommender.budget)
     seconds = time.perf_counter() - start
     if rank > 0:

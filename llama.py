@@ -558,8 +558,8 @@ class Generator:
             size = pad = rounded_up(min(PREFILL_TOKENS, sum(tree.size for tree in trees)))
         for pack in pack_trees(trees, size, pad, last_only=True):
             rows, tokens = [], []
-            for leaf, end in pack.leaves.items():
-                path = (pack.ends[: end + 1] > end).nonzero()[:, 0]
+            for leaf, last in pack.leaves.items():
+                path = (pack.ends[: last + 1] > last).nonzero()[:, 0]
                 rows.append(torch.full_like(path, first + prompt_of[leaf]))
                 tokens.append(path)
             rows, tokens = torch.cat(rows), torch.cat(tokens)

@@ -6,8 +6,7 @@
 Each model learns from the training users alone, by softmax over the target (with --every-position each item of the
 histories too, after those before it), the file's negatives and others that are drawn anew in every epoch as `prepare`
 draws them (uniform, never the target or an item of the history); the epoch with the best validation recall ranks the
-test users. Writes RUN/baselines/NAME-SEED/scores-test.jsonl and results.json, and
-prints one table.
+test users. Writes RUN/baselines/NAME-SEED/scores-test.jsonl and results.json, and prints one table.
 """
 
 import argparse
@@ -52,7 +51,9 @@ def every_position(examples: list[trsr.Example]) -> list[trsr.Example]:
 
 
 def draw_negatives(users: Users, n_items: int, n: int, rng: np.random.Generator) -> torch.Tensor:
-    """Return n items (users, n) for each user, uniform over those that are neither target nor in the history."""
+    """Return n items (users, n) for each user, uniform over those that are neither target nor in the history (with
+    --every-position the one before the target: one that follows can be drawn, as seldom as any other).
+    """
     drawn = rng.integers(n_items, size=(len(users.examples), n))
     taken = np.concatenate((users.histories.numpy(), users.candidates[:, :1].numpy()), axis=1)
     while (wrong := (drawn[:, :, None] == taken[:, None]).any(2)).any():
@@ -124,11 +125,11 @@ def main() -> None:
     flag("--dropout", type=float, default=0.2)
     flag("--lr", type=float, default=1e-3)
     flag("--weight-decay", type=float, default=1e-4)
-    flag("--batch-size", type=positive, default=128, help="users a step")
-    flag("--negatives", type=positive, default=20, help="drawn for each user in every epoch")
+    flag("--batch-size", type=positive, default=128, help="targets a step")
+    flag("--negatives", type=positive, default=20, help="drawn for each target in every epoch")
     flag("--epochs", type=positive, default=60)
     flag("--patience", type=positive, default=8, help="epochs without a better validation recall before training ends")
-    flag("--every-position", action="store_true", help="a training user's every item is a target after those before")
+    flag("--every-position", action="store_true", help="learn every item but the first after those before it")
     flag("--longest", type=positive, default=200, help="most recent items of a history that are looked at")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -156,7 +157,12 @@ def main() -> None:
             fields = ("user", "rank", "candidates", "scores")
             rows = (dict(zip(fields, values, strict=True)) for values in zip(*columns, strict=True))
             write_jsonl(folder / "scores-test.jsonl", rows)
-            report = {"data": str(args.data), "model": name, "table": means_and_intervals(ranks, args.k)}
+            report = {
+                "data": str(args.data),
+                "model": name,
+                "targets": len(examples["train"]),
+                "table": means_and_intervals(ranks, args.k),
+            }
             write_json(folder / "results.json", report)
             all_ranks.append(ranks)
         table = table | table_of(name, all_ranks, splits["test"], splits["train"], args.k)

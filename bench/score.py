@@ -68,14 +68,14 @@ def agreement(ours: dict, theirs: list, trees: list[Tree]) -> tuple[float, float
     return (a - b).abs().max().item(), (orders[0] == orders[1]).float().mean().item()
 
 
-def recommender_of(args, model: Llama) -> tuple:
+def recommender_of(args, model: Llama, users: int) -> tuple:
     """Return (recommender, answers, examples, candidates) of training users, whole histories in the prompt."""
     domain, items, splits = load_dataset(args.data, ("train",))
     with tempfile.TemporaryDirectory() as folder:
         shutil.copyfile(args.tokenizer, Path(folder) / "tokenizer.model")
         settings = argparse.Namespace(max_length=2048, paradigm="whole-history", history_items=0)
         recommender, answers = make_recommender(settings, model.config, Path(folder), domain, items, {})
-    examples = splits["train"][: args.users]
+    examples = splits["train"][:users]
     return recommender, answers, examples, [trsr.shuffled_candidates(example) for example in examples]
 
 
@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, nargs="+", default=[CANDIDATES], help="numbers of candidates to time")
     parser.add_argument("--pack-tokens", type=int, help="tokens in a forward pass (without it: as evaluate.py)")
     parser.add_argument("--no-peer", action="store_true", help="this project alone")
-    parser.add_argument("--data", type=Path, help="dataset, of which evaluate.py's way is timed too")
+    parser.add_argument("--data", type=Path, help="dataset, of whose training users evaluate.py's way is timed")
     parser.add_argument("--tokenizer", type=Path, help="SentencePiece model with 32,000 pieces, for --data")
     args = parser.parse_args()
     rank, world, device = join_processes()
@@ -154,7 +154,7 @@ def main() -> None:
         some = random_trees(args, max(1, users * CANDIDATES // n), n)
         found["seconds_a_user"][n] = seconds(lambda some=some: gather(score(some)), device, 1) / len(some)
     if args.data:
-        recommender, answers, examples, candidates = recommender_of(args, ours)
+        recommender, answers, examples, candidates = recommender_of(args, ours, users)
 
         def from_texts() -> None:
             own = evaluate.own_packs(recommender, examples, candidates, args, show=False)

@@ -134,7 +134,7 @@ def weighted(pack: Pack, trees: list[Tree]) -> Pack:
     answers = torch.zeros(len(pack.ids), dtype=torch.bool)
     for (t, _), last in pack.leaves.items():
         answers[last + 1 - len(trees[t].branches[0]) : last + 1] = True
-    # A row with several targets is still in a prefix, and so is what stands after it.
+    # No prompt begins another, so the targets of a row are all in prefixes, as the next row is, or all in answers.
     return replace(pack, weights=pack.weights * torch.where(answers[pack.rows + 1], 1.0, PROMPT_WEIGHT))
 
 
@@ -260,7 +260,7 @@ def main() -> None:
         compile_layers(model)
     n, record = sum(p.numel() for p in model.parameters()), seen(corpus, plan, args)
     asked, written = (sum(record["examples"][kind] for kind in kinds) for kinds in (QUESTIONS, WRITINGS))
-    print(f"data    {args.data}: {record['users']} training users, {record['texts']} texts of their items")
+    print(f"data    {args.data}: {record['users']} training users, {record['texts']} texts of items")
     print(f"model   {n / 1e6:.1f}M parameters from seed {args.seed}, {args.vocabulary} pieces, on {device.type}")
     print(f"learns  {asked} questions, {asked / record['positives']:.2f} epochs, and {written} writings")
     print(f"steps   {args.steps}, each of up to {args.pack_tokens} + {args.pack_tokens // WRITINGS_SHARE} tokens")

@@ -32,7 +32,7 @@ def find_model(name: str, revision: str | None = None) -> Path:
     raise CheckpointError(f"{name}: {why}") from None
 
 
-def load_config(folder: Path) -> llama.Config | neox.Config:
+def load_config(folder: Path) -> llama.Config:
     """Return what a folder's config.json describes; CheckpointError for an unknown architecture."""
     path = folder / "config.json"
     kind = llama.read_json_file(path).get("model_type")
@@ -44,7 +44,7 @@ def load_config(folder: Path) -> llama.Config | neox.Config:
 
 
 def build_model(folder: Path) -> Llama:
-    """Return the model that a folder's config.json describes, without weights."""
+    """Return the model that a folder's config.json describes, without weights; CheckpointError as load_config."""
     config = load_config(folder)
     return neox.GPTNeoX(config) if isinstance(config, neox.Config) else Llama(config)
 

@@ -59,9 +59,9 @@ class Pack:
     that the loss is that of the sequences apart.
     """
 
-    ids: Tensor  # (T,), and so the next three
+    ids: Tensor  # (T,), and so the next two
     positions: Tensor
-    ends: Tensor  # int32, which the attention kernels compare twice as fast
+    ends: Tensor  # the first row that no longer continues the token; int32, as the kernels' own row numbers are
     rows: Tensor  # (N,), and so the next two
     next_ids: Tensor
     weights: Tensor
@@ -97,8 +97,8 @@ def on_device(tensor: Tensor, device: torch.device) -> Tensor:
 def tree_rule(ends: Tensor) -> Callable:
     """Return the attention rule of a pack: (batch, head, query row, key row) -> whether the query sees the key.
 
-    A kernel asks it of every query and key in a block that is not seen as a whole, so what it computes and reads is
-    most of what attention costs in packs of short texts.
+    A kernel asks it of every query and key in a block that is not seen as a whole. In packs of short texts those are
+    most, so that what the rule reads and compares counts.
     """
     return lambda _batch, _head, query, key: (key <= query) & (query < ends[key])
 
@@ -106,7 +106,8 @@ def tree_rule(ends: Tensor) -> Callable:
 def block_mask(ends: Tensor, first: int = 0) -> BlockMask:
     """Return tree_rule, for the queries from row `first` on, as which blocks of keys each block of queries looks at.
 
-    A few comparisons of a block's least and greatest end make the mask, where asking the rule of each query and key
+    A block's greatest end lies beyond the first query, or no query sees any of its keys; its least end lies beyond the
+    last query, or not all see all. So a few comparisons make the mask, where asking the rule of each query and key
     takes a tenth of scoring's time.
     """
     rows = torch.arange(len(ends), device=ends.device)
@@ -207,7 +208,7 @@ def pack_length(trees: list[Tree], max_tokens: int) -> int:
 
 def _build_pack(trees: list[Tree], trunk: int, held: list[tuple], pad_to: int, last_only: bool) -> Pack:
     columns = ids, positions, _ = [], [], []  # of tokens; then ends
-    targets = rows, next_ids, weights = [], [], []
+    targets = [], [], []
 
     def add(segment: list[int], parent: int | None, weight: int, below: int) -> int | None:
         """Append a segment that continues row `parent` and that the next `below` tokens continue; return the row of its
@@ -238,9 +239,9 @@ def _build_pack(trees: list[Tree], trunk: int, held: list[tuple], pad_to: int, l
             leaves[t, b] = add(trees[t].branches[b], stem, 1, 0)
     for column, value in zip(columns, (0, 0, length), strict=True):
         column.extend([value] * (length - tokens))
-    made = [torch.tensor(column, dtype=torch.long) for column in (*columns, rows, next_ids)]
-    made[2] = made[2].int()
-    return Pack(*made, torch.tensor(weights, dtype=torch.float32), leaves, tokens)
+    types = (torch.long, torch.long, torch.int, torch.long, torch.long, torch.float32)
+    made = (torch.tensor(column, dtype=dtype) for column, dtype in zip((*columns, *targets), types, strict=True))
+    return Pack(*made, leaves, tokens)
 
 
 def steady_length(trees: list[Tree], max_tokens: int) -> int:

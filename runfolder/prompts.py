@@ -67,7 +67,7 @@ def user_packs(recommender, examples, candidates, users: Sequence[int], args, sh
 def stream_packs(trees: Iterator[tuple[int, Tree]], n: int, args) -> Iterator[Pack]:
     """Yield packs of n (number, tree) pairs as they come; a pack's leaves are (number, branch)."""
     held, length = [], None
-    for start, end in pairwise([0, *range(USERS_PACKED // 2, n, USERS_PACKED), n]):
+    for start, end in pairwise([0, *range(USERS_PACKED // 2, n, USERS_PACKED), n]) if n else ():
         held += islice(trees, end - start)
         ready = [tree for _, tree in held]
         length = length or (args.pack_tokens if args.pad_to == 1 else steady_length(ready, args.pack_tokens))

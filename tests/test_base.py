@@ -47,6 +47,8 @@ def data(tmp_path_factory):
     seen = {item for user in users for item in [*user["history"], user["positive"], *user["negatives"]]}
     items = [json.loads(line) for line in (folder / "items.jsonl").read_text().splitlines()]
     assert any(item["id"] not in seen for item in items)
+    chosen = {item for user in users for item in [*user["history"], user["positive"]]}
+    assert seen - chosen  # an item that is nothing but a negative
     with open(folder / "items.jsonl", "w") as file:
         for item in items:
             item["attributes"]["Brand"] = "Train" if item["id"] in seen else "Other"
@@ -125,6 +127,8 @@ def test_neither_other_splits_nor_their_items_are_seen(data, made, steps, tmp_pa
     assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     assert (again / "tokenizer.model").read_bytes() == (folder / "tokenizer.model").read_bytes()
     assert not any("Other" in line for line in steps.corpus.tokenizer_lines())
+    named = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+    assert steps.corpus.texts.keys() == {i for u in named for i in [*u["history"], u["positive"], *u["negatives"]]}
     texts = [steps.tokenizer.decode([*tree.prefix, *branch]) for tree, _ in trees for branch in tree.branches]
     assert sum("Train" in text for text in texts) > 50
     assert not any("Other" in text for text in texts)

@@ -20,7 +20,7 @@ from lora import load_adapter
 from models.tokenizer import Tokenizer
 from prepare.dataset import load_dataset
 from runfolder.processes import ahead, run_script
-from runfolder.prompts import Prompts, tokenized
+from runfolder.prompts import stream_packs, user_packs
 from runfolder.scores import popularity_ranks
 
 
@@ -210,12 +210,19 @@ class Refusing:
 def test_an_error_ends_the_worker_processes_at_once_and_not_when_garbage_is_collected():
     gc.collect(), gc.disable()
     try:
-        prompts = Prompts(Refusing(), [(user, []) for user in range(400)])
-        trees = ahead(tokenized(prompts, SimpleNamespace(workers=2), show=False))
+        users, args = range(400), SimpleNamespace(workers=2, pack_tokens=64, pad_to=1)
+        packs = user_packs(Refusing(), users, [[]] * 400, users, args, show=False)
         assert multiprocessing.active_children()
         with pytest.raises(trsr.InputError, match="no room"):
-            list(trees)
-        del trees
+            list(ahead(packs))
+        del packs
+        assert not multiprocessing.active_children()
+        packs = user_packs(Refusing(), users, [[]] * 400, users, args, show=False)
+        del packs  # as an error does that comes before the first one is asked for
         assert not multiprocessing.active_children()
     finally:
         gc.enable()
+
+
+def test_a_process_without_users_has_no_packs():
+    assert list(stream_packs(iter(()), 0, SimpleNamespace(pack_tokens=256, pad_to=256))) == []
