@@ -387,7 +387,7 @@ def score_packs(model: Llama, packs: Iterable[Pack], vocabulary: Sequence[int], 
 
     def collect() -> None:
         pack, logits = running.popleft()
-        scores.update(zip(pack.leaves, logits.tolist(), strict=True))
+        scores.update(zip(pack.leaves, logits(), strict=True))
         progress(pack)
 
     for pack in packs:
@@ -399,12 +399,21 @@ def score_packs(model: Llama, packs: Iterable[Pack], vocabulary: Sequence[int], 
         inputs = (here.ids[None, first:], here.positions[None, first:], here.mask(first))
         select = places([row - first for row in pack.leaves.values()], device)
         logits = model(*inputs, prefix if pack.known else None, select=select, vocabulary=vocabulary)
-        running.append((pack, logits[: len(pack.leaves)].float()))
+        running.append((pack, fetch(logits[: len(pack.leaves)].float())))
         if len(running) > 1:  # a result is fetched when the GPU has the next pack to work on
             collect()
     while running:
         collect()
     return scores
+
+
+def fetch(tensor: Tensor) -> Callable[[], list]:
+    """Begin to copy a tensor to the host; return what waits for it, but for nothing that comes after, and lists it."""
+    if not tensor.is_cuda:
+        return tensor.tolist
+    copy, there = tensor.to("cpu", non_blocking=True), torch.cuda.Event()
+    there.record()
+    return lambda: there.synchronize() or copy.tolist()
 
 
 def places(tokens: list[int], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ import re
 import resource
 import signal
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -68,14 +69,17 @@ def share_out(sizes: list[int], shares: int) -> list[list[int]]:
     return groups
 
 
-def ahead(items: Iterator) -> Iterator:
-    """Yield items, each of which a thread makes while the one before is worked on."""
-    with ThreadPoolExecutor(1) as pool:
-        due = [pool.submit(next, items, None)]
+def ahead(items: Iterator, n: int = 8) -> Iterator:
+    """Yield items, while a thread makes the next n: some take long, as the first of users packed together."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        due = deque(pool.submit(next, items, None) for _ in range(n))
         # Whoever still had the future when it raises would be a cycle with the error, and keep all that items holds.
-        while (item := due.pop().result()) is not None:
+        while (item := due.popleft().result()) is not None:
             due.append(pool.submit(next, items, None))
             yield item
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def first_to_fail() -> bool:
