@@ -107,7 +107,8 @@ def test_two_processes_write_the_same_file(tmp_path, finished, data_folder, mode
 
 
 def test_interruptions_at_random_moments_lose_no_finished_user(tmp_path, model_folder):
-    data = write_dataset(tmp_path / "data", users=(40, 4, 4))
+    # Seconds of work, since a busy machine is late to interrupt it.
+    data = write_dataset(tmp_path / "data", users=(150, 4, 4))
     summarize(tmp_path / "whole", data, model_folder)
     folder, rng = tmp_path / "run", random.Random(0)
     command = [sys.executable, ROOT / "summarize.py", "--data", data, "--model", model_folder, "--run", folder]
@@ -132,7 +133,7 @@ def test_interruptions_at_random_moments_lose_no_finished_user(tmp_path, model_f
         if kind != signal.SIGKILL:
             assert errors.splitlines()[-1] == "summarize: interrupted; what is done is kept, use the same command"
             assert "Traceback" not in errors
-        assert before < finished_users() < 48
+        assert before < finished_users() < 158
     with open(folder / "summaries.part0.jsonl", "ab") as file:
         file.write(b'{"user": "torn')  # as a kill in the middle of a write leaves it
     done = subprocess.run(command, capture_output=True, text=True)
