@@ -29,9 +29,10 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from models.int8 import Int8Linear, bitsandbytes_linear, quantize, replace_linears
-from models.packs import BLOCK, Pack, QueryBlocks, common_prefix, grow_trees, on_device, pack_trees
+from models.packs import BLOCK, SMALL_BLOCK, Pack, QueryBlocks, common_prefix, grow_trees, on_device, pack_trees
 
 PREFILL_TOKENS = 8192  # of prompts that a GPU reads at once before it writes
+SMALL_TILES = {"BLOCK_M": 64, "BLOCK_N": 64, "num_stages": 2, "num_warps": 4}  # of attention's kernel in small blocks
 
 
 class CheckpointError(ValueError):
@@ -114,7 +115,7 @@ def config_from(path: Path, raw: dict, form: type[Config], **supported) -> Confi
 
 
 def rotary_tables(config: Config, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return cosine and signed sine of the rotary angles at positions (B, T), each (B, 1, T, D)."""
+    """Return cosine and signed sine of the rotary angles at positions (B, T), each (B, T, 1, D)."""
     exponents = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32) / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents
     if rope := config.rope_scaling:
@@ -125,13 +126,13 @@ def rotary_tables(config: Config, positions: Tensor, dtype: torch.dtype) -> tupl
             turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
             low, high = rope["low_freq_factor"], rope["high_freq_factor"]
             frequencies = torch.lerp(slow, frequencies, ((turns - low) / (high - low)).clamp(0, 1))
-    angles = positions[:, None, :, None].float() * frequencies
+    angles = positions[..., None, None].float() * frequencies
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Return x (B, H, T, D) turned by its position; the two halves of D are the two coordinates, as in the files."""
+    """Return x (B, T, H, D) turned by its position; the two halves of D are the two coordinates, as in the files."""
     return x * rotary[0] + x.roll(x.shape[-1] // 2, -1) * rotary[1]
 
 
@@ -150,7 +151,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | BlockMask | None") -
     if isinstance(mask, BlockMask):
         flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
         q, k = q.to(v.dtype), k.to(v.dtype)  # autocast leaves them in fp32 after the rotation
-        return flex(q, k, v, block_mask=mask, enable_gqa=grouped)
+        tiles = SMALL_TILES if mask.BLOCK_SIZE == (SMALL_BLOCK, SMALL_BLOCK) else None
+        return flex(q, k, v, block_mask=mask, enable_gqa=grouped, kernel_options=tiles)
     if isinstance(mask, QueryBlocks):
         queries = q.split([len(seen) for seen in mask.seen], dim=2)
         keys, values = (x.index_select(2, mask.keys).split(mask.sizes, dim=2) for x in (k, v))
@@ -231,8 +233,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotary, positions, mask, cache: Cache | None, select=None) -> Tensor:  # noqa: D102
         B, T, _ = x.shape
-        q, k, v = (p(x).view(B, T, -1, self.head_dim).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, rotary), rotate(k, rotary)  # (B, H, T, D), (B, K, T, D)
+        q, k, v = (p(x).view(B, T, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
+        # Transposed after the rotation, so that in memory T stays before H and attention's output needs no copy.
+        q, k, v = (y.transpose(1, 2) for y in (rotate(q, rotary), rotate(k, rotary), v))  # (B, H or K, T, D)
         if cache is not None:
             k, v = cache.update(positions, k, v, mask)  # (B, K, S, D)
         y = attend(q, k, v, mask).transpose(1, 2).reshape(B, T, -1)

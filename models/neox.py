@@ -68,9 +68,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotary, positions, mask, cache: Cache | None, select=None) -> Tensor:  # noqa: D102
         B, T, _ = x.shape
-        q, k, v = self.query_key_value(x).view(B, T, -1, 3, self.head_dim).permute(3, 0, 2, 1, 4)  # (B, H, T, D) each
+        q, k, v = self.query_key_value(x).view(B, T, -1, 3, self.head_dim).unbind(3)  # (B, T, H, D) each
         r = rotary[0].shape[-1]
         q, k = (torch.cat((rotate(y[..., :r], rotary), y[..., r:]), dim=-1) for y in (q, k))
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, T, D)
         if cache is not None:
             k, v = cache.update(positions, k, v, mask)  # (B, H, S, D)
         y = attend(q, k, v, mask).transpose(1, 2).reshape(B, T, -1)

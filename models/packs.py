@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 BLOCK = 128  # queries and keys of a block of FlexAttention's
+SMALL_BLOCK = 64  # where no gradients are needed: closer to the rule, but the backward kernel does not take it
 WORTH_SHARING = 32  # tokens that prompts must have in common, or else they are read apart
 
 
@@ -110,19 +111,20 @@ def block_mask(ends: Tensor, first: int = 0) -> BlockMask:
     last query, or not all see all. So a few comparisons make the mask, where asking the rule of each query and key
     takes a tenth of scoring's time.
     """
+    size = BLOCK if torch.is_grad_enabled() else SMALL_BLOCK
     rows = torch.arange(len(ends), device=ends.device)
-    start, keys = rows[first::BLOCK, None], rows[::BLOCK]  # of the blocks of queries, of keys
-    last = (start + BLOCK - 1).clamp(max=len(ends) - 1)
-    least, greatest = F.pad(ends, (0, -len(ends) % BLOCK)).view(-1, BLOCK).aminmax(dim=1)
+    start, keys = rows[first::size, None], rows[::size]  # of the blocks of queries, of keys
+    last = (start + size - 1).clamp(max=len(ends) - 1)
+    least, greatest = F.pad(ends, (0, -len(ends) % size)).view(-1, size).aminmax(dim=1)
     some = (keys <= last) & (greatest > start)
-    whole = (keys + BLOCK - 1 <= start) & (least > last)
+    whole = (keys + size - 1 <= start) & (least > last)
     columns = []
     for blocks in (some & ~whole, whole):
         columns += [blocks.sum(1, dtype=torch.int32), blocks.int().argsort(dim=1, descending=True, stable=True).int()]
     rule = tree_rule(ends)
     return BlockMask.from_kv_blocks(
         *(column[None, None] for column in columns),
-        BLOCK_SIZE=BLOCK,
+        BLOCK_SIZE=size,
         mask_mod=(lambda b, h, query, key: rule(b, h, query + first, key)) if first else rule,
         seq_lengths=(len(ends) - first, len(ends)),
     )

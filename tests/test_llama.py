@@ -101,9 +101,9 @@ def test_rotary_tables_equal_transformers_far_out():
     config = llama.Config(1, 64, 1, 1, 2, 2, 32, 1e-6, 1, False, False, False, 5e5, rope, ())
     cos, sin = llama.rotary_tables(config, positions, torch.float32)
     expected = theirs(torch.zeros(1), positions)
-    torch.testing.assert_close(cos[:, 0], expected[0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(cos[:, :, 0], expected[0], atol=1e-4, rtol=0)
     sign = torch.ones(32).index_fill_(0, torch.arange(16), -1)
-    torch.testing.assert_close(sin[:, 0] * sign, expected[1], atol=1e-4, rtol=0)
+    torch.testing.assert_close(sin[:, :, 0] * sign, expected[1], atol=1e-4, rtol=0)
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc/self/maps")

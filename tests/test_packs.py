@@ -9,7 +9,17 @@ from test_llama import random_ids
 from torch.nn.attention.flex_attention import flex_attention
 
 from llama import KVCache, decode, length_mask, load_model
-from models.packs import Tree, block_mask, common_prefix, fill_bins, pack_length, pack_trees, tree_rule
+from models.packs import (
+    BLOCK,
+    SMALL_BLOCK,
+    Tree,
+    block_mask,
+    common_prefix,
+    fill_bins,
+    pack_length,
+    pack_trees,
+    tree_rule,
+)
 
 CPU = torch.device("cpu")
 
@@ -34,15 +44,18 @@ CASES = [(1, 1, 0), (1, 21, 300), (4, 2, 0), (6, 5, 100), (9, 2, 700), (30, 1, 4
 
 @pytest.mark.parametrize(("n", "branches", "trunk"), CASES)
 @pytest.mark.parametrize("first", [0, 70])
-def test_the_block_mask_covers_the_rule_and_asks_it_where_it_must(n, branches, trunk, first):
+@pytest.mark.parametrize(("training", "size"), [(True, BLOCK), (False, SMALL_BLOCK)])
+def test_the_block_mask_covers_the_rule_and_asks_it_where_it_must(n, branches, trunk, first, training, size):
     (pack,) = pack_trees(long_trees(n, branches, trunk), 99999, pad_to=256)
     rows = torch.arange(len(pack.ids))
     seen = tree_rule(pack.ends)(None, None, rows[first:, None], rows[None])
-    mask = block_mask(pack.ends, first)
-    dense = torch.nn.functional.pad(seen, (0, 0, 0, -len(seen) % 128))
-    tiles = dense.view(-1, 128, len(rows) // 128, 128).transpose(1, 2)  # (blocks of queries, of keys, 128, 128)
-    real = torch.nn.functional.pad(torch.ones_like(seen), (0, 0, 0, -len(seen) % 128))
-    real = real.view(-1, 128, len(rows) // 128, 128).transpose(1, 2)
+    with torch.set_grad_enabled(training):
+        mask = block_mask(pack.ends, first)
+    assert set(mask.BLOCK_SIZE) == {size}
+    dense = torch.nn.functional.pad(seen, (0, 0, 0, -len(seen) % size))
+    tiles = dense.view(-1, size, len(rows) // size, size).transpose(1, 2)  # (blocks of queries, of keys, size, size)
+    real = torch.nn.functional.pad(torch.ones_like(seen), (0, 0, 0, -len(seen) % size))
+    real = real.view(-1, size, len(rows) // size, size).transpose(1, 2)
     asked, whole = torch.zeros(2, *tiles.shape[:2], dtype=torch.bool)
     counts = (mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices)
     for found, number, order in ((asked, *counts[:2]), (whole, *counts[2:])):
@@ -54,12 +67,14 @@ def test_the_block_mask_covers_the_rule_and_asks_it_where_it_must(n, branches, t
     assert (whole == (tiles | ~real).flatten(2).all(2)).all()  # and the rule is asked only where it must be
 
 
-def test_flex_attention_with_the_block_mask_equals_the_dense_mask():
+@pytest.mark.parametrize("training", [True, False])
+def test_flex_attention_with_the_block_mask_equals_the_dense_mask(training):
     (pack,) = pack_trees(long_trees(5, 3, 60), 99999, pad_to=256)
     rows = torch.arange(len(pack.ids))
     seen = tree_rule(pack.ends)(None, None, rows[:, None], rows[None])
     q, k, v = torch.randn(3, 1, 2, len(rows), 16, generator=torch.Generator().manual_seed(0))
-    found = flex_attention(q, k, v, block_mask=block_mask(pack.ends))
+    with torch.set_grad_enabled(training):
+        found = flex_attention(q, k, v, block_mask=block_mask(pack.ends))
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
     assert (found - expected).abs().max() < 1e-5
 
