@@ -277,6 +277,8 @@ def main() -> None:
     train, val = splits["train"], splits["val"]
     summaries = load_summaries(args.run, items, train + val) if args.paradigm in trsr.SUMMARIZED else {}
     folder = find_model(args.model, args.revision)
+    if not args.lora_r and folder.resolve() == (args.run / "model").resolve():
+        raise trsr.InputError(f"{folder}: the trained model would take its place; move it, or choose another --run")
     if args.batch_size % (1 + len(train[0].negatives)):
         raise trsr.InputError(f"--batch-size is no multiple of the {1 + len(train[0].negatives)} examples of a user")
     # Full fine-tuning keeps fp32 weights and computes under autocast; an adapter's frozen base can be bf16.

@@ -133,9 +133,9 @@ def test_a_pythia_on_the_gpu_equals_the_cpu(tmp_path):
 def test_a_pythia_in_bf16(tmp_path, data_folder, tokenizer_model, rank):
     from test_neox import write_neox
 
-    write_neox(tmp_path / "model", hidden_size=128)
-    (tmp_path / "model" / "tokenizer.model").write_bytes(tokenizer_model.read_bytes())
-    flags = ("--data", data_folder, "--model", tmp_path / "model", "--paradigm", "recent-only", "--lora-r", rank)
+    write_neox(tmp_path / "pythia", hidden_size=128)
+    (tmp_path / "pythia" / "tokenizer.model").write_bytes(tokenizer_model.read_bytes())
+    flags = ("--data", data_folder, "--model", tmp_path / "pythia", "--paradigm", "recent-only", "--lora-r", rank)
     run("train.py", *flags, "--run", tmp_path, "--epochs", 1, "--batch-size", 8, "--pack-tokens", 1024)
     run("evaluate.py", "--run", tmp_path)
     report = json.loads((tmp_path / "results.json").read_text())

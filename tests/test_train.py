@@ -175,6 +175,16 @@ def test_full_fine_tuning_trains_and_saves_the_whole_model(tmp_path, data_folder
         assert not torch.equal(p, q), name
 
 
+def test_full_fine_tuning_does_not_write_over_the_model_it_starts_from(tmp_path, data_folder, model_folder):
+    shutil.copytree(model_folder, tmp_path / "model")
+    before = (tmp_path / "model" / "model.safetensors").read_bytes()
+    done = fit(tmp_path, data_folder, tmp_path / "model", "--epochs", 1, "--lora-r", 0, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "would take its place" in done.stderr
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
+
+
 def test_the_best_epoch_is_the_one_kept(tmp_path, data_folder, model_folder):
     fit(tmp_path, data_folder, model_folder, "--epochs", 4, "--k", 1, 2)
     recalls = [sum(r["validation"].values()) for r in metrics(tmp_path) if "validation" in r]
