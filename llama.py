@@ -333,14 +333,14 @@ class Llama(nn.Module):
         mask: "Tensor | BlockMask | None" = None,
         cache: Sequence[Cache] | None = None,
         select: tuple | None = None,
-        vocabulary: Sequence[int] | None = None,
+        vocabulary: Tensor | None = None,
     ) -> Tensor:
         """Return logits for ids (B, T): (B, T, V), or (N, V) at the N places (rows, tokens) that select names.
 
-        vocabulary: token ids, to compute only their columns of the logits.
+        vocabulary: token ids (M,), to compute only their columns of the logits.
         """
         x = self.model(ids, positions, mask, cache, select)
-        return self.lm_head(x) if vocabulary is None else F.linear(x, self.lm_head.weight[list(vocabulary)])
+        return self.lm_head(x) if vocabulary is None else F.linear(x, self.lm_head.weight[vocabulary])
 
     def loss(self, pack: "Pack", chunk: int = 1024) -> Tensor:
         """Return the sum of weight * cross-entropy over the pack's targets, in fp32 (equation 1, summed)."""
@@ -386,6 +386,7 @@ class CrossEntropy(torch.autograd.Function):
 def score_packs(model: Llama, packs: Iterable[Pack], vocabulary: Sequence[int], progress=lambda pack: None) -> dict:
     """Return {(tree, branch): fp32 logits of vocabulary after its last token}; progress gets each pack when done."""
     device, scores, running = next(model.parameters()).device, {}, deque()
+    columns = on_device(torch.tensor(vocabulary), device)
     large, prefix = None, None  # the last tree that was split, and each layer's keys and values of its prefix
 
     def collect() -> None:
@@ -401,7 +402,7 @@ def score_packs(model: Llama, packs: Iterable[Pack], vocabulary: Sequence[int], 
             large, prefix = next(iter(pack.leaves))[0], [PrefixCache(pack.known) for _ in model.model.layers]
         inputs = (here.ids[None, first:], here.positions[None, first:], here.mask(first))
         select = places([row - first for row in pack.leaves.values()], device)
-        logits = model(*inputs, prefix if pack.known else None, select=select, vocabulary=vocabulary)
+        logits = model(*inputs, prefix if pack.known else None, select=select, vocabulary=columns)
         running.append((pack, fetch(logits[: len(pack.leaves)].float())))
         if len(running) > 1:  # a result is fetched when the GPU has the next pack to work on
             collect()

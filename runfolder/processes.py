@@ -71,6 +71,7 @@ def share_out(sizes: list[int], shares: int) -> list[list[int]]:
 
 def ahead(items: Iterator, n: int = 8) -> Iterator:
     """Yield items, while a thread makes the next n: some take long, as the first of users packed together."""
+    sys.setswitchinterval(0.0005)  # or each launch of a kernel may wait 5 ms for the thread to let go
     pool = ThreadPoolExecutor(1)
     try:
         due = deque(pool.submit(next, items, None) for _ in range(n))

@@ -72,9 +72,9 @@ def stream_packs(trees: Iterator[tuple[int, Tree]], n: int, args) -> Iterator[Pa
         ready = [tree for _, tree in held]
         length = length or (args.pack_tokens if args.pad_to == 1 else steady_length(ready, args.pack_tokens))
         packs = pack_trees(ready, length, min(length, args.pad_to))
-        # The emptiest pack is the last; its users wait for others to fill it.
-        waiting = end < n and not packs[-1].known
-        for pack in packs[: len(packs) - waiting]:
+        # The last two packs are the emptiest; their users wait for others to fill them.
+        waiting = [pack for pack in packs[-2:] if end < n and not pack.known]
+        for pack in packs[: len(packs) - len(waiting)]:
             yield replace(pack, leaves={(held[t][0], b): row for (t, b), row in pack.leaves.items()})
-        held = [held[t] for t in dict.fromkeys(t for t, _ in packs[-1].leaves)] if waiting else []
+        held = [held[t] for t in dict.fromkeys(t for pack in waiting for t, _ in pack.leaves)]
     next(trees, None)  # its last words
