@@ -44,6 +44,17 @@ def test_flex_attention_equals_separate_texts(wide):
         assert (torch.tensor(found) - alone).abs().max() < 1e-4
 
 
+def test_scoring_never_makes_the_host_wait_for_the_gpu(wide):
+    model = load_model(wide, GPU, torch.float32)
+    packs = pack_trees(random_trees(12, 6), 256, pad_to=256)
+    expected = score_packs(model, packs, [17, 400])  # compiled
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert score_packs(model, packs, [17, 400]) == expected
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_flex_attention_gives_the_loss_and_gradients_of_separate_examples(wide):
     trees = random_trees(12, 2)
     slow = apply_lora(load_model(wide, torch.device("cpu"), torch.float32), LoRAConfig(dropout=0.0))
