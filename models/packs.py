@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 BLOCK = 128  # queries and keys of a block of FlexAttention's
-SMALL_BLOCK = 64  # where no gradients are needed: closer to the rule, but the backward kernel does not take it
+SMALL_BLOCK = 64  # where no gradients are needed: closer to the rule, but not for every card's backward kernel
 WORTH_SHARING = 32  # tokens that prompts must have in common, or else they are read apart
 
 
@@ -76,7 +76,10 @@ class Pack:
         return replace(self, **{name: on_device(tensor, device) for name, tensor in tensors.items()})
 
     def mask(self, first: int = 0, block: int = 256) -> BlockMask | QueryBlocks:
-        """Return whom the queries from row `first` on see, by tree_rule: on CUDA a BlockMask, elsewhere QueryBlocks."""
+        """Return whom the queries from row `first` on see, by tree_rule: on CUDA a BlockMask, elsewhere QueryBlocks.
+
+        A mask that is made under no_grad serves only what needs no gradients.
+        """
         if self.ids.is_cuda:
             return block_mask(self.ends, first)
         rule, rows = tree_rule(self.ends), torch.arange(len(self.ids))
@@ -128,6 +131,17 @@ def block_mask(ends: Tensor, first: int = 0) -> BlockMask:
         mask_mod=(lambda b, h, query, key: rule(b, h, query + first, key)) if first else rule,
         seq_lengths=(len(ends) - first, len(ends)),
     )
+
+
+def tiles(mask: BlockMask, values: Tensor) -> dict | None:
+    """Return the kernel's tiles of a mask of small blocks over values (B, K, S, D); None for those that it chooses.
+
+    It reads two tiles of keys and values ahead. With at most 16 KiB each they fit the shared memory of any card.
+    """
+    if mask.BLOCK_SIZE != (SMALL_BLOCK, SMALL_BLOCK):
+        return None
+    row = values.element_size() << (values.shape[-1] - 1).bit_length()  # the kernel widens heads to a power of two
+    return {"BLOCK_M": SMALL_BLOCK, "BLOCK_N": min(SMALL_BLOCK, 16384 // row), "num_stages": 2, "num_warps": 4}
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:

@@ -26,6 +26,7 @@ def join_processes() -> tuple[int, int, torch.device]:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+        sys.setswitchinterval(0.0005)  # or each launch of a kernel waits up to 5 ms for the thread of `ahead`
     if world > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         # torchrun's store lives on when it restarts the processes, with the addresses of those that are gone.
@@ -71,7 +72,6 @@ def share_out(sizes: list[int], shares: int) -> list[list[int]]:
 
 def ahead(items: Iterator, n: int = 8) -> Iterator:
     """Yield items, while a thread makes the next n: some take long, as the first of users packed together."""
-    sys.setswitchinterval(0.0005)  # or each launch of a kernel may wait 5 ms for the thread to let go
     pool = ThreadPoolExecutor(1)
     try:
         due = deque(pool.submit(next, items, None) for _ in range(n))

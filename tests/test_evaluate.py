@@ -1,8 +1,10 @@
 """evaluate.py as a command: scores against 21 separate prompts, and a table that says what the scores say."""
 
 import gc
+import itertools
 import json
 import multiprocessing
+import random
 import shutil
 import signal
 from collections import Counter
@@ -17,6 +19,7 @@ import evaluate
 import trsr
 from llama import load_model
 from lora import load_adapter
+from models.packs import Tree
 from models.tokenizer import Tokenizer
 from prepare.dataset import load_dataset
 from runfolder.processes import ahead, run_script
@@ -222,6 +225,27 @@ def test_an_error_ends_the_worker_processes_at_once_and_not_when_garbage_is_coll
         assert not multiprocessing.active_children()
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_packs_that_come_as_users_do_hold_every_prompt_once(seed):
+    rng = random.Random(seed)
+    room, n = rng.choice([64, 300, 2000]), rng.randrange(1, 300)
+    begin = ids(rng, rng.randrange(20))
+    trees = [Tree(begin + ids(rng, 40), [ids(rng, 15) for _ in range(rng.randrange(1, 9))]) for _ in range(n)]
+    args, found, split = SimpleNamespace(pack_tokens=room, pad_to=rng.choice([1, room])), {}, []
+    for pack in stream_packs(enumerate(trees), n, args):
+        for (user, branch), row in pack.leaves.items():
+            assert (user, branch) not in found
+            path = pack.ids[: row + 1][pack.ends[: row + 1] > row]
+            found[user, branch] = path.tolist()
+        split += {user for user, _ in pack.leaves} if pack.known else []
+    assert found == {(u, b): t.prefix + end for u, t in enumerate(trees) for b, end in enumerate(t.branches)}
+    assert len(list(itertools.groupby(split))) == len(set(split))  # one tree's packs follow one another
+
+
+def ids(rng, most):
+    return [rng.randrange(3, 640) for _ in range(rng.randrange(1, most + 2))]
 
 
 def test_a_process_without_users_has_no_packs():

@@ -7,11 +7,11 @@ import torch
 from conftest import run
 from test_llama import random_ids, random_trees, separate_loss, sequences
 
-from llama import Generator, compile_layers, generate, load_model, score_packs
+from llama import Generator, additive, attend, compile_layers, generate, load_model, score_packs
 from lora import LoRAConfig, adapter_tensors, apply_lora
 from models import hub
 from models.int8 import WAYS, few_rows_product, quantize
-from models.packs import pack_trees
+from models.packs import pack_trees, tree_rule
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 GPU = torch.device("cuda", 0)
@@ -20,6 +20,18 @@ GPU = torch.device("cuda", 0)
 @pytest.fixture(autouse=True)
 def _exact_matrix_products():
     torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.mark.parametrize(("dtype", "head"), [(torch.float32, 256), (torch.float32, 192), (torch.bfloat16, 256)])
+def test_small_blocks_with_wide_heads(dtype, head):
+    (pack,) = pack_trees(random_trees(12, 6), 99999, pad_to=256)
+    pack, n = pack.to(GPU), torch.Generator(GPU).manual_seed(0)
+    q, k, v = (torch.randn(1, 2, len(pack.ids), head, device=GPU, dtype=dtype, generator=n) for _ in range(3))
+    rows = torch.arange(len(pack.ids), device=GPU)
+    seen = tree_rule(pack.ends)(None, None, rows[:, None], rows)
+    with torch.no_grad():
+        error = attend(q, k, v, pack.mask()) - attend(q, k, v, additive(seen, dtype))
+    assert error.abs().max() < (1e-4 if dtype is torch.float32 else 2e-2)
 
 
 @pytest.fixture(scope="module")

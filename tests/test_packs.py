@@ -18,6 +18,7 @@ from models.packs import (
     fill_bins,
     pack_length,
     pack_trees,
+    tiles,
     tree_rule,
 )
 
@@ -77,6 +78,16 @@ def test_flex_attention_with_the_block_mask_equals_the_dense_mask(training):
         found = flex_attention(q, k, v, block_mask=block_mask(pack.ends))
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
     assert (found - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("dtype", "head", "keys"), [(torch.bfloat16, 128, 64), (torch.float32, 192, 16)])
+def test_tiles_of_small_blocks_take_the_memory_that_cards_have(dtype, head, keys):
+    values = torch.empty(1, 2, 512, head, dtype=dtype)
+    ends = torch.full((512,), 512)
+    with torch.no_grad():
+        found = tiles(block_mask(ends), values)
+    assert (found["BLOCK_M"], found["BLOCK_N"]) == (64, keys)
+    assert tiles(block_mask(ends), values) is None
 
 
 def test_decoding_with_the_block_mask_equals_the_dense_mask(model_folder):
