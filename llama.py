@@ -29,7 +29,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from models.int8 import Int8Linear, bitsandbytes_linear, quantize, replace_linears
-from models.packs import BLOCK, Pack, QueryBlocks, common_prefix, grow_trees, on_device, pack_trees, tiles
+from models.packs import BLOCK, Pack, QueryBlocks, common_prefix, grow_trees, kernel_tiles, on_device, pack_trees
 
 PREFILL_TOKENS = 8192  # of prompts that a GPU reads at once before it writes
 
@@ -150,7 +150,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | BlockMask | None") -
     if isinstance(mask, BlockMask):
         flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
         q, k = q.to(v.dtype), k.to(v.dtype)  # autocast leaves them in fp32 after the rotation
-        return flex(q, k, v, block_mask=mask, enable_gqa=grouped, kernel_options=tiles(mask, v))
+        return flex(q, k, v, block_mask=mask, enable_gqa=grouped, kernel_options=kernel_tiles(mask, v))
     if isinstance(mask, QueryBlocks):
         queries = q.split([len(seen) for seen in mask.seen], dim=2)
         keys, values = (x.index_select(2, mask.keys).split(mask.sizes, dim=2) for x in (k, v))

@@ -133,15 +133,16 @@ def block_mask(ends: Tensor, first: int = 0) -> BlockMask:
     )
 
 
-def tiles(mask: BlockMask, values: Tensor) -> dict | None:
+def kernel_tiles(mask: BlockMask, values: Tensor) -> dict | None:
     """Return the kernel's tiles of a mask of small blocks over values (B, K, S, D); None for those that it chooses.
 
-    It reads two tiles of keys and values ahead. With at most 16 KiB each they fit the shared memory of any card.
+    It holds two tiles of keys and two of values, which with at most 16 KiB each fit the shared memory of any card.
     """
     if mask.BLOCK_SIZE != (SMALL_BLOCK, SMALL_BLOCK):
         return None
-    row = values.element_size() << (values.shape[-1] - 1).bit_length()  # the kernel widens heads to a power of two
-    return {"BLOCK_M": SMALL_BLOCK, "BLOCK_N": min(SMALL_BLOCK, 16384 // row), "num_stages": 2, "num_warps": 4}
+    row = values.element_size() * values.shape[-1]  # bytes; the kernel widens heads to a power of two
+    keys = SMALL_BLOCK if row <= 256 else 32 if row <= 512 else 16
+    return {"BLOCK_M": SMALL_BLOCK, "BLOCK_N": keys, "num_stages": 2, "num_warps": 4}
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:

@@ -15,7 +15,7 @@ import llama
 from llama import CheckpointError, KVCache, generate, load_model, score_packs
 from models.hub import find_model
 from models.int8 import WAYS
-from models.packs import Tree, grow_trees, make_tree, pack_trees
+from models.packs import Tree, block_mask, grow_trees, make_tree, pack_trees
 from models.tokenizer import Tokenizer
 from runfolder.state import fingerprint
 
@@ -198,6 +198,21 @@ def test_the_mask_is_the_rule_spelled_out():
             expected[query, path[: i + 1]] = True
     assert (mask[: pack.tokens] == expected[: pack.tokens]).all()
     assert mask.diagonal().all()  # also where padding is, since a softmax over nothing is not a number
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_layer_with_the_mask_of_gpus_is_one_graph_to_the_compiler(model_folder, training):
+    model = load_model(model_folder, CPU, torch.float32)
+    (pack,) = pack_trees(random_trees(6, 4), 999, pad_to=256)
+    inputs = pack.ids[None], pack.positions[None]
+    with torch.no_grad():
+        expected = model(*inputs, pack.mask())[0, : pack.tokens]
+    with torch.set_grad_enabled(training):
+        mask = block_mask(pack.ends)
+    for layer in model.model.layers:
+        layer.compile(dynamic=False, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        assert (model(*inputs, mask)[0, : pack.tokens] - expected).abs().max() < 1e-4
 
 
 def test_a_tree_larger_than_a_pack_is_split_and_its_prefix_computed_once(tiny, monkeypatch):

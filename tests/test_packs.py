@@ -16,9 +16,9 @@ from models.packs import (
     block_mask,
     common_prefix,
     fill_bins,
+    kernel_tiles,
     pack_length,
     pack_trees,
-    tiles,
     tree_rule,
 )
 
@@ -85,9 +85,9 @@ def test_tiles_of_small_blocks_take_the_memory_that_cards_have(dtype, head, keys
     values = torch.empty(1, 2, 512, head, dtype=dtype)
     ends = torch.full((512,), 512)
     with torch.no_grad():
-        found = tiles(block_mask(ends), values)
+        found = kernel_tiles(block_mask(ends), values)
     assert (found["BLOCK_M"], found["BLOCK_N"]) == (64, keys)
-    assert tiles(block_mask(ends), values) is None
+    assert kernel_tiles(block_mask(ends), values) is None
 
 
 def test_decoding_with_the_block_mask_equals_the_dense_mask(model_folder):
