@@ -104,7 +104,8 @@ def run_script(main: Callable[[], None]) -> None:
             raise InputError(f"out of memory on the device; {way}") from None
         except RuntimeError as error:
             # What is left of a process that was killed is a broken connection at the others.
-            lost = isinstance(error, dist.DistError) or re.search("Connection (closed|reset|refused)|Broken pipe", str(error))
+            broken = re.search("Connection (closed|reset|refused)|Broken pipe", str(error))
+            lost = broken or isinstance(error, dist.DistError)
             if not (dist.is_initialized() and lost):
                 raise
             raise InputError("another process has ended, so none can go on; the same command resumes") from None
