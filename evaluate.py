@@ -1,156 +1,373 @@
-"""Rank every user's candidates by the probability of Yes (equations 2 and 3) and report Recall, MRR and NDCG at K.
+"""Rank every user's candidates by the probability of Yes (section 4.3): RUN/results.json
 
     python evaluate.py --k 3 5 10                               # the embedded default, after train.py
-    python evaluate.py --run runs/mind --split test             # data, model and prompt as the run was trained with
-    torchrun --nproc_per_node 8 evaluate.py --run-dir runs/mind # users are shared out; the result is the same
+    python evaluate.py --run runs/mind --split test             # data, model and prompt as trained
+    torchrun --nproc_per_node 8 evaluate.py --run-dir runs/mind # users are shared out
 
-Writes RUN/scores-SPLIT.jsonl, a line a user, and RUN/results.json, the table. A user's candidates are branches of one
-prefix that is computed once; ties count against the positive.
+Writes RUN/scores-SPLIT.jsonl, one line per user, and RUN/results.json, the table of Recall, MRR and
+NDCG at K. From top to bottom: a user's prompts become a tree, whose branches are the candidates;
+trees fill packs; the model gives each branch's logits of Yes and No (equation 2); their softmax
+(equation 3) ranks the candidates. train.py validates with the same functions.
 """
 
-import argparse
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
+from tqdm import tqdm
 
 import trsr
-from llama import compile_layers, score_packs
+from batches.prompts import Batching
+from batches.stream import user_packs
+from files.jsonl import write_json
+from launch.command import Shared, natural, option, parse_settings, positive
+from launch.processes import (
+    gather,
+    join_processes,
+    peak_memory,
+    prefetch,
+    ranks,
+    run_script,
+    share_out,
+)
+from llama import Config, Llama, compile_layers
 from lora import load_adapter
 from models.hub import find_model, load_config, load_model
-from models.packs import Pack
-from prepare.dataset import load_dataset, write_json, write_jsonl
-from runfolder.command import natural, positive, script_parser
+from models.tokenizer import Tokenizer
+from ops.cache import PrefixCache
+from ops.checkpoint import fingerprint
+from ops.packs import Pack, padded_select
+from ops.transfer import HostCopy, on_device
+from prepare.dataset import load_dataset
 from runfolder.compare import format_table
 from runfolder.page import write_report
-from runfolder.processes import ahead, gather, host_workers, join_processes, peak_memory, run_script, share_out
-from runfolder.prompts import user_packs
-from runfolder.scores import read_scores, table_of
-from runfolder.state import fingerprint, load_summaries, read_config
-from train import make_recommender
+from runfolder.scores import read_scores, table_of, write_scores
+from state.settings import read_config
+from state.summaries import load_summaries
+from trsr import Example, InputError, Recommender
+
+# What an evaluation takes from the run's training, unless a flag says otherwise.
+INHERITED = ("data", "model", "revision", "dtype", "paradigm", "history_items", "max_length")
 
 
-def parse_arguments():
-    """Return the command line's settings."""
-    parser = script_parser(__doc__)
-    flag = parser.add_argument_group("evaluation").add_argument
-    flag("--split", choices=["val", "test"], default="test", help="users to rank candidates for")
-    flag("--k", type=positive, nargs="+", default=[3, 5, 10], help="cut-offs of the metrics")
-    flag("--untrained", action="store_true", help="the base model, without the run's adapter")
-    flag("--users", type=positive, help="only the first so many users")
-    flag("--pack-tokens", type=positive, help="tokens in a forward pass (without it: 16384 on GPUs, 4096 on CPUs)")
-    flag("--seed", type=natural, default=0, help="of the candidates' order and the resampling of users")
-    flag("--scores", type=Path, help="rank by this file's scores, another system's, in the form of scores-test.jsonl")
-    flag("--report", action="store_true", help="write RUN/report.html too, for a browser")
-    return parser.parse_args()
+@dataclass(frozen=True)
+class Settings(Shared):
+    """What is evaluated: the flags, and what the run's training adds to them."""
+
+    split: str = option(
+        "test", "users to rank candidates for", choices=("val", "test"), group="evaluation"
+    )
+    k: tuple[int, ...] = option((3, 5, 10), "cut-offs of the metrics", positive, nargs="+")
+    untrained: bool = option(False, "the base model, without the run's adapter")
+    users: int | None = option(None, "only the first so many users (unset: all)", positive)
+    pack_tokens: int | None = option(
+        None, "tokens in a forward pass (unset: 16384 on GPUs, 4096 on CPUs)", positive
+    )
+    seed: int = option(0, "of the candidates' order and the resampling of users", natural)
+    scores: Path | None = option(
+        None, "rank by another system's scores, in a file like scores-test.jsonl", Path
+    )
+    report: bool = option(False, "write RUN/report.html too, for a browser")
+
+    # Resolved from the run's training.
+    kind: str = ""  # what training wrote: adapter or model
+    fingerprint: str = ""  # of the base model
+    paradigm: str = ""
+    history_items: int = 0
+    max_length: int = 0
+
+    @property
+    def row(self) -> str:
+        """Its name in the table."""
+        return "untrained" if self.untrained else "trained"
+
+    @property
+    def suffix(self) -> str:
+        """What the names of the result files end in."""
+        return "-untrained" if self.untrained else ""
 
 
-def own_packs(recommender, examples, candidates, args, show: bool) -> Iterator[Pack]:
-    """Return the packs of this process's users, shared out by their candidates' lengths. Worker processes, if args asks
-    for any, tokenize from now on.
-    """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+def resolve(flags: Settings) -> Settings:
+    """Return the settings, completed by the run's; InputError if nothing was trained there."""
+    trained = read_config(flags.run).get("train")
+    kind = "adapter" if trained and trained["lora_r"] else "model"
+    if trained is None or not (flags.untrained or (flags.run / kind).is_dir()):
+        first = f"first run python train.py --run {flags.run}"
+        raise InputError(f"{flags.run}: nothing trained here yet; {first}")
+    given = {name for name in INHERITED if getattr(flags, name) not in (None, "auto", "", 0)}
+    inherited = {name: trained.get(name) for name in INHERITED if name not in given}
+    return replace(flags, kind=kind, fingerprint=trained["fingerprint"], **inherited)
+
+
+# ---- From users to packs
+
+
+def prompt_budget(folder: Path, config: Config, max_length: int) -> trsr.Budget:
+    """Return the token budget of a recommendation prompt for the model in folder."""
+    tokenizer = Tokenizer(folder, config.vocab_size)
+    context = min(max_length, config.max_position_embeddings)
+    return trsr.Budget(context - 1, tokenizer.encode, Counter())  # one token is the answer's
+
+
+def own_packs(
+    recommender: Recommender,
+    examples: Sequence[Example],
+    candidates: Sequence[list[str]],
+    batching: Batching,
+    show: bool,
+) -> Iterator[Pack]:
+    """Return the packs of this process's users, shared out by the length of their candidates."""
+    rank, world = ranks()
     sizes = [sum(len(recommender.items[i]) for i in items) for items in candidates]
-    return user_packs(recommender, examples, candidates, sorted(share_out(sizes, world)[rank]), args, show)
+    users = sorted(share_out(sizes, world)[rank])
+    return user_packs(recommender, examples, candidates, users, batching, show)
 
 
-def score(model, packs, n_users: int, answers, budget: trsr.Budget) -> tuple[dict, list[int], Counter]:
-    """Return the (Yes, No) logits by (user, candidate), each user's longest prompt in tokens, and what was trimmed.
+# ---- From packs to logits of Yes and No
 
-    packs: this process's own; every process gets the result of all.
-    """
-    lengths: Counter = Counter()
 
-    def measure(pack: Pack) -> None:
+@torch.no_grad()
+def scored(
+    model: Llama, packs: Iterable[Pack], vocabulary: Sequence[int]
+) -> Iterator[tuple[Pack, list]]:
+    """Yield (pack, fp32 logits of vocabulary after each leaf's last token), pack by pack."""
+    device = next(model.parameters()).device
+    columns = on_device(torch.tensor(vocabulary), device)
+    split_tree, prefix = None, None  # the tree that spans packs, and its prefix in every layer
+    running: deque[tuple[Pack, HostCopy]] = deque()
+    for pack in packs:
+        first = 0
+        if pack.shared_prefix:
+            tree = next(iter(pack.leaves))[0]
+            if tree == split_tree:  # the prefix is in the cache
+                first = pack.shared_prefix
+            else:
+                split_tree = tree
+                prefix = [PrefixCache(pack.shared_prefix) for _ in model.model.layers]
+
+        here = pack.to(device)
+        inputs = here.ids[None, first:], here.positions[None, first:], here.mask(first)
+        cache = prefix if pack.shared_prefix else None
+        select = padded_select([row - first for row in pack.leaves.values()], device)
+        logits = model(*inputs, cache, select=select, vocabulary=columns)[: len(pack.leaves)]
+        running.append((pack, HostCopy(logits.float())))
+
+        # A result is read only when the GPU has the next pack to work on.
+        if len(running) > 1:
+            done, copy = running.popleft()
+            yield done, copy.tolist()
+    for done, copy in running:
+        yield done, copy.tolist()
+
+
+def score_packs(model: Llama, packs: Iterable[Pack], vocabulary: Sequence[int]) -> dict:
+    """Return {(tree, branch): fp32 logits of vocabulary after its last token} of all packs."""
+    scores = {}
+    for pack, logits in scored(model, packs, vocabulary):
+        scores.update(zip(pack.leaves, logits, strict=True))
+    return scores
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What scoring found, of all processes together."""
+
+    logits: dict[tuple[int, int], list[float]]  # (Yes, No) by (user, candidate)
+    prompt_tokens: Counter  # the longest prompt by user
+    trimmed: Counter
+
+
+def score_users(
+    model: Llama, packs: Iterator[Pack], answers: Sequence[int], budget: trsr.Budget
+) -> Scores:
+    """Score this process's packs; every process gets the scores of all."""
+    logits, longest = {}, Counter()
+    for pack, found in scored(model, prefetch(packs), answers):
+        logits.update(zip(pack.leaves, found, strict=True))
         for (user, _), row in pack.leaves.items():
-            lengths[user] = max(lengths[user], int(pack.positions[row]) + 1)
+            longest[user] = max(longest[user], int(pack.positions[row]) + 1)
 
-    parts = gather((score_packs(model, ahead(packs), answers, measure), lengths, budget.trimmed))
-    scores = {key: value for part, _, _ in parts for key, value in part.items()}
-    lengths, trimmed = (sum((part[i] for part in parts), Counter()) for i in (1, 2))
-    return scores, [lengths[user] for user in range(n_users)], trimmed
+    whole = Scores({}, Counter(), Counter())
+    for part in gather(Scores(logits, longest, budget.trimmed)):
+        whole.logits.update(part.logits)
+        whole.prompt_tokens.update(part.prompt_tokens)
+        whole.trimmed.update(part.trimmed)
+    return whole
 
 
-def rank_by_file(args) -> None:
-    """Print the table for the scores of --scores and write it to RUN/results-NAME.json."""
-    data = args.data or read_config(args.run).get("train", {}).get("data", "data/demo")
-    _, _, splits = load_dataset(data, ("train", args.split))
-    examples = splits[args.split][: args.users]
-    candidates = [trsr.shuffled_candidates(example) for example in examples]
-    _, ranks = trsr.rank_users(examples, candidates, read_scores(args.scores, examples, candidates))
-    name = args.scores.stem
-    table = table_of(name, ranks, examples, splits["train"], args.k, args.seed)
-    print(format_table(table))
-    report = {"data": data, "split": args.split, "users": len(examples), "row": name, "paradigm": name, "table": table}
-    args.run.mkdir(parents=True, exist_ok=True)
-    write_json(args.run / f"results-{name}.json", report)
-    print(f"wrote   {args.run / f'results-{name}.json'}")
+@dataclass(frozen=True)
+class Validation:
+    """A split's packs, ready to be scored again and again while a model is trained."""
+
+    examples: Sequence[Example]
+    candidates: Sequence[list[str]]
+    packs: list[Pack]  # of all users, on every process
+    answers: Sequence[int]
+
+    @classmethod
+    def of(
+        cls,
+        recommender: Recommender,
+        examples: Sequence[Example],
+        answers: Sequence[int],
+        batching: Batching,
+        show: bool,
+    ) -> "Validation":
+        """Return the validation on these users."""
+        candidates = [trsr.shuffled_candidates(example) for example in examples]
+        users = range(len(examples))
+        packs = user_packs(recommender, examples, candidates, users, batching, show)
+        return cls(examples, candidates, list(packs), answers)
+
+    def recall(self, model: Llama, ks: Sequence[int]) -> dict[str, float]:
+        """Return the recall at each k; the processes share the packs."""
+        rank, world = ranks()
+        # Under FSDP all must run equally often, so some processes score the first pack once more.
+        mine = (self.packs[rank::world] + self.packs[:1])[: -(-len(self.packs) // world)]
+        logits = {}
+        with tqdm(total=len(mine), desc="score", unit="pack", leave=False, disable=rank > 0) as bar:
+            for pack, found in scored(model, mine, self.answers):
+                logits.update(zip(pack.leaves, found, strict=True))
+                bar.update()
+
+        whole = {}
+        for part in reversed(gather(logits)):
+            whole |= part
+        _, found_ranks = trsr.rank_users(self.examples, self.candidates, whole)
+        metrics = trsr.metrics_at(found_ranks, ks)
+        return {name: float(v.mean()) for name, v in metrics.items() if "Recall" in name}
+
+
+# ---- The command
 
 
 def main() -> None:
     """Score and rank the candidates of a split."""
-    args = parse_arguments()
-    if args.scores:
-        return rank_by_file(args)
+    flags = parse_settings(Settings, __doc__)
+    if flags.scores:
+        return rank_by_file(flags)
     rank, world, device = join_processes()
-    trained = read_config(args.run).get("train")
-    kind = "adapter" if trained and trained["lora_r"] else "model"
-    if trained is None or not (args.untrained or (args.run / kind).is_dir()):
-        raise trsr.InputError(f"{args.run}: nothing trained here yet; first run python train.py --run {args.run}")
-    own = {name: value for name, value in vars(args).items() if value is not None and value != "auto"}
-    # What was not asked for is as it was trained.
-    args = argparse.Namespace(**vars(args) | trained | {"users": None} | own)
-    args.pack_tokens = own.get("pack_tokens", 16384 if device.type == "cuda" else 4096)
-    args.pad_to = args.pack_tokens if device.type == "cuda" else 1
-    args.workers = host_workers(device)
-    folder = find_model(args.model, args.revision)
-    if fingerprint(folder) != args.fingerprint:
-        raise trsr.InputError(f"{args.model}: not the model that {args.run} was trained on ({trained['model']})")
-    domain, items, splits = load_dataset(args.data, ("train", args.split))
-    examples = splits[args.split][: args.users]
-    summaries = load_summaries(args.run, items, examples) if args.paradigm in trsr.SUMMARIZED else {}
-    recommender, answers = make_recommender(args, load_config(folder), folder, domain, items, summaries)
-    row = "untrained" if args.untrained else "trained"
-    if rank == 0:
-        print(f"data    {args.data}: {len(examples)} users of {args.split}.jsonl")
-        print(f"model   {args.model}, {row} ({kind}), {args.dtype}, on {world} x {device.type}")
-        print(f"prompt  {args.paradigm}, {args.history_items} recent items, {recommender.budget.tokens} tokens at most")
+    settings = resolve(flags)
+    batching = Batching.on(device, settings.pack_tokens, on_gpus=16384)
+
+    # The users, and what makes their prompts.
+    folder = find_base(settings)
+    domain, items, splits = load_dataset(settings.data, ("train", settings.split))
+    examples = splits[settings.split][: settings.users]
     candidates = [trsr.shuffled_candidates(example) for example in examples]
-    packs = own_packs(recommender, examples, candidates, args, show=rank == 0)  # while the weights are loaded
-    if kind == "model" and not args.untrained:
-        folder = args.run / "model"
-    model = load_model(folder, device, torch.bfloat16 if args.dtype == "bf16" else torch.float32)
-    if kind == "adapter" and not args.untrained:
-        load_adapter(model, args.run / "adapter")
-    model.eval()
-    if device.type == "cuda" and not args.no_compile:
-        compile_layers(model)
-    start = time.perf_counter()  # on a GPU, the first users are tokenized by now
-    logits, lengths, trimmed = score(model, packs, len(examples), answers, recommender.budget)
+    needed = settings.paradigm in trsr.SUMMARIZED
+    summaries = load_summaries(settings.run, items, examples) if needed else {}
+    budget = prompt_budget(folder, load_config(folder), settings.max_length)
+    prompt = settings.paradigm, domain, items, summaries, settings.history_items
+    recommender = Recommender(*prompt, budget)
+    answers = trsr.answer_ids(budget.encode, domain)
+    if rank == 0:
+        announce(settings, len(examples), budget.tokens, f"{world} x {device.type}")
+
+    # Worker processes tokenize while the weights are loaded.
+    packs = own_packs(recommender, examples, candidates, batching, show=rank == 0)
+    model = load_weights(settings, folder, device)
+    start = time.perf_counter()
+    scores = score_users(model, packs, answers, budget)
     seconds = time.perf_counter() - start
     if rank > 0:
         return
-    scores, ranks = trsr.rank_users(examples, candidates, logits)
 
-    table = table_of(row, ranks, examples, splits["train"], args.k, args.seed)
+    # One process ranks and reports.
+    table = write_results(settings, examples, candidates, scores, splits["train"])
     print(format_table(table))
     print("below each mean is its 95 % interval over users")
     print(f"{len(examples)} users in {seconds:.1f} s; peak {peak_memory(device)}")
-    for what, number in trimmed.items():
+    for what, number in scores.trimmed.items():
         print(f"trimmed to the context: {number} {what}")
-    suffix = "-untrained" if args.untrained else ""
-    lines, results = args.run / f"scores-{args.split}{suffix}.jsonl", args.run / f"results{suffix}.json"
-    names = ("user", "positive", "rank", "candidates", "scores", "prompt_tokens")
-    users, positives = [e.user for e in examples], [e.positive for e in examples]
-    columns = (users, positives, ranks, candidates, scores, lengths)
-    write_jsonl(lines, (dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)))
-    report = {"data": args.data, "split": args.split, "users": len(examples), "model": args.model, "row": row}
-    write_json(results, report | {"paradigm": args.paradigm, "table": table, "trimmed": dict(trimmed)})
-    page = f", {write_report(args.run, args.split, suffix)}" if args.report else ""
-    print(f"wrote   {results}, {lines}{page}")
+    suffix, run = settings.suffix, settings.run
+    page = f", {write_report(run, settings.split, suffix)}" if settings.report else ""
+    lines = run / f"scores-{settings.split}{suffix}.jsonl"
+    print(f"wrote   {run / f'results{suffix}.json'}, {lines}{page}")
+
+
+def find_base(settings: Settings) -> Path:
+    """Return the base model's folder; InputError unless it is the model of the training."""
+    folder = find_model(settings.model, settings.revision)
+    if fingerprint(folder) != settings.fingerprint:
+        trained = read_config(settings.run)["train"]["model"]
+        what = f"not the model that {settings.run} was trained on ({trained})"
+        raise InputError(f"{settings.model}: {what}")
+    return folder
+
+
+def announce(settings: Settings, n_users: int, tokens: int, where: str) -> None:
+    """Print what is about to be evaluated."""
+    print(f"data    {settings.data}: {n_users} users of {settings.split}.jsonl")
+    row, dtype = f"{settings.row} ({settings.kind})", settings.dtype
+    print(f"model   {settings.model}, {row}, {dtype}, on {where}")
+    recent = f"{settings.history_items} recent items"
+    print(f"prompt  {settings.paradigm}, {recent}, {tokens} tokens at most")
+
+
+def load_weights(settings: Settings, folder: Path, device: torch.device) -> Llama:
+    """Return the model to evaluate: the base with the run's adapter, or the run's own model."""
+    trained = settings.row == "trained"
+    if trained and settings.kind == "model":
+        folder = settings.run / "model"
+    dtype = torch.bfloat16 if settings.dtype == "bf16" else torch.float32
+    model = load_model(folder, device, dtype)
+    if trained and settings.kind == "adapter":
+        load_adapter(model, settings.run / "adapter")
+    model.eval()
+    if device.type == "cuda" and not settings.no_compile:
+        compile_layers(model)
+    return model
+
+
+def write_results(
+    settings: Settings,
+    examples: Sequence[Example],
+    candidates: Sequence[list[str]],
+    scores: Scores,
+    train: Sequence[Example],
+) -> dict:
+    """Rank the candidates, write the scores and the results, and return the table."""
+    probabilities, found_ranks = trsr.rank_users(examples, candidates, scores.logits)
+    path = settings.run / f"scores-{settings.split}{settings.suffix}.jsonl"
+    lengths = [scores.prompt_tokens[u] for u in range(len(examples))]
+    write_scores(path, examples, candidates, found_ranks, probabilities, lengths)
+
+    table = table_of(settings.row, found_ranks, examples, train, settings.k, settings.seed)
+    results = {
+        "data": settings.data,
+        "split": settings.split,
+        "users": len(examples),
+        "model": settings.model,
+        "row": settings.row,
+        "paradigm": settings.paradigm,
+        "table": table,
+        "trimmed": dict(scores.trimmed),
+    }
+    write_json(settings.run / f"results{settings.suffix}.json", results)
+    return table
+
+
+def rank_by_file(flags: Settings) -> None:
+    """Print the table of the scores in flags.scores, and write it to RUN/results-NAME.json."""
+    data = flags.data or read_config(flags.run).get("train", {}).get("data", "data/demo")
+    _, _, splits = load_dataset(data, ("train", flags.split))
+    examples = splits[flags.split][: flags.users]
+    candidates = [trsr.shuffled_candidates(example) for example in examples]
+    scores = read_scores(flags.scores, examples, candidates)
+    _, found_ranks = trsr.rank_users(examples, candidates, scores)
+
+    name = flags.scores.stem
+    table = table_of(name, found_ranks, examples, splits["train"], flags.k, flags.seed)
+    print(format_table(table))
+    results = {"data": data, "split": flags.split, "users": len(examples), "row": name}
+    flags.run.mkdir(parents=True, exist_ok=True)
+    path = flags.run / f"results-{name}.json"
+    write_json(path, results | {"paradigm": name, "table": table})
+    print(f"wrote   {path}")
 
 
 if __name__ == "__main__":

@@ -73,7 +73,9 @@ class LoRALinear(nn.Module):
             return
         delta = self.scaling * (self.lora_B.weight @ self.lora_A.weight)
         # Not in place: W may be a view of the checkpoint's file.
-        self.base_layer.weight = nn.Parameter((weight + sign * delta).to(weight.dtype), requires_grad=False)
+        self.base_layer.weight = nn.Parameter(
+            (weight + sign * delta).to(weight.dtype), requires_grad=False
+        )
         self.merged = sign > 0
 
 
@@ -84,9 +86,13 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
     model.requires_grad_(False)
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     chosen = [name for name in names if name.split(".")[-1] in config.targets]
-    if unmatched := [t for t in config.targets if not any(name.split(".")[-1] == t for name in chosen)]:
+    if unmatched := [
+        t for t in config.targets if not any(name.split(".")[-1] == t for name in chosen)
+    ]:
         known = ", ".join(sorted({name.split(".")[-1] for name in names}))
-        raise AdapterError(f"LoRA target {unmatched[0]!r} names no linear layer of the model (it has {known})")
+        raise AdapterError(
+            f"LoRA target {unmatched[0]!r} names no linear layer of the model (it has {known})"
+        )
     for name in chosen:
         parent, _, child = name.rpartition(".")
         base = model.get_submodule(name)
@@ -115,18 +121,38 @@ def unmerge(model: nn.Module) -> None:
 
 # Fields of adapter_config.json that would change what the adapter computes; here they must be off.
 _OFF = (
-    *("use_dora", "use_rslora", "fan_in_fan_out", "lora_bias", "rank_pattern", "alpha_pattern", "modules_to_save"),
-    *("layers_to_transform", "exclude_modules", "layer_replication", "trainable_token_indices", "target_parameters"),
+    *(
+        "use_dora",
+        "use_rslora",
+        "fan_in_fan_out",
+        "lora_bias",
+        "rank_pattern",
+        "alpha_pattern",
+        "modules_to_save",
+    ),
+    *(
+        "layers_to_transform",
+        "exclude_modules",
+        "layer_replication",
+        "trainable_token_indices",
+        "target_parameters",
+    ),
 )
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the adapter's parameters under the names they have in the model."""
-    return {name: p for name, p in model.named_parameters() if ".lora_A." in name or ".lora_B." in name}
+    return {
+        name: p for name, p in model.named_parameters() if ".lora_A." in name or ".lora_B." in name
+    }
 
 
 def save_adapter(
-    folder: Path, tensors: dict[str, Tensor], config: LoRAConfig, base_model: str, write: Callable = save_file
+    folder: Path,
+    tensors: dict[str, Tensor],
+    config: LoRAConfig,
+    base_model: str,
+    write: Callable = save_file,
 ) -> None:
     """Write adapter_tensors (full tensors, on any device) and config to folder, as PEFT would.
 
@@ -147,7 +173,9 @@ def save_adapter(
         "target_modules": list(config.targets),
     }
     path, text = folder / "adapter_config.json", json.dumps(record, indent=2).encode() + b"\n"
-    if path.is_file() and path.read_bytes() != text:  # weights never stand beside a configuration that is not theirs
+    if (
+        path.is_file() and path.read_bytes() != text
+    ):  # weights never stand beside a configuration that is not theirs
         path.unlink()
     write(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     if not path.is_file():
@@ -160,19 +188,35 @@ def load_adapter_config(folder: Path) -> LoRAConfig:
     try:
         record = dict(json.loads(path.read_text("utf-8")))
     except FileNotFoundError:
-        raise AdapterError(f"{folder}: no adapter (no adapter_config.json); train.py makes one") from None
+        raise AdapterError(
+            f"{folder}: no adapter (no adapter_config.json); train.py makes one"
+        ) from None
     except (ValueError, TypeError) as error:
         raise AdapterError(f"{path}: not a JSON object ({error})") from None
     plain = (("peft_type", "LORA"), ("bias", "none"))
-    odd = [f for f in _OFF if record.get(f)] + [f for f, value in plain if record.get(f, value) != value]
+    odd = [f for f in _OFF if record.get(f)] + [
+        f for f, value in plain if record.get(f, value) != value
+    ]
     targets = record.get("target_modules")
-    odd += [] if isinstance(targets, list) and all(isinstance(t, str) for t in targets) else ["target_modules"]
+    odd += (
+        []
+        if isinstance(targets, list) and all(isinstance(t, str) for t in targets)
+        else ["target_modules"]
+    )
     odd += [] if isinstance(record.get("r"), int) and 0 < record["r"] < 1 << 16 else ["r"]
-    odd += [f for f in ("lora_alpha", "lora_dropout") if not isinstance(record.get(f, 0.0), (int, float))]
+    odd += [
+        f
+        for f in ("lora_alpha", "lora_dropout")
+        if not isinstance(record.get(f, 0.0), (int, float))
+    ]
     odd += [] if "lora_alpha" in record else ["lora_alpha"]
     if odd:
-        raise AdapterError(f"{path}: {odd[0]} is {record.get(odd[0])!r}: only plain LoRA on a list of layers is read")
-    return LoRAConfig(record["r"], record["lora_alpha"], record.get("lora_dropout", 0.0), tuple(sorted(targets)))
+        raise AdapterError(
+            f"{path}: {odd[0]} is {record.get(odd[0])!r}: only plain LoRA on a list of layers is read"
+        )
+    return LoRAConfig(
+        record["r"], record["lora_alpha"], record.get("lora_dropout", 0.0), tuple(sorted(targets))
+    )
 
 
 def load_adapter(model: nn.Module, folder: Path) -> LoRAConfig:
@@ -190,17 +234,25 @@ def load_adapter(model: nn.Module, folder: Path) -> LoRAConfig:
             names = set(file.keys())
             for name in sorted(names ^ tensors.keys()):
                 where = "has no place in this model" if name in names else "is missing"
-                raise AdapterError(f"{path}: tensor {name} {where}; was the adapter trained on another model?")
+                raise AdapterError(
+                    f"{path}: tensor {name} {where}; was the adapter trained on another model?"
+                )
             for name, parameter in tensors.items():
                 found = file.get_tensor(name)
                 if not found.is_floating_point():
-                    raise AdapterError(f"{path}: tensor {name} holds {found.dtype}, expected floating point")
+                    raise AdapterError(
+                        f"{path}: tensor {name} holds {found.dtype}, expected floating point"
+                    )
                 if found.shape != parameter.shape:
                     shapes = f"{tuple(found.shape)}, expected {tuple(parameter.shape)}"
-                    raise AdapterError(f"{path}: tensor {name} has shape {shapes}; is it for another model or rank?")
+                    raise AdapterError(
+                        f"{path}: tensor {name} has shape {shapes}; is it for another model or rank?"
+                    )
                 parameter.data.copy_(found)
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{path}: not a safetensors file, or cut short ({error})") from None
     if not any(layer.lora_B.weight.any() for layer in lora_layers(model)):
-        raise AdapterError(f"{path}: every lora_B is zero, so the adapter changes nothing; train it again")
+        raise AdapterError(
+            f"{path}: every lora_B is zero, so the adapter changes nothing; train it again"
+        )
     return config

@@ -1,124 +1,475 @@
-"""Summarize every user's history with a frozen language model (sections 4.1 and 4.2): users -> RUN/summaries.jsonl
+"""Summarize every user's history with a frozen model (sections 4.1, 4.2): RUN/summaries.jsonl
 
     python summarize.py                                         # the embedded default
-    python summarize.py --data data/mind --model owner/llama --run runs/mind --paradigm recurrent --int8
-    torchrun --nproc_per_node 8 summarize.py --data data/mind --model owner/llama --run-dir runs/mind
+    python summarize.py --data data/mind --model owner/llama --run runs/mind --paradigm recurrent
+    torchrun --nproc_per_node 8 summarize.py --model owner/llama --run-dir runs/mind
 
-Under torchrun the users are shared out. Finished users are appended to RUN/summaries.part*.jsonl; after an
-interruption the same command goes on from there.
+Finished users are appended to RUN/summaries.part*.jsonl, so after an interruption the same command
+resumes. Under torchrun the users are shared out.
+
+Most of this file is greedy generation: first the obvious way, then a Generator that keeps the
+model's keys and values, reads prompts in packs, and refills each row of its cache as soon as the
+row's text is done. It writes what the obvious way would write.
 """
 
-from collections import Counter
-from dataclasses import asdict
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import trsr
-from llama import Generator, compile_layers
+from files.jsonl import append_jsonl, read_jsonl, write_jsonl
+from launch.command import Shared, option, parse_settings, positive
+from launch.estimate import expected_slots, rows_that_fit
+from launch.processes import gather, join_processes, peak_memory, run_script, share_out
+from llama import Llama, compile_layers
 from models.hub import find_model, load_model
-from models.int8 import WAYS
 from models.tokenizer import Tokenizer
-from prepare.dataset import append_jsonl, load_dataset, read_jsonl, write_jsonl
-from runfolder.command import positive, script_parser
-from runfolder.estimate import expected_slots, rows_that_fit
-from runfolder.processes import gather, join_processes, peak_memory, run_script, share_out
-from runfolder.state import FIELDS, claim_config, collect_records, fingerprint, locked
+from ops.cache import KVCache, PackWriter
+from ops.checkpoint import fingerprint
+from ops.int8 import WAYS
+from ops.masks import length_mask
+from ops.packs import Pack, common_prefix, group_prompts, pack_trees, padded_select, rounded_up
+from prepare.dataset import load_dataset
+from state.settings import claim_config, locked
+from state.summaries import FIELDS, collect_records
+
+PREFILL_TOKENS = 8192  # of prompts that a GPU reads at once
 
 
-def parse_arguments():
-    """Return the command line's settings."""
-    parser = script_parser(__doc__)
-    flag = parser.add_argument_group("summarization").add_argument
-    flag("--paradigm", choices=trsr.SUMMARIZED, default="hierarchical", help="how the blocks become one summary")
-    flag("--block-size", type=positive, default=5, help="items a block")
-    flag("--max-new-tokens", type=positive, default=150, help="longest summary, in tokens")
-    flag("--max-length", type=positive, default=2048, help="longest prompt and summary together, in tokens")
-    help = "8-bit weights: this project's, or `--int8 bitsandbytes` for LLM.int8 as in the paper (slower)"
-    flag("--int8", nargs="?", choices=WAYS, const="weights", help=help)
-    flag("--batch-size", type=positive, help="prompts decoded together (without it: 16 on CPUs, what fits on GPUs)")
-    return parser.parse_args()
+@dataclass(frozen=True)
+class Settings(Shared):
+    """What is summarized, and how: the flags."""
+
+    paradigm: str = option(
+        "hierarchical",
+        "how the blocks become one summary",
+        choices=trsr.SUMMARIZED,
+        group="summarization",
+    )
+    block_size: int = option(5, "items per block", positive)
+    max_new_tokens: int = option(150, "longest summary, in tokens", positive)
+    max_length: int = option(2048, "longest prompt together with its summary, in tokens", positive)
+    int8: str | None = option(
+        None,
+        "8-bit weights; `--int8 bitsandbytes` is LLM.int8, as in the paper (slower)",
+        nargs="?",
+        choices=WAYS,
+        const="weights",
+    )
+    batch_size: int | None = option(
+        None, "prompts decoded together (unset: 16 on CPUs, what fits on GPUs)", positive
+    )
+
+    def recorded(self, folder: Path, domain: trsr.Domain) -> dict:
+        """Return what determines a summary besides the history: a run is made with one of these."""
+        names = "data model paradigm block_size max_new_tokens max_length int8 dtype"
+        kept = {name: getattr(self, name) for name in names.split()}
+        return kept | {"fingerprint": fingerprint(folder), "prompts": asdict(domain)}
 
 
-# ---- The run
+def resolve(flags: Settings, device: torch.device) -> Settings:
+    """Return the settings with everything unset resolved, but for the batch size."""
+    half = flags.dtype == "bf16" or (flags.dtype == "auto" and device.type == "cuda")
+    data, model = flags.data or "data/demo", flags.model or "models/tiny"
+    return replace(flags, data=data, model=model, dtype="bf16" if half else "fp32")
+
+
+# ---- Greedy generation, the obvious way
+
+
+@torch.inference_mode()
+def generate_slowly(
+    model: Llama, prompt: list[int], max_new_tokens: int, eos_ids: Sequence[int]
+) -> list[int]:
+    """Return the greedy continuation of a prompt, up to and without an end token.
+
+    Reads the whole text again for every token; the Generator below gives the same ids.
+    """
+    device, written = model.lm_head.weight.device, []
+    while len(written) < max_new_tokens:
+        logits = model(torch.tensor([prompt + written], device=device))[0, -1]
+        token = int(logits.argmax())
+        if token in eos_ids:
+            break
+        written.append(token)
+    return written
+
+
+# ---- Greedy generation with a cache
+#
+# Prompts wait in a queue for a row of a static cache. Those that get one are read in packs, where a
+# shared prefix is read once. Then all rows decode together, and a row that is done is refilled at
+# once. Each row has its own length: a query sees the slots up to its own position, and what an
+# earlier text left behind them is overwritten before any query sees it.
+
+
+@dataclass
+class Row:
+    """A text in the making: its key, its prompt, and the tokens that the model has written."""
+
+    key: object
+    prompt: list[int]
+    tokens: list[int]
+
+    @property
+    def length(self) -> int:
+        """Slots in use, and the position of the last token, which is not in the cache yet."""
+        return len(self.prompt) + len(self.tokens) - 1
+
+
+class DecodingGraph:
+    """A decoding step of all rows, captured as a CUDA graph: one launch instead of hundreds."""
+
+    def __init__(self, step: Callable[[], Tensor]):
+        # What is compiled has to be so before the capture, and run once more to settle.
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            step()
+            step()
+        side.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.next_tokens = step()
+
+    def replay(self) -> Tensor:
+        """Run the step on what its inputs hold now; return the next token of each row."""
+        self.graph.replay()
+        return self.next_tokens
+
+
+class Generator:
+    """Greedy continuations of prompts that may be submitted at any time, in `rows` at once."""
+
+    def __init__(
+        self, model: Llama, rows: int, max_new_tokens: int, eos_ids: Sequence[int], slots: int = 0
+    ):
+        self.model, self.n_rows = model, rows
+        self.max_new_tokens, self.eos_ids = max_new_tokens, eos_ids
+        self.waiting: deque[tuple[object, list[int]]] = deque()
+        self.rows: list[Row] = []  # they use the first rows of the cache
+
+        weight, c = model.lm_head.weight, model.config
+        self.device, self.on_gpu = weight.device, weight.device.type == "cuda"
+        shape = (rows, c.num_key_value_heads, slots, c.head_dim)
+        self.cache = KVCache(c.num_hidden_layers, shape, weight.device, weight.dtype)
+        # The graph reads its tokens and positions from here.
+        self.inputs = torch.zeros(2, rows, dtype=torch.long, device=weight.device)
+        self.graph: DecodingGraph | None = None
+
+    def submit(self, prompts: Iterable[tuple[object, list[int]]], first: bool = False) -> None:
+        """Queue (key, token ids) pairs at the end, or with `first` before all others."""
+        if first:
+            self.waiting.extendleft(reversed(list(prompts)))
+        else:
+            self.waiting.extend(prompts)
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[object, list[int]]]:
+        """Read waiting prompts, or write a token in every row; return (key, tokens) of those done.
+
+        The tokens are without an end token.
+        """
+        if due := self._prompts_due():
+            self._prefill([self.waiting.popleft() for _ in range(due)])
+        elif self.rows:
+            for row, token in zip(self.rows, self._decode(), strict=True):
+                row.tokens.append(token)
+        return self._take_done()
+
+    # -- 1. How many prompts to read now
+
+    def _prompts_due(self) -> int:
+        """Return how many prompts to read: none until it pays, on a GPU a full pack at most."""
+        free = self.n_rows - len(self.rows)
+        tokens, group_first = 0, None
+        for n, (_, ids) in enumerate(islice(self.waiting, free) if self.on_gpu else ()):
+            # The prefix that they share is read once.
+            group_first = group_first or ids
+            tokens += len(ids) - (common_prefix([group_first, ids]) if n else 0)
+            if n and tokens > PREFILL_TOKENS:
+                return n
+
+        # Reading stalls the rows that decode, so it waits for several free rows.
+        least = max(1, self.n_rows // (4 if self.on_gpu else 8))
+        if len(self.waiting) <= free or free >= least:
+            return min(free, len(self.waiting))
+        return 0
+
+    # -- 2. Prefill: read prompts, in packs, into the rows after those in use
+
+    def _prefill(self, prompts: list[tuple[object, list[int]]]) -> None:
+        """Read prompts into free rows and write the first token of each."""
+        first = len(self.rows)
+        self.rows += [Row(key, ids, []) for key, ids in prompts]
+        self._make_room(max(len(ids) for _, ids in prompts) + self.max_new_tokens)
+
+        trees, prompt_of = group_prompts([ids for _, ids in prompts])
+        size, pad_to = 2048, 1
+        if self.on_gpu:  # few lengths, since kernels are compiled for each
+            total = sum(tree.size for tree in trees)
+            size = pad_to = rounded_up(min(PREFILL_TOKENS, total))
+        for pack in pack_trees(trees, size, pad_to, last_only=True):
+            row_of = {leaf: first + prompt_of[leaf] for leaf in pack.leaves}
+            here, writers = pack.to(self.device), self._writers(pack, row_of, pad_to)
+            select = padded_select(list(pack.leaves.values()), self.device)
+            logits = self.model(here.ids[None], here.positions[None], here.mask(), writers, select)
+            tokens = logits[: len(pack.leaves)].argmax(-1).tolist()
+            for row, token in zip(row_of.values(), tokens, strict=True):
+                self.rows[row].tokens.append(token)
+
+    def _make_room(self, slots: int) -> None:
+        """Grow the cache to this many slots per row, if it has fewer."""
+        if slots > self.cache.slots:
+            self.cache.grow(-(-slots // 512) * 512 if self.on_gpu else slots)
+            self.graph = None  # it was captured with the smaller tensors
+
+    def _writers(self, pack: Pack, row_of: dict, pad_to: int) -> list[PackWriter]:
+        """Return, for each layer, what copies the pack's prompts into their rows of the cache."""
+        rows, tokens = [], []
+        for leaf, last in pack.leaves.items():
+            # A prompt is the path to its last token: what that token continues, and itself.
+            path = (pack.ends[: last + 1] > last).nonzero()[:, 0]
+            rows.append(torch.full_like(path, row_of[leaf]))
+            tokens.append(path)
+        rows, tokens = torch.cat(rows), torch.cat(tokens)
+        if pad_to > 1:
+            # Few lengths here too; copying the last token several times is harmless.
+            more = -len(rows) % pad_to
+            rows, tokens = (torch.cat((t, t[-1:].expand(more))) for t in (rows, tokens))
+        places = [t.to(self.device) for t in (rows, pack.positions[tokens], tokens)]
+        return [PackWriter(layer, *places) for layer in self.cache.layers]
+
+    # -- 3. Decode: one token for every row in use
+
+    def _decode(self) -> list[int]:
+        """Return the next token of each row in use."""
+        last = [(row.tokens[-1], row.length) for row in self.rows]
+        if not self.on_gpu:
+            visible = max(row.length for row in self.rows) + 1
+            return decode(self.model, *torch.tensor(last).T, self.cache, visible).tolist()
+
+        # All rows run on a GPU, since a graph has fixed shapes; idle ones write into slot 0.
+        idle = [(0, 0)] * (self.n_rows - len(last))
+        self.inputs.copy_(torch.tensor(last + idle).T)
+        step = partial(decode, self.model, *self.inputs, self.cache, self.cache.slots)
+        if self.model.syncs_host:
+            return step()[: len(last)].tolist()
+        if self.graph is None:
+            self.graph = DecodingGraph(step)
+        return self.graph.replay()[: len(last)].tolist()
+
+    # -- 4. Rows that are done make room
+
+    def ends(self, row: Row) -> bool:
+        """Return whether the row is done."""
+        return row.tokens[-1] in self.eos_ids or len(row.tokens) == self.max_new_tokens
+
+    def _take_done(self) -> list[tuple[object, list[int]]]:
+        """Remove the rows that are done; return their (key, tokens)."""
+        done = []
+        for i in reversed(range(len(self.rows))):
+            row = self.rows[i]
+            if not self.ends(row):
+                continue
+            written = row.tokens[:-1] if row.tokens[-1] in self.eos_ids else row.tokens
+            done.append((row.key, written))
+            last = self.rows.pop()
+            if last is not row:  # the last row moves into the gap, so those in use come first
+                self.rows[i] = last
+                self.cache.move(len(self.rows), i, last.length)
+        return done
+
+    def shrink(self) -> None:
+        """Continue with half as many rows after memory ran out; unfinished texts start over."""
+        self.submit([(row.key, row.prompt) for row in self.rows], first=True)
+        self.rows, self.graph, self.n_rows = [], None, self.n_rows // 2
+        self.cache.shrink(self.n_rows)
+        self.inputs = self.inputs[:, : self.n_rows].clone()
+        torch.cuda.empty_cache()
+
+
+def decode(model: Llama, tokens: Tensor, positions: Tensor, cache: KVCache, visible: int) -> Tensor:
+    """Read one token per row (B,) at positions (B,); return the next tokens (B,).
+
+    visible: the slots that any row may look at.
+    """
+    if tokens.is_cuda:
+        mask = length_mask(positions, visible)
+    else:
+        mask = torch.arange(visible) <= positions[:, None, None, None]  # (B, 1, 1, S)
+    return model(tokens[:, None], positions[:, None], mask, cache.layers)[:, -1].argmax(-1)
+
+
+def generate(
+    model: Llama,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    eos_ids: Sequence[int],
+    batch_size: int = 16,
+) -> list[list[int]]:
+    """Return the greedy continuation of each prompt, up to and without an end token."""
+    generator, outputs = Generator(model, batch_size, max_new_tokens, eos_ids), {}
+    generator.submit(sorted(enumerate(prompts), key=lambda pair: -len(pair[1])))
+    while len(outputs) < len(prompts):
+        outputs |= generator.step()
+    return [outputs[i] for i in range(len(prompts))]
+
+
+# ---- From prompts to summaries
+
+
+class Writer:
+    """Answers prompts, texts in and texts out: the engine that trsr.run_tasks drives."""
+
+    def __init__(self, generator: Generator, tokenizer: Tokenizer, bar: tqdm | None = None):
+        self.generator, self.tokenizer, self.bar = generator, tokenizer, bar
+        self.written = 0  # tokens
+
+    def has_room(self) -> bool:
+        """Return whether to start another user: there should always be prompts for free rows."""
+        return len(self.generator.waiting) < self.generator.n_rows
+
+    def submit(self, prompts: list[tuple[object, str]], first: bool) -> None:
+        """Queue (key, prompt) pairs; `first`: before those of users who have not started."""
+        keys, texts = zip(*prompts, strict=True)
+        ids = self.tokenizer.encode(list(texts))
+        self.generator.submit(zip(keys, ids, strict=True), first)
+
+    def finished(self) -> list[tuple[object, str]]:
+        """Work for a step; return the (key, answer) pairs that it completed."""
+        try:
+            done = self.generator.step()
+        except torch.OutOfMemoryError:
+            self._lower_batch_size()
+            return []
+        self.written += sum(len(ids) for _, ids in done)
+        if self.bar is not None:
+            rate = self.written / max(self.bar.format_dict["elapsed"], 1e-9)
+            self.bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=bool(done))
+        return [(key, self.tokenizer.decode(ids)) for key, ids in done]
+
+    def _lower_batch_size(self) -> None:
+        if self.generator.n_rows == 1:
+            what = "out of memory with one prompt per batch"
+            raise trsr.InputError(f"{what}; lower --max-length, or use --int8") from None
+        self.generator.shrink()
+        if self.bar is not None:
+            rows = self.generator.n_rows
+            self.bar.write(f"out of memory: continuing with {rows} prompts per batch")
+
+
+# ---- The command
 
 
 def main() -> None:
     """Summarize the users of all splits."""
-    args = parse_arguments()
+    flags = parse_settings(Settings, __doc__)
     rank, world, device = join_processes()
-    data, name = args.data or "data/demo", args.model or "models/tiny"
-    domain, items, splits = load_dataset(data, ("train", "val", "test"))
-    texts = {example.user: [items[i] for i in example.history] for split in splits.values() for example in split}
-    folder = find_model(name, args.revision)
-    half = args.dtype == "bf16" or (args.dtype == "auto" and device.type == "cuda")
-    flags = ("paradigm", "block_size", "max_new_tokens", "max_length", "int8")
-    settings = {"data": data, "model": name, "fingerprint": fingerprint(folder)} | {f: vars(args)[f] for f in flags}
-    settings |= {"dtype": "bf16" if half else "fp32", "prompts": asdict(domain)}
-    model = load_model(folder, device, torch.bfloat16 if half else torch.float32, int8=args.int8)
+    settings = resolve(flags, device)
+    run = settings.run
+
+    # The histories as texts, and the model.
+    domain, items, splits = load_dataset(settings.data, ("train", "val", "test"))
+    examples = [example for split in splits.values() for example in split]
+    texts = {example.user: [items[i] for i in example.history] for example in examples}
+    folder = find_model(settings.model, settings.revision)
+    recorded = settings.recorded(folder, domain)
+    dtype = torch.bfloat16 if settings.dtype == "bf16" else torch.float32
+    model = load_model(folder, device, dtype, int8=settings.int8)
+
+    # A prompt and its summary share the context.
     tokenizer = Tokenizer(folder, model.config.vocab_size)
-    context = min(args.max_length, model.config.max_position_embeddings)
-    budget = trsr.Budget(context - args.max_new_tokens, tokenizer.encode, Counter())
-    args.slots = expected_slots(texts.values(), domain, budget, args) if device.type == "cuda" else 0
-    args.batch_size = args.batch_size or rows_that_fit(model, args.slots, device)
-    if device.type == "cuda" and args.int8 != "bitsandbytes" and not args.no_compile:
-        compile_layers(model)
-    with locked(args.run, hold=rank == 0):
+    context = min(settings.max_length, model.config.max_position_embeddings)
+    budget = trsr.Budget(context - settings.max_new_tokens, tokenizer.encode, Counter())
+    generator = make_generator(model, settings, texts, domain, budget)
+
+    with locked(run, hold=rank == 0):
         if rank == 0:
-            claim_config(args.run, "summarize", settings, started=bool(collect_records(args.run)))
-        gather(None)  # nobody reads before the first process has gathered
-        done = {r["user"]: r["key"] for _, r in read_jsonl(args.run / "summaries.jsonl", FIELDS)}
-        keys = {user: trsr.content_hash([settings, history]) for user, history in texts.items()}
+            claim_config(run, "summarize", recorded, started=bool(collect_records(run)))
+        gather(None)  # nobody reads before the first process has collected
+        keys = {u: trsr.content_hash([recorded, history]) for u, history in texts.items()}
+        records = read_jsonl(run / "summaries.jsonl", FIELDS)
+        done = {record["user"]: record["key"] for _, record in records}
         pending = [user for user in texts if done.get(user) != keys[user]]
         if rank == 0:
-            print(f"data    {data}: {len(texts)} users, {len(texts) - len(pending)} of them summarized before")
-            eight = f", int8 ({args.int8})" if args.int8 else ""
-            print(f"model   {name}, {settings['dtype']}{eight}, on {world} x {device.type}, {args.batch_size} a batch")
-            print(f"method  {args.paradigm}, {args.block_size} items a block, {args.max_new_tokens} new tokens at most")
+            rows, where = generator.n_rows, f"{world} x {device.type}"
+            announce(settings, len(texts), len(texts) - len(pending), rows, where)
+
         sizes = [sum(map(len, texts[user])) for user in pending]
-        mine = [pending[i] for i in share_out(sizes, world)[rank]]
+        mine = {pending[i]: texts[pending[i]] for i in share_out(sizes, world)[rank]}
+        part = run / f"summaries.part{rank}.jsonl"
         with tqdm(total=len(mine), unit="user", disable=rank > 0) as bar:
-            for user, root in summarize(model, tokenizer, domain, {u: texts[u] for u in mine}, budget, args, bar):
-                record = {"user": user, "paradigm": args.paradigm, "key": keys[user], "summary": root["summary"]}
-                append_jsonl(args.run / f"summaries.part{rank}.jsonl", record | {"tree": root})
+            writer = Writer(generator, tokenizer, bar)
+            for user, root in summarize(mine, settings, domain, budget, writer):
+                record = {"user": user, "paradigm": settings.paradigm, "key": keys[user]}
+                append_jsonl(part, record | {"summary": root["summary"], "tree": root})
                 bar.update()
+
         trimmed = sum(gather(budget.trimmed), Counter())
         if rank == 0:
-            found = collect_records(args.run)
-            write_jsonl(args.run / "summaries.jsonl", [found[user] for user in texts])
-            for what, count in trimmed.items():
-                print(f"trimmed to the context of {context} tokens: {count} {what}")
-            print(f"wrote   {args.run / 'summaries.jsonl'} ({len(texts)} users); peak {peak_memory(device)}")
-            print(f"next    python train.py --data {data} --model {name} --run {args.run}")
+            found = collect_records(run)
+            write_jsonl(run / "summaries.jsonl", [found[user] for user in texts])
+            conclude(settings, len(texts), context, trimmed, peak_memory(device))
 
 
-def summarize(model, tokenizer, domain, texts: dict[str, list[str]], budget, args, bar):
-    """Yield (user, root of the tree of summaries) as users finish; long histories first, so that the end is short."""
-    paradigm = {"hierarchical": trsr.hierarchical, "recurrent": trsr.recurrent}[args.paradigm]
-    lengths = (args.batch_size, args.max_new_tokens, model.config.eos_token_id, args.slots)
-    generator, written = Generator(model, *lengths), 0
+def make_generator(
+    model: Llama,
+    settings: Settings,
+    texts: dict[str, list[str]],
+    domain: trsr.Domain,
+    budget: trsr.Budget,
+) -> Generator:
+    """Return a generator with --batch-size rows, or as many as the GPU's memory holds."""
+    device, new = model.lm_head.weight.device, settings.max_new_tokens
+    slots = 0
+    if device.type == "cuda":
+        shape = settings.paradigm, settings.block_size, new
+        slots = expected_slots(texts.values(), domain, budget, *shape)
+    rows = settings.batch_size or rows_that_fit(model, slots, PREFILL_TOKENS, device)
+    if device.type == "cuda" and settings.int8 != "bitsandbytes" and not settings.no_compile:
+        compile_layers(model)
+    return Generator(model, rows, new, model.config.eos_token_id, slots)
 
-    def submit(prompts: list[tuple], first: bool) -> None:
-        keys, texts = zip(*prompts, strict=True)
-        generator.submit(zip(keys, tokenizer.encode(list(texts)), strict=True), first)
 
-    def finished() -> list[tuple]:
-        nonlocal written
-        try:
-            done = generator.step()
-        except torch.OutOfMemoryError:
-            if generator.n_rows == 1:
-                raise trsr.InputError("out of memory with one prompt a batch; lower --max-length, or --int8") from None
-            generator.shrink()
-            bar.write(f"out of memory: going on with {generator.n_rows} prompts a batch")
-            return []
-        written += sum(len(ids) for _, ids in done)
-        bar.set_postfix_str(f"{written / max(bar.format_dict['elapsed'], 1e-9):.0f} tokens/s", refresh=bool(done))
-        return [(key, tokenizer.decode(ids)) for key, ids in done]
-
+def summarize(
+    texts: dict[str, list[str]],
+    settings: Settings,
+    domain: trsr.Domain,
+    budget: trsr.Budget,
+    writer: Writer,
+) -> Iterator[tuple[str, trsr.Node]]:
+    """Yield (user, root of the tree of summaries) as users finish."""
+    paradigm = {"hierarchical": trsr.hierarchical, "recurrent": trsr.recurrent}[settings.paradigm]
+    # Long histories go first, so that the last users to finish are short ones.
     users = sorted(texts, key=lambda user: -len(texts[user]))
-    tasks = ((user, paradigm(texts[user], domain, budget, args.block_size)) for user in users)
-    yield from trsr.run_tasks(tasks, lambda: len(generator.waiting) < args.batch_size, submit, finished)
+    block_size = settings.block_size
+    tasks = ((user, paradigm(texts[user], domain, budget, block_size)) for user in users)
+    yield from trsr.run_tasks(tasks, writer)
+
+
+def announce(settings: Settings, n_users: int, n_done: int, rows: int, where: str) -> None:
+    """Print what is about to be summarized."""
+    int8 = f", int8 ({settings.int8})" if settings.int8 else ""
+    blocks = f"{settings.block_size} items per block"
+    print(f"data    {settings.data}: {n_users} users, {n_done} of them summarized before")
+    print(f"model   {settings.model}, {settings.dtype}{int8}, on {where}, {rows} prompts per batch")
+    print(f"method  {settings.paradigm}, {blocks}, {settings.max_new_tokens} new tokens at most")
+
+
+def conclude(settings: Settings, n_users: int, context: int, trimmed: Counter, peak: str) -> None:
+    """Print what was written, and the next command."""
+    for what, count in trimmed.items():
+        print(f"trimmed to the context of {context} tokens: {count} {what}")
+    print(f"wrote   {settings.run / 'summaries.jsonl'} ({n_users} users); peak {peak}")
+    same = f"--data {settings.data} --model {settings.model} --run {settings.run}"
+    print(f"next    python train.py {same}")
 
 
 if __name__ == "__main__":

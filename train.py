@@ -1,145 +1,206 @@
-"""Fine-tune a language model to answer whether the user takes the candidate (section 4.3): summaries -> RUN/adapter/
+"""Fine-tune a model to answer whether the user takes the candidate (section 4.3): RUN/adapter/
 
-    python train.py                                             # the embedded default, after summarize.py
+    python train.py                                             # the embedded default
     python train.py --data data/mind --model owner/llama --run runs/mind
-    torchrun --nproc_per_node 8 train.py --data data/mind --model owner/llama --run-dir runs/mind       # FSDP2
+    torchrun --nproc_per_node 8 train.py --data data/mind --model owner/llama --run-dir runs/mind
 
-The loss is the next-token loss over the whole prompt (equation 1), averaged over the tokens of an optimizer step on
-all processes, so that 1 and 8 processes train the same model. A user's positive and negative stand in one step
-together, so that their common prefix is computed once. The epoch with the best validation recall is kept.
-After an interruption the same command goes on from RUN/checkpoint/.
+The loss is the next-token loss over the whole prompt (equation 1), averaged over the tokens of an
+optimizer step on all processes, so 1 and 8 processes train the same model up to rounding. A user's
+positive and negative are in the same step, where their shared prefix is computed once. The epoch
+with the best validation recall is kept. After an interruption the same command resumes from
+RUN/checkpoint/. Several processes use FSDP2.
 """
 
 import math
 import signal
 import time
-from collections import Counter
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from tqdm import tqdm
 
-import llama
 import trsr
-from llama import Llama
+from batches.prompts import Batching, Prompts, tokenize
+from evaluate import Validation, prompt_budget
+from files.jsonl import append_jsonl
+from launch.command import Shared, natural, option, parse_settings, positive
+from launch.estimate import preflight, training_memory
+from launch.processes import join_processes, peak_memory, prefetch, ranks, run_script, share_out
+from llama import Llama, compile_layers
 from lora import LoRAConfig, apply_lora
-from models.hub import find_model, load_model
-from models.packs import Pack, Tree, pack_length, pack_trees
-from models.tokenizer import Tokenizer
-from prepare.dataset import append_jsonl, load_dataset, read_jsonl, write_jsonl
-from runfolder.checkpoint import full, load_checkpoint, save_best, save_checkpoint, trainable
-from runfolder.command import natural, positive, script_parser
-from runfolder.estimate import preflight
-from runfolder.processes import ahead, gather, host_workers, join_processes, peak_memory, run_script, share_out
-from runfolder.prompts import Prompts, tokenized, user_packs
-from runfolder.state import claim_config, fingerprint, load_summaries, locked, read_config
+from models.hub import attention_names, find_model, load_model
+from ops.checkpoint import fingerprint
+from ops.packs import Pack, Tree, pack_length, pack_trees
+from prepare.dataset import load_dataset
+from state.checkpoint import (
+    gather_full,
+    gather_trained,
+    load_checkpoint,
+    save_best_adapter,
+    save_best_model,
+    save_checkpoint,
+    trainable,
+)
+from state.metrics import drop_lines_after
+from state.settings import claim_config, locked, read_config
+from state.summaries import load_summaries
+from trsr import InputError, Recommender
 
-# Settings with which a run may go on in another way than it began.
-NOT_KEPT = ("run", "autocast", "pad_to", "save_every", "workers", "shard", "activation_checkpointing", "dry_run")
-NOT_KEPT += ("no_compile",)
+# ---- Settings: the defaults are those of the paper and its authors' code
+
+LOSSES, SHARDS = ("prompt", "answer"), ("zero2", "zero3", "replicate")
 
 
-def parse_arguments():
-    """Return the command line's settings; the defaults are the paper's and its authors' code's."""
-    parser = script_parser(__doc__)
-    flag = parser.add_argument_group("prompt").add_argument
-    flag("--paradigm", choices=trsr.PARADIGMS, help="what the prompt tells of the user (without it: the run's summary)")
-    flag("--history-items", type=natural, default=3, help="recent items in the prompt")
-    flag("--max-length", type=positive, default=2048, help="longest prompt with its answer, in tokens")
-    flag = parser.add_argument_group("optimization").add_argument
-    flag("--epochs", type=positive, default=8, help="passes over the training users")
-    flag("--lr", type=float, default=1e-4, help="learning rate, constant")
-    flag("--batch-size", type=positive, default=64, help="examples in an optimizer step, over all processes")
-    flag("--betas", type=float, nargs=2, default=(0.9, 0.95), help="AdamW's decay rates")
-    flag("--weight-decay", type=float, default=5e-4, help="AdamW's weight decay")
-    flag("--max-grad-norm", type=float, default=1.0, help="larger gradients are scaled down to this norm")
-    flag("--loss", choices=["prompt", "answer"], default="prompt", help="prompt: equation 1; answer: Yes or No alone")
-    flag("--seed", type=natural, default=0, help="of the data's order, the adapter's start and dropout")
-    flag = parser.add_argument_group("adapter").add_argument
-    flag("--lora-r", type=natural, default=8, help="rank; 0 trains the whole model")
-    flag("--lora-alpha", type=float, default=16.0, help="the adapter counts alpha / r")
-    flag("--lora-dropout", type=float, default=0.05, help="on the adapter's input")
-    flag("--lora-targets", nargs="+", help="linear layers to adapt (without it: all of attention's)")
-    flag = parser.add_argument_group("running").add_argument
-    flag("--pack-tokens", type=positive, help="tokens in a forward pass (without it: 8192 on GPUs, 4096 on CPUs)")
-    help = "processes hold: zero2 a part of gradients and optimizer, zero3 of the weights too, replicate all of them"
-    flag("--shard", choices=["zero2", "zero3", "replicate"], default="zero2", help=help)
-    flag("--activation-checkpointing", action="store_true", help="less memory, a third more time")
-    flag("--dry-run", action="store_true", help="tell what the run will take, and stop")
-    flag("--save-every", type=positive, default=50, help="steps between checkpoints; an epoch ends with one too")
-    flag("--k", type=positive, nargs="+", default=[3, 5, 10], help="validation recall is summed over these")
-    return parser.parse_args()
+@dataclass(frozen=True)
+class Settings(Shared):
+    """What is trained, and how: the flags."""
+
+    paradigm: str | None = option(
+        None, "what the prompt shows (unset: the run's)", choices=trsr.PARADIGMS, group="prompt"
+    )
+    history_items: int = option(3, "recent items in the prompt", natural)
+    max_length: int = option(2048, "longest prompt with its answer, in tokens", positive)
+
+    epochs: int = option(8, "passes over the training users", positive, "optimization")
+    lr: float = option(1e-4, "learning rate, constant", float)
+    batch_size: int = option(64, "examples per optimizer step, over all processes", positive)
+    betas: tuple[float, float] = option((0.9, 0.95), "AdamW's decay rates", float, nargs=2)
+    weight_decay: float = option(5e-4, "AdamW's weight decay", float)
+    max_grad_norm: float = option(1.0, "larger gradients are scaled down to this norm", float)
+    loss: str = option("prompt", "of every token, or of Yes and No alone", choices=LOSSES)
+    seed: int = option(0, "of the order of users, the adapter's start and dropout", natural)
+
+    lora_r: int = option(8, "rank; 0 trains the whole model", natural, "adapter")
+    lora_alpha: float = option(16.0, "the adapter is scaled by alpha / r", float)
+    lora_dropout: float = option(0.05, "on the adapter's input", float)
+    lora_targets: tuple[str, ...] | None = option(
+        None, "linear layers to adapt (unset: attention's)", nargs="+"
+    )
+
+    pack_tokens: int | None = option(
+        None, "tokens in a forward pass (unset: 8192 on GPUs, 4096 on CPUs)", positive, "running"
+    )
+    shard: str = option(
+        "zero2",
+        "zero2: gradients and optimizer; zero3: weights too; replicate: none",
+        choices=SHARDS,
+    )
+    activation_checkpointing: bool = option(False, "less memory, a third more time")
+    dry_run: bool = option(False, "report what the run will take, and stop")
+    save_every: int = option(50, "steps between checkpoints; an epoch ends with one too", positive)
+    k: tuple[int, ...] = option((3, 5, 10), "cut-offs of validation recall", positive, nargs="+")
+
+    @property
+    def autocast(self) -> bool:
+        """Whether bf16 is for computing only: full fine-tuning keeps its weights in fp32."""
+        return self.dtype == "bf16" and not self.lora_r
+
+    @property
+    def lora(self) -> LoRAConfig:
+        """The adapter's configuration."""
+        return LoRAConfig(self.lora_r, self.lora_alpha, self.lora_dropout, self.lora_targets)
+
+    def recorded(self) -> dict:
+        """Return what determines the result: a run resumes only with the same."""
+        return {name: value for name, value in vars(self).items() if name not in MAY_CHANGE}
+
+
+# These say how to compute, not what.
+MAY_CHANGE = ("run", "shard", "activation_checkpointing", "save_every", "no_compile", "dry_run")
+
+
+def resolve(flags: Settings, device: torch.device) -> Settings:
+    """Return the settings; what is unset comes from the run's summaries, then from defaults."""
+    summarized = read_config(flags.run).get("summarize", {})
+    model = flags.model or summarized.get("model", "models/tiny")
+    half = flags.dtype == "bf16" or (flags.dtype == "auto" and device.type == "cuda")
+    targets = flags.lora_targets or attention_names(find_model(model, flags.revision))
+    return replace(
+        flags,
+        data=flags.data or summarized.get("data", "data/demo"),
+        model=model,
+        dtype="bf16" if half else "fp32",
+        paradigm=flags.paradigm or summarized.get("paradigm", "hierarchical"),
+        lora_targets=tuple(targets),
+        pack_tokens=flags.pack_tokens or (8192 if device.type == "cuda" else 4096),
+    )
 
 
 # ---- Which users make a step
 
 
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step: all its users, and this process's packs of them."""
+
+    users: list[int]
+    packs: list[Pack]
+    tokens: int  # of the whole step, on all processes
+    targets: int  # likewise; 0 if this process has no share and its packs are not to count
+
+
 def target_count(tree: Tree, loss: str) -> int:
-    """Return how many next-token targets the tree's examples have, counted as if they were apart."""
+    """Return how many next-token targets the tree's examples have, counted separately."""
     n = len(tree.branches)
     return n if loss == "answer" else n * (len(tree.prefix) - 1) + sum(map(len, tree.branches))
 
 
-def step_batches(n_users: int, users_a_step: int, seed: int, epoch: int) -> list[list[int]]:
-    """Return the epoch's steps, a list of users each, in an order that only seed and epoch determine."""
-    order = torch.randperm(n_users, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
-    return [order[i : i + users_a_step] for i in range(0, n_users, users_a_step)]
+def step_batches(n_users: int, users_per_step: int, seed: int, epoch: int) -> list[list[int]]:
+    """Return the users of each step of an epoch, in an order that seed and epoch determine."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(n_users, generator=generator).tolist()
+    return [order[i : i + users_per_step] for i in range(0, n_users, users_per_step)]
 
 
-# ---- Scoring, in validation here and in evaluate.py
+def make_step(trees: list[Tree], users: list[int], loss: str, batching: Batching) -> Step:
+    """Return the step of these users, shared out evenly over the processes."""
+    rank, world = ranks()
+    together = [trees[u] for u in users]
+    mine = [together[i] for i in share_out([tree.size for tree in together], world)[rank]]
+    held = mine or together[:1]  # FSDP needs a pack from every process
+    length, pad_to = batching.pack_tokens, batching.pad_to
+    if pad_to > 1:
+        length = pack_length(held, length)
+    packs = pack_trees(held, length, min(length, pad_to), last_only=loss == "answer")
+    targets = sum(target_count(tree, loss) for tree in together) if mine else 0
+    return Step(users, packs, sum(tree.size for tree in together), targets)
 
 
-def make_recommender(args, config, folder: Path, domain, items, summaries) -> tuple[trsr.Recommender, tuple]:
-    """Return what makes the prompts for a model of that configuration, and the token ids of Yes and No."""
-    tokenizer = Tokenizer(folder, config.vocab_size)
-    context = min(args.max_length, config.max_position_embeddings)
-    budget = trsr.Budget(context - 1, tokenizer.encode, Counter())  # one token is the answer's
-    answers = trsr.answer_ids(tokenizer.encode, domain)
-    return trsr.Recommender(args.paradigm, domain, items, summaries, args.history_items, budget), answers
-
-
-def validation_recall(model: Llama, examples, candidates, packs: list[Pack], answers, args) -> dict[str, float]:
-    """Return the recall at each k; the packs are shared out over the processes, equally many to each for FSDP."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine = (packs[rank::world] + packs[:1])[: -(-len(packs) // world)]  # scoring one twice does no harm
-    with tqdm(total=len(mine), desc="score", unit="pack", leave=False, disable=rank > 0) as bar:
-        parts = gather(llama.score_packs(model, mine, answers, lambda _: bar.update()))
-    scores = {key: value for part in reversed(parts) for key, value in part.items()}
-    _, ranks = trsr.rank_users(examples, candidates, scores)
-    return {name: float(v.mean()) for name, v in trsr.metrics_at(ranks, args.k).items() if "Recall" in name}
-
-
-# ---- One optimizer step: FSDP2 where torchrun started several processes, nothing of it otherwise
+# ---- One optimizer step: FSDP2 if torchrun started several processes
 
 
 def shard(model: Llama, device: torch.device, mode: str) -> None:
     """Shard parameters, gradients and optimizer state over the processes, layer by layer (FSDP2).
 
-    zero2: every process has the frozen weights whole, so that these are never gathered; only what is trained is
-    sharded. zero3: all weights are, and a layer's are gathered for as long as it is computed.
+    zero2: every process holds the frozen weights whole, so they are never gathered; only what is
+    trained is sharded. zero3: all weights are, and a layer's are gathered while it is computed.
     """
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     whole = {p for p in model.parameters() if not p.requires_grad} if mode == "zero2" else set()
+    options = {"mesh": mesh, "ignored_params": whole}
     for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh, reshard_after_forward=mode == "zero3", ignored_params=whole)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=whole)
+        fully_shard(layer, reshard_after_forward=mode == "zero3", **options)
+    fully_shard(model, reshard_after_forward=False, **options)
     register_fsdp_forward_method(model, "loss")
 
 
 def sum_gradients(model: Llama) -> None:
-    """Make every process's gradients the sum over all, in one message."""
+    """Replace every process's gradients by the sum over all, in one message."""
     parameters = list(trainable(model).values())
     flat = torch.cat([p.grad.flatten() for p in parameters])
     dist.all_reduce(flat)
-    for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+    parts = flat.split([p.numel() for p in parameters])
+    for parameter, grad in zip(parameters, parts, strict=True):
         parameter.grad = grad.view_as(parameter)
 
 
-def reduced(value: float, device: torch.device, op: dist.ReduceOp = dist.ReduceOp.SUM) -> float:
-    """Return value reduced over the processes."""
+def all_reduce(value: float, device: torch.device, op=dist.ReduceOp.SUM) -> float:
+    """Return a number reduced over the processes."""
     if not dist.is_initialized():
         return value
     tensor = torch.tensor(value, dtype=torch.float64, device=device)
@@ -147,30 +208,48 @@ def reduced(value: float, device: torch.device, op: dist.ReduceOp = dist.ReduceO
     return tensor.item()
 
 
-def train_step(model: Llama, optimizer, packs: list[Pack], count: int, args, device) -> tuple[float, float]:
-    """Update the model on this process's packs; return (loss, gradient norm) of the whole step on all processes.
-
-    count: the targets of the whole step, over which the loss is averaged; 0 means that these packs do not count.
-    Raises FloatingPointError before the update where loss or gradient are not finite.
-    """
-    sharded = isinstance(model, FSDPModule)
-    rounds = int(reduced(len(packs), device, dist.ReduceOp.MAX)) if sharded else len(packs)
-    world = dist.get_world_size() if dist.is_initialized() else 1
+def backward(model: Llama, step: Step, device: torch.device, mode: str, autocast: bool) -> Tensor:
+    """Add up the gradients of the step's mean loss; return this process's share of the loss."""
+    sharded, (_, world) = isinstance(model, FSDPModule), ranks()
+    n = len(step.packs)
+    # FSDP's processes must run equally often: those with fewer packs repeat one with weight 0.
+    rounds = int(all_reduce(n, device, dist.ReduceOp.MAX)) if sharded else n
     loss = torch.zeros((), device=device)
     for i in range(rounds):
-        # FSDP's processes must run equally often: one that has fewer packs repeats its last without weight.
-        weight = 1 / count if count and i < len(packs) else 0.0
-        if sharded:  # reduce gradients and drop the gathered weights once a step, at its end
-            model.set_requires_gradient_sync(i == rounds - 1)
-            model.set_reshard_after_backward(i == rounds - 1 or args.shard == "zero3")
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.autocast):
-            part = model.loss(packs[min(i, len(packs) - 1)].to(device)) * weight
-        (part * (world if sharded else 1)).backward()  # FSDP averages gradients; count is that of all processes
+        weight = 1 / step.targets if step.targets and i < n else 0.0
+        last = i == rounds - 1
+        if sharded:  # reduce gradients, and drop gathered weights, once at the end of the step
+            model.set_requires_gradient_sync(last)
+            model.set_reshard_after_backward(last or mode == "zero3")
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            part = model.loss(step.packs[min(i, n - 1)].to(device)) * weight
+        # FSDP averages the gradients, but the targets are those of all processes.
+        (part * (world if sharded else 1)).backward()
         loss += part.detach()
-    if world > 1 and not sharded:
+    return loss
+
+
+def train_step(
+    model: Llama,
+    optimizer: torch.optim.Optimizer,
+    step: Step,
+    max_grad_norm: float = 1.0,
+    mode: str = "zero2",
+    autocast: bool = False,
+) -> tuple[float, float]:
+    """Update the model; return (loss, gradient norm) of the whole step on all processes.
+
+    mode: how the model is sharded. Raises FloatingPointError, before the update, for a loss or a
+    gradient that is not finite.
+    """
+    device = next(model.parameters()).device
+    loss = backward(model, step, device, mode, autocast)
+    if dist.is_initialized() and not isinstance(model, FSDPModule):
         sum_gradients(model)
-    loss = reduced(loss.item(), device)
-    norm = full(torch.nn.utils.clip_grad_norm_(trainable(model).values(), args.max_grad_norm)).item()
+    loss = all_reduce(loss.item(), device)
+
+    parameters = trainable(model).values()
+    norm = gather_full(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)).item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
     optimizer.step()
@@ -178,167 +257,273 @@ def train_step(model: Llama, optimizer, packs: list[Pack], count: int, args, dev
     return loss, norm
 
 
-# ---- The run
+# ---- The loop
 
 
-def step_packs(trees: list[Tree], batch: list[int], rank: int, world: int, args) -> tuple:
-    """Return (users of the step, this process's packs, tokens of the step, targets of the step).
+@dataclass
+class Progress:
+    """How far a run is; a checkpoint keeps it."""
 
-    The targets are 0 where the process has no share of the step: then its packs are another's and do not count.
-    """
-    together = [trees[u] for u in batch]
-    mine = [together[i] for i in share_out([tree.size for tree in together], world)[rank]]
-    held = mine or together[:1]
-    length = pack_length(held, args.pack_tokens) if args.pad_to > 1 else args.pack_tokens
-    packs = pack_trees(held, length, min(length, args.pad_to), args.loss == "answer")
-    count = sum(target_count(tree, args.loss) for tree in together) if mine else 0
-    return batch, packs, sum(tree.size for tree in together), count
+    step: int = 0  # optimizer steps done
+    epoch: int = 0  # epochs done
+    batch: int = 0  # steps done of the epoch that is under way
+    best: float = -1.0  # the best sum of validation recalls
 
 
-def fit(args, model, optimizer, folder, device, trees: list[Tree], users: list[str], recall_of) -> None:
-    """Train for args.epochs, a line in metrics.jsonl a step, and keep the epoch with the best sum of recall_of()."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    start = {"step": 0, "epoch": 0, "batch": 0, "best": -1.0}
-    progress = load_checkpoint(args.run, model, optimizer, device, show=rank == 0) or start
-    metrics = args.run / "metrics.jsonl"
-    if rank == 0:
-        lines = [r for _, r in read_jsonl(metrics, {"step": int, "epoch": int}, torn=True)] if metrics.is_file() else []
-        lines = [r for r in lines if r["step"] <= progress["step"]]  # what came after the checkpoint is done again
-        lines = [r for r in lines if "validation" not in r or r["epoch"] <= progress["epoch"]]
-        write_jsonl(metrics, lines)
-    interrupts, speeds = [], []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _frame: interrupts.append(number))
-    users_a_step = args.batch_size // len(trees[0].branches)
-    steps = args.epochs * -(-len(trees) // users_a_step)
+class Trainer:
+    """Trains for settings.epochs, from wherever the run's checkpoint is."""
 
-    def log(**record) -> None:
-        if rank == 0:
-            append_jsonl(metrics, {"step": progress["step"], "epoch": epoch + 1} | record)
+    def __init__(
+        self,
+        settings: Settings,
+        model: Llama,
+        trees: list[Tree],  # of the training users
+        users: list[str],  # their names
+        batching: Batching,
+        validation: Validation,
+    ):
+        self.settings, self.model, self.batching = settings, model, batching
+        self.trees, self.users, self.validation = trees, users, validation
+        self.device, (self.rank, _) = next(model.parameters()).device, ranks()
+        self.optimizer = torch.optim.AdamW(
+            trainable(model).values(),
+            lr=settings.lr,
+            betas=tuple(settings.betas),
+            weight_decay=settings.weight_decay,
+        )
+        show = self.rank == 0
+        found = load_checkpoint(settings.run, model, self.optimizer, self.device, show)
+        self.progress = Progress(**found or {})
+        self.signals: list[int] = []  # received: SIGTERM and Ctrl-C
+        self.speeds: list[float] = []  # tokens/s of each step
 
-    with tqdm(total=steps, initial=progress["step"], unit="step", disable=rank > 0) as bar:
-        for epoch in range(progress["epoch"], args.epochs):
-            batches = step_batches(len(trees), users_a_step, args.seed, epoch)[progress["batch"] :]
-            for batch, packs, size, count in ahead(step_packs(trees, batch, rank, world, args) for batch in batches):
-                began = time.perf_counter()
-                # Dropout is a matter of the step alone, so that a resumed run has the same.
-                torch.manual_seed((args.seed * 1_000_003 + progress["step"]) * 4096 + rank)
-                try:
-                    loss, norm = train_step(model, optimizer, packs, count, args, device)
-                except torch.OutOfMemoryError:
-                    way = "lower --pack-tokens, or add --activation-checkpointing"
-                    what = f"a pack of {len(packs[0].ids)} tokens, {len(packs)} of them in a batch of {args.batch_size}"
-                    raise trsr.InputError(f"out of memory with {what}; {way}") from None
-                except FloatingPointError as error:
-                    who = ", ".join(users[u] for u in batch)
-                    way = f"lower --lr, or look at the data of its users: {who}"
-                    raise trsr.InputError(f"step {progress['step'] + 1}: {error}; {way}") from None
-                progress |= {"step": progress["step"] + 1, "batch": progress["batch"] + 1}
-                speed = size / (time.perf_counter() - began)
-                log(loss=loss, grad_norm=norm, lr=args.lr, tokens_per_second=speed)
-                shown = f"epoch {epoch + 1}, loss {loss:.4f}, lr {args.lr:g}, {speed:.0f} tokens/s, "
-                bar.set_postfix_str(shown + peak_memory(device))
-                bar.update()
-                speeds.append(speed)
-                if len(speeds) == 10 and rank == 0:
-                    minutes = sum(tree.size for tree in trees) / median(speeds) / 60
-                    bar.write(f"after ten steps {median(speeds):.0f} tokens/s, so {minutes:.1f} minutes an epoch")
-                stop = reduced(len(interrupts), device, dist.ReduceOp.MAX)
-                if stop or progress["step"] % args.save_every == 0:
-                    save_checkpoint(args.run, model, optimizer, progress, rank)
-                if stop:
-                    raise trsr.InputError(f"stopped after step {progress['step']}; the same command goes on from there")
-            recall = recall_of()
-            best = sum(recall.values()) > progress["best"]
-            progress |= {"epoch": epoch + 1, "batch": 0, "best": max(progress["best"], sum(recall.values()))}
-            log(validation=recall)
-            if best:
-                save_best(args.run, model, folder, args, rank)
-            save_checkpoint(args.run, model, optimizer, progress, rank)
+    def fit(self) -> None:
+        """Train, with a line in metrics.jsonl per step and per epoch."""
+        if self.rank == 0:
+            drop_lines_after(self.settings.run, self.progress.step, self.progress.epoch)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, _frame: self.signals.append(number))
+
+        per_step = self.settings.batch_size // len(self.trees[0].branches)
+        total = self.settings.epochs * -(-len(self.trees) // per_step)
+        first = self.progress.step
+        with tqdm(total=total, initial=first, unit="step", disable=self.rank > 0) as bar:
+            for epoch in range(self.progress.epoch, self.settings.epochs):
+                batches = step_batches(len(self.trees), per_step, self.settings.seed, epoch)
+                self.train_epoch(batches[self.progress.batch :], bar)
+                self.end_epoch(bar)
+
+    def train_epoch(self, batches: list[list[int]], bar: tqdm) -> None:
+        """Make the epoch's remaining steps; stop between two if a signal came."""
+        settings, progress = self.settings, self.progress
+        steps = (make_step(self.trees, b, settings.loss, self.batching) for b in batches)
+        for step in prefetch(steps):
+            began = time.perf_counter()
+            loss, norm = self.update(step)
+            progress.step += 1
+            progress.batch += 1
+            self.report(step, loss, norm, step.tokens / (time.perf_counter() - began), bar)
+
+            stop = all_reduce(len(self.signals), self.device, dist.ReduceOp.MAX)
+            if stop or progress.step % settings.save_every == 0:
+                self.save()
+            if stop:
+                what = f"stopped after step {progress.step}"
+                raise InputError(f"{what}; the same command resumes from there")
+
+    def update(self, step: Step) -> tuple[float, float]:
+        """Make one optimizer step; InputError if memory runs out or the loss is not finite."""
+        settings = self.settings
+        # Dropout depends on the step alone, so that a resumed run has the same.
+        torch.manual_seed((settings.seed * 1_000_003 + self.progress.step) * 4096 + self.rank)
+        options = settings.max_grad_norm, settings.shard, settings.autocast
+        try:
+            return train_step(self.model, self.optimizer, step, *options)
+        except torch.OutOfMemoryError:
+            n, length, batch = len(step.packs), len(step.packs[0].ids), settings.batch_size
+            what = f"a pack of {length} tokens, {n} of them in a batch of {batch}"
+            way = "lower --pack-tokens, or add --activation-checkpointing"
+            raise InputError(f"out of memory with {what}; {way}") from None
+        except FloatingPointError as error:
+            who = ", ".join(self.users[u] for u in step.users)
+            way = f"lower --lr, or look at the data of its users: {who}"
+            raise InputError(f"step {self.progress.step + 1}: {error}; {way}") from None
+
+    def report(self, step: Step, loss: float, norm: float, speed: float, bar: tqdm) -> None:
+        """Log a step and show it."""
+        lr, epoch = self.settings.lr, self.progress.epoch + 1
+        self.log(loss=loss, grad_norm=norm, lr=lr, tokens_per_second=speed)
+        memory = peak_memory(self.device)
+        shown = f"epoch {epoch}, loss {loss:.4f}, lr {lr:g}, {speed:.0f} tokens/s, {memory}"
+        bar.set_postfix_str(shown)
+        bar.update()
+        self.speeds.append(speed)
+        if len(self.speeds) == 10 and self.rank == 0:
+            rate = median(self.speeds)
+            minutes = sum(tree.size for tree in self.trees) / rate / 60
+            bar.write(f"after ten steps {rate:.0f} tokens/s: {minutes:.1f} minutes per epoch")
+
+    def end_epoch(self, bar: tqdm) -> None:
+        """Validate, and keep the model if it is the best so far."""
+        progress, recall = self.progress, self.validate()
+        total = sum(recall.values())
+        best = total > progress.best
+        self.log(validation=recall)
+        progress.epoch, progress.batch = progress.epoch + 1, 0
+        progress.best = max(progress.best, total)
+        if best:
+            self.keep()
+        self.save()
+        if self.rank == 0:
             values = ", ".join(f"{name} {value:.4f}" for name, value in recall.items())
-            if rank == 0:
-                bar.write(f"epoch {epoch + 1}: validation {values}{', best so far' if best else ''}")
+            note = ", best so far" if best else ""
+            bar.write(f"epoch {progress.epoch}: validation {values}{note}")
+
+    def validate(self) -> dict[str, float]:
+        """Return the validation recall at each k."""
+        self.model.eval()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.autocast):
+            recall = self.validation.recall(self.model, self.settings.k)
+        self.model.train()
+        # Without a backward pass nothing else drops the weights that FSDP has gathered.
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        return recall
+
+    def log(self, **record) -> None:
+        """Append a line to metrics.jsonl."""
+        if self.rank == 0:
+            place = {"step": self.progress.step, "epoch": self.progress.epoch + 1}
+            append_jsonl(self.settings.run / "metrics.jsonl", place | record)
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        progress = asdict(self.progress)
+        save_checkpoint(self.settings.run, self.model, self.optimizer, progress, self.rank)
+
+    def keep(self) -> None:
+        """Write what evaluate.py needs: the adapter, or with --lora-r 0 the whole model."""
+        settings, tensors = self.settings, gather_trained(self.model)
+        if self.rank > 0:
+            return
+        if settings.lora_r:
+            save_best_adapter(settings.run, tensors, settings.lora, settings.model)
+        else:
+            dtype = torch.bfloat16 if settings.autocast else torch.float32
+            base = find_model(settings.model, settings.revision)
+            save_best_model(settings.run, tensors, base, dtype)
+
+
+# ---- The command
 
 
 def main() -> None:
     """Train on the dataset's training users."""
-    args = parse_arguments()
+    flags = parse_settings(Settings, __doc__)
     rank, world, device = join_processes()
-    summarized = read_config(args.run).get("summarize", {})
-    args.data = args.data or summarized.get("data", "data/demo")
-    args.model = args.model or summarized.get("model", "models/tiny")
-    args.paradigm = args.paradigm or summarized.get("paradigm", "hierarchical")
-    half = args.dtype == "bf16" or (args.dtype == "auto" and device.type == "cuda")
-    args.dtype, args.autocast = "bf16" if half else "fp32", half and not args.lora_r
-    args.pack_tokens = args.pack_tokens or (8192 if device.type == "cuda" else 4096)
-    args.pad_to = args.pack_tokens if device.type == "cuda" else 1  # one length, so that kernels are compiled once
-    args.workers = host_workers(device)
-    domain, items, splits = load_dataset(args.data, ("train", "val"))
+    settings = resolve(flags, device)
+    batching = Batching.on(device, settings.pack_tokens, on_gpus=8192)
+
+    # The users, and the model with a new adapter.
+    domain, items, splits = load_dataset(settings.data, ("train", "val"))
     train, val = splits["train"], splits["val"]
-    summaries = load_summaries(args.run, items, train + val) if args.paradigm in trsr.SUMMARIZED else {}
-    folder = find_model(args.model, args.revision)
-    if not args.lora_r and folder.resolve() == (args.run / "model").resolve():
-        raise trsr.InputError(f"{folder}: the trained model would take its place; move it, or choose another --run")
-    if args.batch_size % (1 + len(train[0].negatives)):
-        raise trsr.InputError(f"--batch-size is no multiple of the {1 + len(train[0].negatives)} examples of a user")
-    # Full fine-tuning keeps fp32 weights and computes under autocast; an adapter's frozen base can be bf16.
-    model = load_model(folder, torch.device("cpu"), torch.bfloat16 if half and args.lora_r else torch.float32)
-    args.lora_targets = args.lora_targets or [name for name, _ in model.model.layers[0].self_attn.named_children()]
-    settings = {f: v for f, v in vars(args).items() if f not in NOT_KEPT}
-    args.lora = LoRAConfig(args.lora_r, args.lora_alpha, args.lora_dropout, tuple(args.lora_targets))
-    torch.manual_seed(args.seed)
-    if device.type == "cpu":  # or threads add up the gradients of a pack's rows in the order in which they come
+    needed = settings.paradigm in trsr.SUMMARIZED
+    summaries = load_summaries(settings.run, items, train + val) if needed else {}
+    content = trsr.content_hash([items, summaries, [vars(e) for e in train + val]])
+    folder = find_model(settings.model, settings.revision)
+    check(settings, folder, 1 + len(train[0].negatives))
+    model = load_base(settings, folder)
+    budget = prompt_budget(folder, model.config, settings.max_length)
+    prompt = settings.paradigm, domain, items, summaries, settings.history_items
+    recommender = Recommender(*prompt, budget)
+    answers = trsr.answer_ids(budget.encode, domain)
+
+    with locked(settings.run, hold=rank == 0):
+        if rank == 0:
+            claim(settings, fingerprint(folder), content)
+            announce(settings, model, len(train), len(val), budget.tokens)
+
+        # Every prompt as token ids: trees to learn from, packs to validate on.
+        users = [(example, [example.positive, *example.negatives]) for example in train]
+        prompts = Prompts(recommender, users, answers)
+        trees = list(tokenize(prompts, batching.workers, show=rank == 0))
+        validation = Validation.of(recommender, val, answers, batching, show=rank == 0)
+        if rank == 0:
+            for what, number in budget.trimmed.items():
+                print(f"trimmed to the context: {number} {what}")
+            preflight(model, trees, expected_memory(settings, model), world, device)
+        if settings.dry_run:
+            return
+
+        place(model, settings, device)
+        names = [example.user for example in train]
+        Trainer(settings, model, trees, names, batching, validation).fit()
+        if rank == 0:
+            kind = "adapter" if settings.lora_r else "model"
+            print(f"wrote   {settings.run / kind}; peak {peak_memory(device)}")
+            print(f"next    python evaluate.py --run {settings.run}")
+
+
+def check(settings: Settings, folder: Path, examples: int) -> None:
+    """Raise InputError for settings that do not fit the model's folder or a user's examples."""
+    if not settings.lora_r and folder.resolve() == (settings.run / "model").resolve():
+        what = "the trained model would replace it; move it, or choose another --run"
+        raise InputError(f"{folder}: {what}")
+    if settings.batch_size % examples:
+        raise InputError(f"--batch-size is no multiple of the {examples} examples of a user")
+
+
+def load_base(settings: Settings, folder: Path) -> Llama:
+    """Return the model to train, on the CPU, with a new adapter unless --lora-r is 0."""
+    # Full fine-tuning keeps fp32 weights; an adapter's frozen base can be in bf16.
+    half = settings.dtype == "bf16" and settings.lora_r
+    model = load_model(folder, torch.device("cpu"), torch.bfloat16 if half else torch.float32)
+    torch.manual_seed(settings.seed)
+    return apply_lora(model, settings.lora) if settings.lora_r else model
+
+
+def claim(settings: Settings, model: str, content: str) -> None:
+    """Record the settings and hashes of what is used; InputError if the run began with others."""
+    started = any((settings.run / kind).is_dir() for kind in ("checkpoint", "adapter", "model"))
+    if not settings.dry_run:
+        recorded = settings.recorded() | {"fingerprint": model, "content": content}
+        claim_config(settings.run, "train", recorded, started)
+
+
+def announce(settings: Settings, model: Llama, n_train: int, n_val: int, tokens: int) -> None:
+    """Print what is about to be trained."""
+    n = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in trainable(model).values())
+    size = f"{n / 1e6:.1f}M parameters, {trained / 1e6:.2f}M trained, {settings.dtype}"
+    steps = f"{settings.epochs} epochs, {settings.batch_size} examples per step"
+    where = f"{ranks()[1]} x {'cuda' if torch.cuda.is_available() else 'cpu'}"
+    print(f"data    {settings.data}: {n_train} users to train on, {n_val} to validate on")
+    print(f"model   {settings.model}: {size}")
+    print(f"prompt  {settings.paradigm}, {settings.history_items} recent items, {tokens} tokens")
+    print(f"steps   {steps}, on {where}")
+
+
+def expected_memory(settings: Settings, model: Llama) -> dict[str, float]:
+    """Return the bytes that training will take on each device, by what they hold."""
+    itemsize, world = (2 if settings.dtype == "bf16" else 4), ranks()[1]
+    packs = settings.pack_tokens, settings.activation_checkpointing
+    return training_memory(model, world, settings.shard, itemsize, *packs)
+
+
+def place(model: Llama, settings: Settings, device: torch.device) -> None:
+    """Put the model on its device, sharded and compiled as the settings ask."""
+    if device.type == "cpu":
+        # Otherwise threads add up the gradients of a pack's rows in the order they come.
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
-    if args.lora_r:
-        apply_lora(model, args.lora)
-    recommender, answers = make_recommender(args, model.config, folder, domain, items, summaries)
-    with locked(args.run, hold=rank == 0):
-        if rank == 0:
-            started = any((args.run / name).is_dir() for name in ("checkpoint", "adapter", "model"))
-            settings["fingerprint"] = fingerprint(folder)
-            settings["content"] = trsr.content_hash([items, summaries, [vars(e) for e in train + val]])
-            if not args.dry_run:
-                claim_config(args.run, "train", settings, started)
-            n, n_trained = (sum(p.numel() for p in ps) for ps in (model.parameters(), trainable(model).values()))
-            print(f"data    {args.data}: {len(train)} users to train on, {len(val)} to validate on")
-            print(f"model   {args.model}: {n / 1e6:.1f}M parameters, {n_trained / 1e6:.2f}M trained, {args.dtype}")
-            print(f"prompt  {args.paradigm}, {args.history_items} recent items, {recommender.budget.tokens} tokens")
-            print(f"steps   {args.epochs} epochs, {args.batch_size} examples a step, on {world} x {device.type}")
-        users = [(example, [example.positive, *example.negatives]) for example in train]
-        trees = list(tokenized(Prompts(recommender, users, answers), args, show=rank == 0))
-        candidates = [trsr.shuffled_candidates(example) for example in val]
-        val_packs = list(user_packs(recommender, val, candidates, range(len(val)), args, show=rank == 0))
-        for what, number in recommender.budget.trimmed.items() if rank == 0 else ():
-            print(f"trimmed to the context: {number} {what}")
-        if rank == 0:
-            preflight(model, args, trees, world, device)
-        if args.dry_run:
-            return
-        if world > 1 and args.shard != "replicate":
-            shard(model, device, args.shard)
-        model.to(device)
-        if device.type == "cuda" and not args.no_compile:
-            llama.compile_layers(model)
-        model.model.checkpointing = args.activation_checkpointing
-        options = {"lr": args.lr, "betas": tuple(args.betas), "weight_decay": args.weight_decay}
-        optimizer = torch.optim.AdamW(trainable(model).values(), **options)
-
-        def recall_of() -> dict[str, float]:
-            model.eval()
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.autocast):
-                recall = validation_recall(model, val, candidates, val_packs, answers, args)
-            model.train()
-            for module in model.modules():  # without a backward pass nothing else drops the gathered weights
-                if isinstance(module, FSDPModule):
-                    module.reshard()
-            return recall
-
-        model.train()
-        fit(args, model, optimizer, folder, device, trees, [example.user for example in train], recall_of)
-        if rank == 0:
-            print(f"wrote   {args.run / ('adapter' if args.lora_r else 'model')}; peak {peak_memory(device)}")
-            print(f"next    python evaluate.py --run {args.run}")
+    if dist.is_initialized() and settings.shard != "replicate":
+        shard(model, device, settings.shard)
+    model.to(device)
+    if device.type == "cuda" and not settings.no_compile:
+        compile_layers(model)
+    model.model.checkpointing = settings.activation_checkpointing
+    model.train()
 
 
 if __name__ == "__main__":

@@ -21,9 +21,10 @@ from tqdm import tqdm
 import trsr
 from baselines.encode import embeddings
 from baselines.models import MODELS, Baseline
+from files.jsonl import write_json, write_jsonl
+from launch.command import natural, positive, run_main
 from llama import CheckpointError
-from prepare.dataset import load_dataset, write_json, write_jsonl
-from runfolder.command import natural, positive, run_main
+from prepare.dataset import load_dataset
 from runfolder.compare import format_table
 from runfolder.scores import means_and_intervals, table_of
 
@@ -31,7 +32,13 @@ from runfolder.scores import means_and_intervals, table_of
 class Users:
     """A split as tensors of item numbers: histories (n, L), padded with -1 at the end, and candidates (n, C)."""
 
-    def __init__(self, examples: list[trsr.Example], number: dict[str, int], candidates: list[list[str]], longest: int):
+    def __init__(
+        self,
+        examples: list[trsr.Example],
+        number: dict[str, int],
+        candidates: list[list[str]],
+        longest: int,
+    ):
         histories = [[number[i] for i in e.history][-longest:] for e in examples]
         width = max(1, max(map(len, histories)))
         self.examples, self.names = examples, candidates
@@ -45,7 +52,9 @@ def every_position(examples: list[trsr.Example]) -> list[trsr.Example]:
     for example in examples:
         sequence = [*example.history, example.positive]
         for i in range(1, len(sequence)):
-            if sequence[i] not in sequence[:i]:  # as in the dataset, no target is in its own history
+            if (
+                sequence[i] not in sequence[:i]
+            ):  # as in the dataset, no target is in its own history
                 made.append(replace(example, history=sequence[:i], positive=sequence[i]))
     return made
 
@@ -78,10 +87,16 @@ def ranked(model: Baseline, users: Users, device: torch.device) -> tuple[list, l
 
 def recall_sum(ranks: list[int], ks: list[int]) -> float:
     """Return the sum of the recalls at ks."""
-    return sum(float(v.mean()) for name, v in trsr.metrics_at(ranks, ks).items() if name.startswith("Recall"))
+    return sum(
+        float(v.mean())
+        for name, v in trsr.metrics_at(ranks, ks).items()
+        if name.startswith("Recall")
+    )
 
 
-def fit(model: Baseline, users: dict[str, Users], args, seed: int, device: torch.device, name: str) -> None:
+def fit(
+    model: Baseline, users: dict[str, Users], args, seed: int, device: torch.device, name: str
+) -> None:
     """Train model, and leave it as it was after the epoch with the best validation recall."""
     train, val, n_items = users["train"], users["val"], len(model.texts)
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
@@ -90,13 +105,17 @@ def fit(model: Baseline, users: dict[str, Users], args, seed: int, device: torch
     with tqdm(range(args.epochs), name, unit="epoch") as bar:
         for _ in bar:
             model.train()
-            wanted = torch.cat((train.candidates, draw_negatives(train, n_items, args.negatives, rng)), 1)
+            wanted = torch.cat(
+                (train.candidates, draw_negatives(train, n_items, args.negatives, rng)), 1
+            )
             for part in torch.randperm(len(wanted), generator=generator).split(args.batch_size):
                 history, candidates = train.histories[part].to(device), wanted[part].to(device)
                 target = torch.zeros(len(part), dtype=torch.long, device=device)
                 loss = F.cross_entropy(model.score(history, candidates), target)
                 if hasattr(model, "auxiliary_loss"):
-                    loss = loss + model.auxiliary_loss(model.items(history.clamp(min=0)), history >= 0)
+                    loss = loss + model.auxiliary_loss(
+                        model.items(history.clamp(min=0)), history >= 0
+                    )
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -113,11 +132,17 @@ def fit(model: Baseline, users: dict[str, Users], args, seed: int, device: torch
 
 def main() -> None:
     """Train every model with every seed and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     flag = parser.add_argument
     flag("--data", type=Path, default=Path("data/demo"))
     flag("--run", type=Path, default=Path("runs/demo"))
-    flag("--encoder", default="llama:models/tiny", help="of the items' texts: llama:FOLDER, or what transformers loads")
+    flag(
+        "--encoder",
+        default="llama:models/tiny",
+        help="of the items' texts: llama:FOLDER, or what transformers loads",
+    )
     flag("--models", nargs="+", choices=MODELS, default=list(MODELS))
     flag("--seeds", type=natural, nargs="+", default=[0])
     flag("--k", type=positive, nargs="+", default=[3, 5, 10])
@@ -128,21 +153,47 @@ def main() -> None:
     flag("--batch-size", type=positive, default=128, help="targets a step")
     flag("--negatives", type=positive, default=20, help="drawn for each target in every epoch")
     flag("--epochs", type=positive, default=60)
-    flag("--patience", type=positive, default=8, help="epochs without a better validation recall before training ends")
-    flag("--every-position", action="store_true", help="learn every item but the first after those before it")
-    flag("--longest", type=positive, default=200, help="most recent items of a history that are looked at")
+    flag(
+        "--patience",
+        type=positive,
+        default=8,
+        help="epochs without a better validation recall before training ends",
+    )
+    flag(
+        "--every-position",
+        action="store_true",
+        help="learn every item but the first after those before it",
+    )
+    flag(
+        "--longest",
+        type=positive,
+        default=200,
+        help="most recent items of a history that are looked at",
+    )
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     _, items, splits = load_dataset(args.data, ("train", "val", "test"))
     number = {name: i for i, name in enumerate(items)}
     texts = embeddings(args.encoder, items, args.run / "baselines", device).to(device)
-    print(f"data    {args.data}: {', '.join(f'{len(e)} {s}' for s, e in splits.items())} users, {len(items)} items")
-    print(f"items   {args.encoder}: {texts.shape[1]} dimensions, frozen; {args.size} in the models, on {device.type}")
-    candidates = {split: [trsr.shuffled_candidates(e) for e in splits[split]] for split in ("val", "test")}
-    examples = splits | {"train": every_position(splits["train"])} if args.every_position else splits
+    print(
+        f"data    {args.data}: {', '.join(f'{len(e)} {s}' for s, e in splits.items())} users, {len(items)} items"
+    )
+    print(
+        f"items   {args.encoder}: {texts.shape[1]} dimensions, frozen; {args.size} in the models, on {device.type}"
+    )
+    candidates = {
+        split: [trsr.shuffled_candidates(e) for e in splits[split]] for split in ("val", "test")
+    }
+    examples = (
+        splits | {"train": every_position(splits["train"])} if args.every_position else splits
+    )
     candidates["train"] = [[e.positive, *e.negatives] for e in examples["train"]]
-    users = {split: Users(examples[split], number, candidates[split], args.longest) for split in splits}
-    print(f"learns  {len(examples['train'])} targets, each against its file's and {args.negatives} more negatives")
+    users = {
+        split: Users(examples[split], number, candidates[split], args.longest) for split in splits
+    }
+    print(
+        f"learns  {len(examples['train'])} targets, each against its file's and {args.negatives} more negatives"
+    )
     table = {}
     for name in args.models:
         all_ranks = []
@@ -170,7 +221,8 @@ def main() -> None:
     seeds = f", {len(args.seeds)} seeds together" if len(args.seeds) > 1 else ""
     print(f"below each mean is its 95 % interval over users{seeds}")
     write_json(
-        args.run / "baselines" / "results.json", {"data": str(args.data), "users": len(splits["test"]), "table": table}
+        args.run / "baselines" / "results.json",
+        {"data": str(args.data), "users": len(splits["test"]), "table": table},
     )
     print(f"wrote   {args.run / 'baselines'}")
 

@@ -9,10 +9,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from files.atomic import atomic_write
 from models.hub import find_model, load_model
-from models.packs import Tree, pack_trees
 from models.tokenizer import Tokenizer
-from prepare.dataset import atomic_write
+from ops.packs import Tree, pack_trees
 from trsr import InputError, content_hash
 
 
@@ -26,29 +26,46 @@ def by_llama(folder: Path, texts: list[str], device: torch.device, max_tokens: i
     for start in tqdm(range(0, len(order), 512), "items", unit="512 texts"):
         part = order[start : start + 512]
         # Without a prefix in common, so that each text is a row of tokens of its own.
-        for pack in pack_trees([Tree([], [ids[i]]) for i in part], 8192 if device.type == "cuda" else 4096):
+        for pack in pack_trees(
+            [Tree([], [ids[i]]) for i in part], 8192 if device.type == "cuda" else 4096
+        ):
             here = pack.to(device)
-            states = model.model(here.ids[None], here.positions[None], here.mask(), None)[0].float().cpu()
+            states = (
+                model.model(here.ids[None], here.positions[None], here.mask(), None)[0]
+                .float()
+                .cpu()
+            )
             for (t, _), row in pack.leaves.items():
                 found[part[t]] = states[row + 1 - len(ids[part[t]]) : row + 1].mean(0)
     return F.normalize(found, dim=-1)
 
 
 @torch.no_grad()
-def by_sentence_encoder(folder: str, texts: list[str], device: torch.device, max_tokens: int = 256) -> Tensor:
+def by_sentence_encoder(
+    folder: str, texts: list[str], device: torch.device, max_tokens: int = 256
+) -> Tensor:
     """Return mean-pooled states of a transformers encoder, such as a sentence-transformers folder: (n, E)."""
     try:
         from transformers import AutoModel, AutoTokenizer
     except ImportError:
-        raise InputError("this encoder needs transformers: pip install transformers, or take a Llama folder") from None
+        raise InputError(
+            "this encoder needs transformers: pip install transformers, or take a Llama folder"
+        ) from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModel.from_pretrained(folder, use_safetensors=True).to(device).eval()
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: no encoder that transformers can load ({str(error).splitlines()[0]})") from None
+        raise InputError(
+            f"{folder}: no encoder that transformers can load ({str(error).splitlines()[0]})"
+        ) from None
     found: list[Tensor] = []
     for start in tqdm(range(0, len(texts), 64), "items", unit="64 texts"):
-        options = {"padding": True, "truncation": True, "max_length": max_tokens, "return_tensors": "pt"}
+        options = {
+            "padding": True,
+            "truncation": True,
+            "max_length": max_tokens,
+            "return_tensors": "pt",
+        }
         inputs = tokenizer(texts[start : start + 64], **options).to(device)
         states, mask = model(**inputs).last_hidden_state, inputs["attention_mask"][..., None]
         found.append(((states * mask).sum(1) / mask.sum(1)).float().cpu())

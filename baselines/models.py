@@ -94,7 +94,9 @@ class DIEN(Baseline):
             own = self.outer(state).chunk(3, -1)
             new = [x[:, None] for x in given[:, t].chunk(3, -1)]
             reset = torch.sigmoid(new[0] + own[0])
-            update = torch.sigmoid(new[1] + own[1]) * weights[:, :, t, None]  # zero behind the history's end
+            update = (
+                torch.sigmoid(new[1] + own[1]) * weights[:, :, t, None]
+            )  # zero behind the history's end
             state = (1 - update) * state + update * torch.tanh(new[2] + reset * own[2])
         return self.output(self.dropout(torch.cat((state, c, state * c), -1)))[..., 0]
 
@@ -130,14 +132,19 @@ class NARM(Baseline):
     def forward(self, h: Tensor, mask: Tensor, c: Tensor) -> Tensor:  # noqa: D102
         states, _ = self.gru(self.dropout(h))
         final = last(states, mask)
-        weights = self.weigh(torch.sigmoid(self.query(final)[:, None] + self.key(states))) * mask[..., None]
+        weights = (
+            self.weigh(torch.sigmoid(self.query(final)[:, None] + self.key(states)))
+            * mask[..., None]
+        )
         user = self.output(self.dropout(torch.cat(((weights * states).sum(1), final), -1)))
         return torch.einsum("bd,bcd->bc", user, c)
 
 
 def encoder(size: int, dropout: float, layers: int = 2, heads: int = 2) -> nn.TransformerEncoder:
     """Return transformer layers as SASRec has them: normalized after each part, four times as wide inside."""
-    layer = nn.TransformerEncoderLayer(size, heads, 4 * size, dropout, "gelu", batch_first=True, layer_norm_eps=1e-12)
+    layer = nn.TransformerEncoderLayer(
+        size, heads, 4 * size, dropout, "gelu", batch_first=True, layer_norm_eps=1e-12
+    )
     return nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
 
 
@@ -174,9 +181,14 @@ class CORE(SASRec):
         self.weigh = nn.Linear(size, 1)
 
     def forward(self, h: Tensor, mask: Tensor, c: Tensor) -> Tensor:  # noqa: D102
-        weights = self.weigh(self.encode(h, mask)).masked_fill(~mask[..., None], -torch.inf).softmax(1)
+        weights = (
+            self.weigh(self.encode(h, mask)).masked_fill(~mask[..., None], -torch.inf).softmax(1)
+        )
         user = F.normalize((weights * self.dropout(h)).sum(1), dim=-1)
-        return torch.einsum("bd,bcd->bc", user, F.normalize(self.dropout(c), dim=-1)) / self.temperature
+        return (
+            torch.einsum("bd,bcd->bc", user, F.normalize(self.dropout(c), dim=-1))
+            / self.temperature
+        )
 
 
 MODELS = {model.__name__.lower(): model for model in (NCF, DIN, DIEN, GRU4Rec, NARM, SASRec, CORE)}

@@ -13,14 +13,16 @@ import time
 from pathlib import Path
 
 from bench.random_model import SHAPES
-from runfolder.command import positive, run_main
+from launch.command import positive, run_main
 from trsr import InputError
 
 
 def stage(name: str, *arguments: object) -> tuple[str, float, str]:
     """Run a module as a command, showing its output; return its name, seconds and the peak that it reports."""
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", name, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", name, *map(str, arguments)], stdout=subprocess.PIPE, text=True
+    )
     seconds = time.perf_counter() - start
     print(f"--- {name} {' '.join(map(str, arguments))}\n{done.stdout}", flush=True)
     if done.returncode:
@@ -31,7 +33,9 @@ def stage(name: str, *arguments: object) -> tuple[str, float, str]:
 
 def main() -> None:
     """Run the chain."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("--layers", type=positive, help="another number of layers")

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.random_model import SHAPES
 from llama import Config, Llama
-from models.packs import Tree
+from ops.packs import Tree
 
 WORK = {"mind": (410, 53), "amazon": (750, 155)}
 INSTRUCTION, VARIED, CANDIDATES = 100, 0.25, 21
@@ -30,17 +30,25 @@ def vocabulary_of(shape: str) -> int:
 
 def bench_parser(description: str) -> argparse.ArgumentParser:
     """Return a parser with the flags that all benchmarks share."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=["tiny", *SHAPES], default="100m", help="of the random weights")
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--shape", choices=["tiny", *SHAPES], default="100m", help="of the random weights"
+    )
     parser.add_argument("--layers", type=int, help="another number of layers")
     parser.add_argument("--work", choices=WORK, default="mind", help="the lengths of the prompts")
-    parser.add_argument("--repeats", type=int, default=3, help="timings, of which the median counts")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="timings, of which the median counts"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
     return parser
 
 
-def models(args, device: torch.device, dtype: torch.dtype, peer: bool = True) -> tuple[Llama, LlamaForCausalLM | None]:
+def models(
+    args, device: torch.device, dtype: torch.dtype, peer: bool = True
+) -> tuple[Llama, LlamaForCausalLM | None]:
     """Return this project's model and (if peer) transformers' model on the same random weights."""
     fields = SHAPES["small" if args.shape == "tiny" else args.shape] | {"rms_norm_eps": 1e-5}
     fields |= {"num_hidden_layers": args.layers} if args.layers else {}
@@ -49,7 +57,11 @@ def models(args, device: torch.device, dtype: torch.dtype, peer: bool = True) ->
     sizes["vocab_size"] = vocabulary_of(args.shape)
     with torch.device("meta"):
         ours = Llama(Config(**fields | sizes | {"max_position_embeddings": 2048}))
-        theirs = LlamaForCausalLM(LlamaConfig(**fields | sizes | {"max_position_embeddings": 2048})) if peer else None
+        theirs = (
+            LlamaForCausalLM(LlamaConfig(**fields | sizes | {"max_position_embeddings": 2048}))
+            if peer
+            else None
+        )
     generator = torch.Generator(device).manual_seed(args.seed)
     weights = {}
     for name, parameter in ours.named_parameters():
@@ -63,7 +75,9 @@ def models(args, device: torch.device, dtype: torch.dtype, peer: bool = True) ->
         return ours.eval(), None
     theirs.load_state_dict(weights, strict=False, assign=True)
     theirs.tie_weights()
-    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config).to(device)  # it was on meta too
+    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config).to(
+        device
+    )  # it was on meta too
     return ours.eval(), theirs.eval()
 
 
@@ -73,17 +87,23 @@ def random_trees(args, users: int, branches: int) -> list[Tree]:
     (prefix, tail), vocabulary = WORK[args.work], vocabulary_of(args.shape)
 
     def tokens(mean: float) -> list[int]:
-        return [rng.randrange(3, vocabulary) for _ in range(round(mean * rng.uniform(1 - VARIED, 1 + VARIED)))]
+        return [
+            rng.randrange(3, vocabulary)
+            for _ in range(round(mean * rng.uniform(1 - VARIED, 1 + VARIED)))
+        ]
 
     instruction = [rng.randrange(3, vocabulary) for _ in range(INSTRUCTION)]
     return [
-        Tree(instruction + tokens(prefix - INSTRUCTION), [tokens(tail) for _ in range(branches)]) for _ in range(users)
+        Tree(instruction + tokens(prefix - INSTRUCTION), [tokens(tail) for _ in range(branches)])
+        for _ in range(users)
     ]
 
 
 def weights_read(model: nn.Module) -> int:
     """Return the weights that each token is multiplied with: the layers' matrices."""
-    return sum(p.numel() for name, p in model.named_parameters() if ".layers." in name and p.dim() > 1)
+    return sum(
+        p.numel() for name, p in model.named_parameters() if ".layers." in name and p.dim() > 1
+    )
 
 
 def seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
@@ -106,7 +126,11 @@ def seconds(work: Callable[[], object], device: torch.device, repeats: int) -> f
 
 def device_name(device: torch.device, world: int) -> str:
     """Return what the benchmark runs on, in words."""
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads"
+    )
     return f"{world} x {name}" if world > 1 else name
 
 

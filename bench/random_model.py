@@ -15,14 +15,20 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from files.jsonl import write_json
+from launch.command import run_main
 from models.hub import build_model
-from prepare.dataset import write_json
-from runfolder.command import run_main
 
 
 def shape(hidden: int, intermediate: int, layers: int, heads: int, tied: bool = False) -> dict:
     """Return the fields of config.json that make a shape."""
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "tie_word_embeddings")
+    names = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "tie_word_embeddings",
+    )
     return dict(zip(names, (hidden, intermediate, layers, heads, tied), strict=True))
 
 
@@ -39,17 +45,32 @@ PYTHIA = {"pythia-1.4b": shape(2048, 8192, 24, 16), "pythia-2.8b": shape(2560, 1
 def config_of(name: str, **changes) -> dict:
     """Return the config.json of a shape: Llama 2's other fields, or Pythia's."""
     if name in PYTHIA:
-        config = {"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"], "hidden_act": "gelu"}
-        config |= {"vocab_size": 50304, "layer_norm_eps": 1e-5, "rotary_emb_base": 10000, "rotary_pct": 0.25}
+        config = {
+            "model_type": "gpt_neox",
+            "architectures": ["GPTNeoXForCausalLM"],
+            "hidden_act": "gelu",
+        }
+        config |= {
+            "vocab_size": 50304,
+            "layer_norm_eps": 1e-5,
+            "rotary_emb_base": 10000,
+            "rotary_pct": 0.25,
+        }
         config |= {"use_parallel_residual": True, "bos_token_id": 0, "eos_token_id": 0}
     else:
-        config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu"}
+        config = {
+            "model_type": "llama",
+            "architectures": ["LlamaForCausalLM"],
+            "hidden_act": "silu",
+        }
         config |= {"vocab_size": 32000, "rms_norm_eps": 1e-5, "rope_theta": 10000.0}
         config |= {"bos_token_id": 1, "eos_token_id": 2}
     return config | {"max_position_embeddings": 2048} | (SHAPES | PYTHIA)[name] | changes
 
 
-def write_model(out: Path, config: dict, dtype: torch.dtype, seed: int, shard_bytes: int = 4 << 30) -> int:
+def write_model(
+    out: Path, config: dict, dtype: torch.dtype, seed: int, shard_bytes: int = 4 << 30
+) -> int:
     """Write config.json and the weights, drawn on a GPU where there is one; return the number of parameters."""
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "config.json", config)
@@ -61,13 +82,19 @@ def write_model(out: Path, config: dict, dtype: torch.dtype, seed: int, shard_by
     weight_map, held, total = {}, 0, 0
 
     def write_shard() -> None:
-        save_file(shards[-1], out / f"model-{len(shards):05d}.safetensors", metadata={"format": "pt"})
+        save_file(
+            shards[-1], out / f"model-{len(shards):05d}.safetensors", metadata={"format": "pt"}
+        )
         weight_map.update(dict.fromkeys(shards[-1], f"model-{len(shards):05d}.safetensors"))
 
     for name, parameter in model.named_parameters():
         tensor = torch.full(parameter.shape, 0.0 if name.endswith("bias") else 1.0, dtype=dtype)
         if parameter.dim() > 1:
-            tensor = (torch.randn(parameter.shape, generator=generator, device=device) * 0.02).to(dtype).cpu()
+            tensor = (
+                (torch.randn(parameter.shape, generator=generator, device=device) * 0.02)
+                .to(dtype)
+                .cpu()
+            )
         size = tensor.numel() * tensor.element_size()
         if held and held + size > shard_bytes:
             write_shard()
@@ -83,19 +110,32 @@ def write_model(out: Path, config: dict, dtype: torch.dtype, seed: int, shard_by
 
 def main() -> None:
     """Write the model that the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=SHAPES | PYTHIA, required=True)
     parser.add_argument("--layers", type=int, help="another number of layers")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="the model's tokenizer.model or .json")
+    parser.add_argument(
+        "--tokenizer", type=Path, required=True, help="the model's tokenizer.model or .json"
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="fp32")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-    changes = {"torch_dtype": str(dtype).split(".")[1]} | ({"num_hidden_layers": args.layers} if args.layers else {})
+    changes = {"torch_dtype": str(dtype).split(".")[1]} | (
+        {"num_hidden_layers": args.layers} if args.layers else {}
+    )
     total = write_model(args.out, config_of(args.shape, **changes), dtype, args.seed)
-    shutil.copyfile(args.tokenizer, args.out / f"tokenizer{'.json' if args.tokenizer.suffix == '.json' else '.model'}")
-    print(json.dumps({"shape": args.shape, "parameters": total, "dtype": args.dtype, "folder": str(args.out)}))
+    shutil.copyfile(
+        args.tokenizer,
+        args.out / f"tokenizer{'.json' if args.tokenizer.suffix == '.json' else '.model'}",
+    )
+    print(
+        json.dumps(
+            {"shape": args.shape, "parameters": total, "dtype": args.dtype, "folder": str(args.out)}
+        )
+    )
 
 
 if __name__ == "__main__":

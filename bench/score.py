@@ -26,12 +26,22 @@ import torch
 
 import evaluate
 import trsr
-from bench.common import CANDIDATES, bench_parser, ceiling, device_name, models, random_trees, seconds, weights_read
-from llama import Llama, compile_layers, score_packs
-from models.packs import Pack, Tree
+from batches.stream import stream_packs
+from bench.common import (
+    CANDIDATES,
+    bench_parser,
+    ceiling,
+    device_name,
+    models,
+    random_trees,
+    seconds,
+    weights_read,
+)
+from evaluate import score_packs
+from launch.processes import gather, host_workers, join_processes, prefetch, run_script, share_out
+from llama import Llama, compile_layers
+from ops.packs import Pack, Tree
 from prepare.dataset import load_dataset
-from runfolder.processes import ahead, gather, host_workers, join_processes, run_script, share_out
-from runfolder.prompts import stream_packs
 from train import make_recommender
 from trsr import InputError
 
@@ -45,17 +55,23 @@ def prompts_of(tree: Tree) -> list[list[int]]:
 
 
 @torch.inference_mode()
-def score_batches(model, trees: list[Tree], width: int | None, batch: int, device: torch.device) -> list:
+def score_batches(
+    model, trees: list[Tree], width: int | None, batch: int, device: torch.device
+) -> list:
     """Return transformers' logits of ANSWERS for all prompts, `batch` at a time, padded on the left to width."""
     scores = []
     for prompts in map(prompts_of, trees):
         for part in (prompts[i : i + batch] for i in range(0, len(prompts), batch)):
             longest = width or max(map(len, part))
             ids = torch.tensor([[0] * (longest - len(p)) + p for p in part], device=device)
-            mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in part], device=device)
+            mask = torch.tensor(
+                [[0] * (longest - len(p)) + [1] * len(p) for p in part], device=device
+            )
             positions = (mask.cumsum(1) - 1).clamp(min=0)
             inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-            scores.append(model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1, list(ANSWERS)])
+            scores.append(
+                model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1, list(ANSWERS)]
+            )
     return torch.cat(scores).float().tolist()
 
 
@@ -74,9 +90,16 @@ def recommender_of(args, model: Llama, users: int) -> tuple:
     with tempfile.TemporaryDirectory() as folder:
         shutil.copyfile(args.tokenizer, Path(folder) / "tokenizer.model")
         settings = argparse.Namespace(max_length=2048, paradigm="whole-history", history_items=0)
-        recommender, answers = make_recommender(settings, model.config, Path(folder), domain, items, {})
+        recommender, answers = make_recommender(
+            settings, model.config, Path(folder), domain, items, {}
+        )
     examples = splits["train"][:users]
-    return recommender, answers, examples, [trsr.shuffled_candidates(example) for example in examples]
+    return (
+        recommender,
+        answers,
+        examples,
+        [trsr.shuffled_candidates(example) for example in examples],
+    )
 
 
 def busy_share(work) -> tuple[float, float, float]:
@@ -90,7 +113,9 @@ def busy_share(work) -> tuple[float, float, float]:
         work()
         torch.cuda.synchronize()
         took = time.perf_counter() - began
-    events = [e for e in profile.events() if e.device_type.name == "CUDA" and not e.name.startswith("Mem")]  # kernels
+    events = [
+        e for e in profile.events() if e.device_type.name == "CUDA" and not e.name.startswith("Mem")
+    ]  # kernels
     spans = sorted((e.time_range.start, e.time_range.end) for e in events)
     busy, reached = 0.0, 0.0
     for start, end in spans:
@@ -103,13 +128,29 @@ def busy_share(work) -> tuple[float, float, float]:
 def main() -> None:
     """Print users/s of each way, ratios, and how near to the machine's ceiling this project is."""
     parser = bench_parser(__doc__)
-    parser.add_argument("--users", type=int, help="users that this project scores (without it: 160 on GPUs, 6 on CPUs)")
+    parser.add_argument(
+        "--users",
+        type=int,
+        help="users that this project scores (without it: 160 on GPUs, 6 on CPUs)",
+    )
     parser.add_argument("--peer-users", type=int, default=2, help="users that the others score")
-    parser.add_argument("--candidates", type=int, nargs="+", default=[CANDIDATES], help="numbers of candidates to time")
-    parser.add_argument("--pack-tokens", type=int, help="tokens in a forward pass (without it: as evaluate.py)")
+    parser.add_argument(
+        "--candidates",
+        type=int,
+        nargs="+",
+        default=[CANDIDATES],
+        help="numbers of candidates to time",
+    )
+    parser.add_argument(
+        "--pack-tokens", type=int, help="tokens in a forward pass (without it: as evaluate.py)"
+    )
     parser.add_argument("--no-peer", action="store_true", help="this project alone")
-    parser.add_argument("--data", type=Path, help="dataset, of whose training users evaluate.py's way is timed")
-    parser.add_argument("--tokenizer", type=Path, help="SentencePiece model with 32,000 pieces, for --data")
+    parser.add_argument(
+        "--data", type=Path, help="dataset, of whose training users evaluate.py's way is timed"
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, help="SentencePiece model with 32,000 pieces, for --data"
+    )
     args = parser.parse_args()
     rank, world, device = join_processes()
     gpu, args.no_peer = device.type == "cuda", args.no_peer or world > 1
@@ -127,33 +168,51 @@ def main() -> None:
         return stream_packs(((i, trees[i]) for i in mine), len(mine), args)
 
     def score(trees: list[Tree]) -> dict:
-        return score_packs(ours, ahead(packs_of(trees)), ANSWERS)
+        return score_packs(ours, prefetch(packs_of(trees)), ANSWERS)
 
     few, scored = trees[: args.peer_users], []
     limit = world * ceiling(device, dtype)
     found = {"shape": args.shape, "work": args.work, "device": device_name(device, world)}
     found |= {"dtype": str(dtype).split(".")[1], "torch": torch.__version__}
-    rates = {"ours": users / seconds(lambda: scored.append(gather(score(trees))), device, args.repeats)}
+    rates = {
+        "ours": users / seconds(lambda: scored.append(gather(score(trees))), device, args.repeats)
+    }
     packs = [pack for share in gather(list(packs_of(trees))) for pack in share]
     real, places = sum(pack.tokens for pack in packs), sum(len(pack.ids) for pack in packs)
-    last = ours.model.layers[-1]  # whose second half is computed for the candidates' last tokens alone
+    last = ours.model.layers[
+        -1
+    ]  # whose second half is computed for the candidates' last tokens alone
     tail = sum(p.numel() for part in (last.self_attn.o_proj, last.mlp) for p in part.parameters())
     computed = (weights_read(ours) - tail) * real + tail * sum(len(pack.leaves) for pack in packs)
     flops = 2 * computed / users * rates["ours"]
-    found |= {"users_per_second": rates, "tokens_a_user": real / users, "fill": real / places, "flops": flops}
+    found |= {
+        "users_per_second": rates,
+        "tokens_a_user": real / users,
+        "fill": real / places,
+        "flops": flops,
+    }
     found |= {"ceiling": limit, "share_of_ceiling": flops / limit, "seconds_a_user": {}}
     if not args.no_peer:
-        together, alone = (few, None, CANDIDATES), ([Tree(few[0].prefix, few[0].branches[:2])], AUTHORS_LENGTH, 1)
+        together, alone = (
+            (few, None, CANDIDATES),
+            ([Tree(few[0].prefix, few[0].branches[:2])], AUTHORS_LENGTH, 1),
+        )
         theirs_of = partial(score_batches, theirs, device=device)
-        rates["transformers"] = len(few) / seconds(partial(theirs_of, *together), device, args.repeats)
-        rates["authors"] = 2 / CANDIDATES / seconds(partial(theirs_of, *alone), device, args.repeats)  # of two prompts
+        rates["transformers"] = len(few) / seconds(
+            partial(theirs_of, *together), device, args.repeats
+        )
+        rates["authors"] = (
+            2 / CANDIDATES / seconds(partial(theirs_of, *alone), device, args.repeats)
+        )  # of two prompts
         error, ordered = agreement(scored[-1][0], theirs_of(*together), few)
         found |= {"largest_difference": error, "same_order": ordered}
         if dtype is torch.float32 and error > 1e-4:
             raise InputError(f"the scores differ by {error:.1e}, so the times mean nothing")
     for n in args.candidates if args.candidates != [CANDIDATES] else ():
         some = random_trees(args, max(1, users * CANDIDATES // n), n)
-        found["seconds_a_user"][n] = seconds(lambda some=some: gather(score(some)), device, 1) / len(some)
+        found["seconds_a_user"][n] = seconds(
+            lambda some=some: gather(score(some)), device, 1
+        ) / len(some)
     if args.data:
         recommender, answers, examples, candidates = recommender_of(args, ours, users)
 
@@ -165,19 +224,32 @@ def main() -> None:
         found["from_texts"] = busy_share(from_texts) if gpu else (seconds(from_texts, device, 1),)
     if rank:
         return
-    print(f"{args.shape}, {args.work}, {found['dtype']} on {found['device']}, torch {torch.__version__}")
+    print(
+        f"{args.shape}, {args.work}, {found['dtype']} on {found['device']}, torch {torch.__version__}"
+    )
     for name, rate in rates.items():
         ratio = f"   ours is {rates['ours'] / rate:.1f} times as fast" if name != "ours" else ""
         print(f"{name:<14}{rate:>9.3f} users/s{ratio}")
-    print(f"{flops / 1e12:.2f} of {limit / 1e12:.2f} TFLOP/s ({flops / limit:.0%}), packs {real / places:.1%} full")
+    print(
+        f"{flops / 1e12:.2f} of {limit / 1e12:.2f} TFLOP/s ({flops / limit:.0%}), packs {real / places:.1%} full"
+    )
     if not args.no_peer:
-        print(f"largest difference {error:.1e}; {ordered:.2%} of the pairs of candidates in the same order")
+        print(
+            f"largest difference {error:.1e}; {ordered:.2%} of the pairs of candidates in the same order"
+        )
     for n, cost in found["seconds_a_user"].items():
         print(f"{n:>6} candidates: {cost:.4f} s a user")
     if args.data:
         took, *more = found["from_texts"]
-        share = "; the GPU begins after {:.2f} s, then it computes in {:.1%} of the time".format(*more) if more else ""
-        print(f"{len(examples)} users of {args.data} from texts to scores in {took:.2f} s{share}", flush=True)
+        share = (
+            "; the GPU begins after {:.2f} s, then it computes in {:.1%} of the time".format(*more)
+            if more
+            else ""
+        )
+        print(
+            f"{len(examples)} users of {args.data} from texts to scores in {took:.2f} s{share}",
+            flush=True,
+        )
     if args.json:
         print(json.dumps(found))
 

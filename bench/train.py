@@ -20,11 +20,19 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 
-from bench.common import bench_parser, ceiling, device_name, models, random_trees, seconds, weights_read
+from bench.common import (
+    bench_parser,
+    ceiling,
+    device_name,
+    models,
+    random_trees,
+    seconds,
+    weights_read,
+)
+from launch.processes import gather, join_processes, prefetch, run_script
 from llama import compile_layers
 from lora import ATTENTION, LoRAConfig, adapter_tensors, apply_lora
-from models.packs import Tree
-from runfolder.processes import ahead, gather, join_processes, run_script
+from ops.packs import Tree
 from train import shard, step_packs, train_step
 from trsr import InputError
 
@@ -41,10 +49,17 @@ def padded_step(model, optimizer, trees: list[Tree], batch: int, device: torch.d
     for part in (rows[i : i + batch] for i in range(0, len(rows), batch)):
         longest = max(map(len, part))
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in part], device=device)
-        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in part], device=device)
+        mask = torch.tensor(
+            [[1] * len(row) + [0] * (longest - len(row)) for row in part], device=device
+        )
         targets = ids.masked_fill(mask == 0, -100)[:, 1:]
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum") / count
+        loss = (
+            F.cross_entropy(
+                logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
+            )
+            / count
+        )
         loss.backward()
         total += loss.detach()
     optimizer.step()
@@ -55,18 +70,31 @@ def padded_step(model, optimizer, trees: list[Tree], batch: int, device: torch.d
 def main() -> None:
     """Print examples/s of each way, ratios, and how near to the machine's ceiling this project is."""
     parser = bench_parser(__doc__)
-    parser.add_argument("--users", type=int, help="users in an optimizer step (without it: 32 on GPUs, 8 on CPUs)")
-    parser.add_argument("--batches", type=int, nargs="+", help="batch sizes of the peer to try (12 8 6 4 or 8 4 2)")
-    parser.add_argument("--pack-tokens", type=int, help="tokens in a forward pass (without it: as train.py)")
-    parser.add_argument("--unshared", action="store_true", help="this project with every example apart, none shared")
+    parser.add_argument(
+        "--users", type=int, help="users in an optimizer step (without it: 32 on GPUs, 8 on CPUs)"
+    )
+    parser.add_argument(
+        "--batches", type=int, nargs="+", help="batch sizes of the peer to try (12 8 6 4 or 8 4 2)"
+    )
+    parser.add_argument(
+        "--pack-tokens", type=int, help="tokens in a forward pass (without it: as train.py)"
+    )
+    parser.add_argument(
+        "--unshared", action="store_true", help="this project with every example apart, none shared"
+    )
     parser.add_argument("--no-peer", action="store_true", help="this project alone")
     parser.add_argument("--activation-checkpointing", action="store_true", help="as train.py's")
-    parser.add_argument("--shard", choices=["zero2", "zero3", "replicate"], default="zero2", help="as train.py's")
+    parser.add_argument(
+        "--shard", choices=["zero2", "zero3", "replicate"], default="zero2", help="as train.py's"
+    )
     args = parser.parse_args()
     rank, world, device = join_processes()
     gpu, args.no_peer = device.type == "cuda", args.no_peer or world > 1
     dtype = torch.bfloat16 if gpu else torch.float32
-    users, batches = args.users or (32 if gpu else 8), args.batches or ([12, 8, 6, 4] if gpu else [8, 4, 2])
+    users, batches = (
+        args.users or (32 if gpu else 8),
+        args.batches or ([12, 8, 6, 4] if gpu else [8, 4, 2]),
+    )
     args.pack_tokens = args.pack_tokens or (8192 if gpu else 4096)
     args.pad_to = args.pack_tokens if gpu else 1
     step_args = argparse.Namespace(**vars(args), loss="prompt", autocast=False, max_grad_norm=1.0)
@@ -81,9 +109,17 @@ def main() -> None:
     for parameter in adapter_tensors(ours).values():
         torch.nn.init.normal_(parameter, std=0.02)
     if not args.no_peer:
-        options = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": list(ATTENTION)}
+        options = {
+            "r": 8,
+            "lora_alpha": 16,
+            "lora_dropout": 0.05,
+            "target_modules": list(ATTENTION),
+        }
         theirs = get_peft_model(theirs, LoraConfig(**options, bias="none", task_type="CAUSAL_LM"))
-        peers = {n.replace("base_model.model.", "").replace(".default", ""): p for n, p in theirs.named_parameters()}
+        peers = {
+            n.replace("base_model.model.", "").replace(".default", ""): p
+            for n, p in theirs.named_parameters()
+        }
         with torch.no_grad():
             for name, parameter in adapter_tensors(ours).items():
                 peers[name].copy_(parameter)
@@ -96,8 +132,11 @@ def main() -> None:
         return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
 
     optimizer = optimizer_of(ours)
-    packing = (step_packs(trees, batch, rank, world, step_args) for batch in repeat(list(range(len(trees)))))
-    steps = ahead(packing)
+    packing = (
+        step_packs(trees, batch, rank, world, step_args)
+        for batch in repeat(list(range(len(trees))))
+    )
+    steps = prefetch(packing)
 
     def step_ours() -> float:
         _, packs, _, count = next(steps)
@@ -109,7 +148,9 @@ def main() -> None:
     if not args.no_peer:
         losses.append(padded_step(theirs.eval(), optimizer_of(theirs), trees, 2, device))
         if abs(losses[0] - losses[1]) > (1e-4 if not gpu else 2e-2) * losses[1]:
-            raise InputError(f"the losses are {losses[0]:.6f} and {losses[1]:.6f}, so the times mean nothing")
+            raise InputError(
+                f"the losses are {losses[0]:.6f} and {losses[1]:.6f}, so the times mean nothing"
+            )
         theirs.train()
     ours.train()
     step_ours(), step_ours()  # ready to be timed: compiled, and with what the allocator keeps
@@ -136,18 +177,35 @@ def main() -> None:
         return
     best = max((name for name in rates if name != "ours"), key=rates.get, default="")
     where = device_name(device, world) + (f", {args.shard}" if world > 1 else "")
-    print(f"{args.shape}, {args.work}, {str(dtype).split('.')[1]} on {where}, torch {torch.__version__}")
+    print(
+        f"{args.shape}, {args.work}, {str(dtype).split('.')[1]} on {where}, torch {torch.__version__}"
+    )
     for name, rate in rates.items():
         ratio = f"   ours is {rates['ours'] / rate:.2f} times as fast" if name != "ours" else ""
         print(f"{name:<42}{rate:>9.3f} examples/s{ratio}{' (its best)' if name == best else ''}")
     speed = rates["ours"] / examples
-    print(f"{speed * apart:.0f} tokens/s of examples apart, of which {speed * real:.0f} are computed")
-    print(f"{flops / 1e12:.3f} of {limit / 1e12:.3f} TFLOP/s ({flops / limit:.0%}), packs {real / places:.1%} full")
+    print(
+        f"{speed * apart:.0f} tokens/s of examples apart, of which {speed * real:.0f} are computed"
+    )
+    print(
+        f"{flops / 1e12:.3f} of {limit / 1e12:.3f} TFLOP/s ({flops / limit:.0%}), packs {real / places:.1%} full"
+    )
     told = " and ".join(f"{loss:.6f}" for loss in losses)
     print(f"loss {told}" + (f"; peak of ours {peak:.1f} GiB" if peak else ""), flush=True)
     if args.json:
-        found = {"shape": args.shape, "work": args.work, "torch": torch.__version__, "examples_per_second": rates}
-        found |= {"flops": flops, "ceiling": limit, "fill": real / places, "losses": losses, "peak_gib": peak}
+        found = {
+            "shape": args.shape,
+            "work": args.work,
+            "torch": torch.__version__,
+            "examples_per_second": rates,
+        }
+        found |= {
+            "flops": flops,
+            "ceiling": limit,
+            "fill": real / places,
+            "losses": losses,
+            "peak_gib": peak,
+        }
         print(json.dumps(found))
 
 

@@ -28,14 +28,21 @@ from tqdm import tqdm
 
 import trsr
 from experiments.corpus import BLOCK, CONTEXT, QUESTIONS, WRITINGS, Corpus, Question, Writing
+from experiments.tiny.make import (
+    CONFIG,
+    initialize,
+    learning_rate,
+    make_optimizers,
+    save,
+    write_tokenizer,
+)
+from files.jsonl import read_json, write_json
+from launch.command import natural, positive, run_main
+from launch.processes import host_workers, peak_memory
 from llama import Llama, compile_layers, load_config
-from models.packs import BLOCK as PACK_UNIT
-from models.packs import Pack, Tree, make_tree, pack_trees
-from models.tiny.make import CONFIG, initialize, learning_rate, make_optimizers, save, write_tokenizer
 from models.tokenizer import Tokenizer
-from prepare.dataset import read_json, write_json
-from runfolder.command import natural, positive, run_main
-from runfolder.processes import host_workers, peak_memory
+from ops.masks import BLOCK as PACK_UNIT
+from ops.packs import Pack, Tree, make_tree, pack_trees
 
 HEAD, RECENT = 64, 3  # head size, recent items in a prompt
 WRITINGS_SHARE = 4  # a step has this many times fewer tokens of writings than of questions
@@ -53,13 +60,23 @@ Step = tuple[list[Question], list[Writing]]
 def plan_steps(corpus: Corpus, tokenizer: Tokenizer, args) -> list[Step]:
     """Return steps of about args.tokens tokens in all, each with about a pack of questions and one of writings."""
     ids = tokenizer.encode(list(corpus.texts.values()))
-    sizes = {item: len(some) + 2 for item, some in zip(corpus.texts, ids, strict=True)}  # with number and line's end
+    sizes = {
+        item: len(some) + 2 for item, some in zip(corpus.texts, ids, strict=True)
+    }  # with number and line's end
     ids = tokenizer.encode(corpus.summaries())
-    instruction, summary, cue = 55, 14 + sum(map(len, ids)) // len(ids), 4  # the summary with its header
+    instruction, summary, cue = (
+        55,
+        14 + sum(map(len, ids)) // len(ids),
+        4,
+    )  # the summary with its header
 
     def asked(question: Question) -> int:
         sequence, i = corpus.sequences[question.user], question.position
-        shown = sequence[:i] if question.paradigm == "whole-history" else sequence[max(0, i - RECENT) : i]
+        shown = (
+            sequence[:i]
+            if question.paradigm == "whole-history"
+            else sequence[max(0, i - RECENT) : i]
+        )
         fixed = instruction + (summary if question.paradigm in trsr.SUMMARIZED else 0)
         prefix = min(fixed + sum(sizes[item] for item in shown), CONTEXT)
         return prefix + sum(sizes[item] + cue for item in (sequence[i], *question.negatives))
@@ -95,7 +112,9 @@ def plan_steps(corpus: Corpus, tokenizer: Tokenizer, args) -> list[Step]:
 class Steps(Dataset):
     """Each step's packs of questions and of writings, as texts are tokenized and packed by whoever asks."""
 
-    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, plan: list[Step], pack_tokens: int, pad_to: int):
+    def __init__(
+        self, corpus: Corpus, tokenizer: Tokenizer, plan: list[Step], pack_tokens: int, pad_to: int
+    ):
         self.corpus, self.tokenizer, self.plan = corpus, tokenizer, plan
         self.pack_tokens, self.pad_to = pack_tokens, pad_to
         self.answers = trsr.answer_ids(tokenizer.encode, corpus.domain)
@@ -124,7 +143,9 @@ class Steps(Dataset):
 
     def writing_tree(self, writing: Writing) -> Tree:
         """Return the prompt, its answer and the end as a tree of one branch."""
-        prompt, answer = self.corpus.written(writing, replace(self.recommender.budget, tokens=CONTEXT - 150))
+        prompt, answer = self.corpus.written(
+            writing, replace(self.recommender.budget, tokens=CONTEXT - 150)
+        )
         begin, ids = self.tokenizer.encode([prompt, prompt + answer])
         return Tree(begin, [[*ids[len(begin) :], CONFIG["eos_token_id"]]])
 
@@ -135,7 +156,9 @@ def weighted(pack: Pack, trees: list[Tree]) -> Pack:
     for (t, _), last in pack.leaves.items():
         answers[last + 1 - len(trees[t].branches[0]) : last + 1] = True
     # No prompt begins another, so the targets of a row are all in prefixes, as the next row is, or all in answers.
-    return replace(pack, weights=pack.weights * torch.where(answers[pack.rows + 1], 1.0, PROMPT_WEIGHT))
+    return replace(
+        pack, weights=pack.weights * torch.where(answers[pack.rows + 1], 1.0, PROMPT_WEIGHT)
+    )
 
 
 # ---- Training
@@ -169,25 +192,42 @@ def train_step(model: Llama, optimizers, kinds, lr: float, device: torch.device)
 def train(model: Llama, steps: Steps, args, device: torch.device) -> dict:
     """Train for all steps; return each kind's tokens, its mean loss in the last tenth of the steps, and the seconds."""
     optimizers, workers = make_optimizers(model, args.lr), host_workers(device)
-    loader = DataLoader(steps, batch_size=None, num_workers=workers, prefetch_factor=2 if workers else None)
+    loader = DataLoader(
+        steps, batch_size=None, num_workers=workers, prefetch_factor=2 if workers else None
+    )
     tokens, losses, began = [0, 0], [], time.perf_counter()
     with tqdm(loader, unit="step") as bar:
         for step, kinds in enumerate(bar):
             losses.append(train_step(model, optimizers, kinds, learning_rate(step, args), device))
-            tokens = [n + sum(pack.tokens for pack in packs) for n, packs in zip(tokens, kinds, strict=True)]
-            if (step + 1) % LOG_EVERY == 0 or step + 1 == len(steps):  # to ask more often would make the GPU wait
+            tokens = [
+                n + sum(pack.tokens for pack in packs)
+                for n, packs in zip(tokens, kinds, strict=True)
+            ]
+            if (step + 1) % LOG_EVERY == 0 or step + 1 == len(
+                steps
+            ):  # to ask more often would make the GPU wait
                 asked, written = torch.stack(losses[-LOG_EVERY:]).mean(0).tolist()
                 speed = sum(tokens) / (time.perf_counter() - began)
-                bar.set_postfix_str(f"loss of questions {asked:.4f}, of writings {written:.4f}, {speed:.0f} tokens/s")
-    seconds, last = time.perf_counter() - began, torch.stack(losses[-max(1, len(losses) // 10) :]).mean(0).tolist()
+                bar.set_postfix_str(
+                    f"loss of questions {asked:.4f}, of writings {written:.4f}, {speed:.0f} tokens/s"
+                )
+    seconds, last = (
+        time.perf_counter() - began,
+        torch.stack(losses[-max(1, len(losses) // 10) :]).mean(0).tolist(),
+    )
     found = {"tokens": tokens, "loss": last}
-    named = {what: dict(zip(("questions", "writings"), pair, strict=True)) for what, pair in found.items()}
+    named = {
+        what: dict(zip(("questions", "writings"), pair, strict=True))
+        for what, pair in found.items()
+    }
     return named | {"seconds": round(seconds, 1)}
 
 
 def parse_arguments():
     """Return the command line's settings."""
-    form = type("Form", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {})
+    form = type(
+        "Form", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {}
+    )
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     flag = parser.add_argument
     flag("--data", required=True, help="dataset folder, made by prepare")
@@ -215,9 +255,21 @@ def parse_arguments():
 def write_configuration(args, dtype: torch.dtype) -> None:
     """Write config.json and generation_config.json."""
     heads, wide = args.hidden_size // HEAD, -(-args.hidden_size * 8 // 3 // HEAD) * HEAD
-    config = CONFIG | {"vocab_size": args.vocabulary, "hidden_size": args.hidden_size, "intermediate_size": wide}
-    config |= {"num_hidden_layers": args.layers, "num_attention_heads": heads, "num_key_value_heads": heads}
-    config |= {"head_dim": HEAD, "max_position_embeddings": CONTEXT, "torch_dtype": str(dtype).split(".")[1]}
+    config = CONFIG | {
+        "vocab_size": args.vocabulary,
+        "hidden_size": args.hidden_size,
+        "intermediate_size": wide,
+    }
+    config |= {
+        "num_hidden_layers": args.layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+    }
+    config |= {
+        "head_dim": HEAD,
+        "max_position_embeddings": CONTEXT,
+        "torch_dtype": str(dtype).split(".")[1],
+    }
     write_json(args.out / "config.json", config)
     write_json(args.out / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
 
@@ -228,7 +280,12 @@ def seen(corpus: Corpus, plan: list[Step], args) -> dict:
     asked = examples.total()
     examples.update(writing.kind for _, writings in plan for writing in writings)
     sources = read_json(Path(args.data) / "meta.json").get("sources", [])
-    record = {"data": args.data, "sources": sources, "split": "train", "users": len(corpus.sequences)}
+    record = {
+        "data": args.data,
+        "sources": sources,
+        "split": "train",
+        "users": len(corpus.sequences),
+    }
     record |= {"texts": len(corpus.texts), "positives": len(corpus.positions())}
     record |= {"examples": {kind: examples[kind] for kind in (*QUESTIONS, *WRITINGS)}}
     record |= {"answers": {"Yes": asked, "No": asked * args.negatives}}
@@ -244,7 +301,9 @@ def main() -> None:
     torch.use_deterministic_algorithms(device.type == "cpu")
     corpus = Corpus.load(args.data)
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "base.json").unlink(missing_ok=True)  # it comes last, so that a folder that has one is whole
+    (args.out / "base.json").unlink(
+        missing_ok=True
+    )  # it comes last, so that a folder that has one is whole
     write_configuration(args, dtype)
     try:
         tokenizer = write_tokenizer(args.out, corpus.tokenizer_lines(), args.vocabulary)
@@ -252,26 +311,43 @@ def main() -> None:
         raise trsr.InputError(f"--vocabulary {args.vocabulary}: {error}") from None
     plan = plan_steps(corpus, tokenizer, args)
     args.steps = len(plan)
-    steps = Steps(corpus, tokenizer, plan, args.pack_tokens, args.pack_tokens if device.type == "cuda" else 1)
+    steps = Steps(
+        corpus, tokenizer, plan, args.pack_tokens, args.pack_tokens if device.type == "cuda" else 1
+    )
     model = Llama(load_config(args.out))
     initialize(model, args.seed)
     model.to(device)
     if device.type == "cuda":
         compile_layers(model)
     n, record = sum(p.numel() for p in model.parameters()), seen(corpus, plan, args)
-    asked, written = (sum(record["examples"][kind] for kind in kinds) for kinds in (QUESTIONS, WRITINGS))
-    print(f"data    {args.data}: {record['users']} training users, {record['texts']} texts of items")
-    print(f"model   {n / 1e6:.1f}M parameters from seed {args.seed}, {args.vocabulary} pieces, on {device.type}")
-    print(f"learns  {asked} questions, {asked / record['positives']:.2f} epochs, and {written} writings")
-    print(f"steps   {args.steps}, each of up to {args.pack_tokens} + {args.pack_tokens // WRITINGS_SHARE} tokens")
+    asked, written = (
+        sum(record["examples"][kind] for kind in kinds) for kinds in (QUESTIONS, WRITINGS)
+    )
+    print(
+        f"data    {args.data}: {record['users']} training users, {record['texts']} texts of items"
+    )
+    print(
+        f"model   {n / 1e6:.1f}M parameters from seed {args.seed}, {args.vocabulary} pieces, on {device.type}"
+    )
+    print(
+        f"learns  {asked} questions, {asked / record['positives']:.2f} epochs, and {written} writings"
+    )
+    print(
+        f"steps   {args.steps}, each of up to {args.pack_tokens} + {args.pack_tokens // WRITINGS_SHARE} tokens"
+    )
     found = train(model, steps, args, device)
     save(model, args.out, dtype)
     made = {"parameters": n, "device": device.type, "torch": torch.__version__}
-    write_json(args.out / "base.json", record | found | made | {"settings": vars(args) | {"out": str(args.out)}})
+    write_json(
+        args.out / "base.json",
+        record | found | made | {"settings": vars(args) | {"out": str(args.out)}},
+    )
     losses = ", ".join(f"{name} {value:.4f}" for name, value in found["loss"].items())
     print(f"learned {sum(found['tokens'].values())} tokens in {found['seconds']} s; loss {losses}")
     print(f"wrote   {args.out}; peak {peak_memory(device)}")
-    print(f"next    python summarize.py --data {args.data} --model {args.out} --run runs/{args.out.name}")
+    print(
+        f"next    python summarize.py --data {args.data} --model {args.out} --run runs/{args.out.name}"
+    )
 
 
 if __name__ == "__main__":

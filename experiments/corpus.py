@@ -9,9 +9,15 @@ from dataclasses import dataclass
 import trsr
 from experiments.rule import Rule
 from prepare.dataset import load_dataset, popularity
+from prepare.domains import DOMAINS
 
 CONTEXT, BLOCK = 2048, 5  # longest prompt in tokens, items a block
-QUESTIONS = {"recent-only": 0.35, "whole-history": 0.15, "hierarchical": 0.25, "recurrent": 0.25}  # shares
+QUESTIONS = {
+    "recent-only": 0.35,
+    "whole-history": 0.15,
+    "hierarchical": 0.25,
+    "recurrent": 0.25,
+}  # shares
 WRITINGS = ("block", "update", "merge")
 FIXED_TEXTS = 20  # times that the tokenizer's trainer reads what stands in every prompt
 
@@ -49,14 +55,21 @@ class Corpus:
     def load(cls, folder: str) -> "Corpus":
         """Return the corpus of a dataset's training split; no other split's file is opened."""
         domain, items, splits = load_dataset(folder, ("train",))
-        named = popularity(splits["train"]).keys() | {i for example in splits["train"] for i in example.negatives}
+        named = popularity(splits["train"]).keys() | {
+            i for example in splits["train"] for i in example.negatives
+        }
         texts = {i: items[i] for i in sorted(named)}
         sequences = [[*example.history, example.positive] for example in splits["train"]]
         return cls(domain, texts, sequences, Rule.of(list(texts.values())))
 
     def positions(self) -> list[tuple[int, int]]:
         """Return the (user, position) of every positive. As in the dataset, none is an item of its own history."""
-        return [(u, i) for u, s in enumerate(self.sequences) for i in range(1, len(s)) if s[i] not in s[:i]]
+        return [
+            (u, i)
+            for u, s in enumerate(self.sequences)
+            for i in range(1, len(s))
+            if s[i] not in s[:i]
+        ]
 
     def questions(self, negatives: int, seed: int) -> Iterator[Question]:
         """Yield every positive with new negatives in a new order, epoch after epoch."""
@@ -99,7 +112,10 @@ class Corpus:
 
     def summaries(self) -> list[str]:
         """Return every user's summary, hierarchical."""
-        return [self.merged(self.blocks(u, len(sequence)))[1] for u, sequence in enumerate(self.sequences)]
+        return [
+            self.merged(self.blocks(u, len(sequence)))[1]
+            for u, sequence in enumerate(self.sequences)
+        ]
 
     def chained(self, blocks: list[list[str]]) -> str:
         """Return the summary that is updated with one block after the other; of no blocks, an empty one."""
@@ -115,7 +131,9 @@ class Corpus:
         if question.paradigm not in trsr.SUMMARIZED:
             return example, ""
         blocks = self.blocks(question.user, i)
-        return example, self.merged(blocks)[1] if question.paradigm == "hierarchical" else self.chained(blocks)
+        return example, self.merged(blocks)[
+            1
+        ] if question.paradigm == "hierarchical" else self.chained(blocks)
 
     def written(self, writing: Writing, budget: trsr.Budget) -> tuple[str, str]:
         """Return the writing's prompt and its answer."""
@@ -133,8 +151,16 @@ class Corpus:
     def tokenizer_lines(self) -> list[str]:
         """Return what the tokenizer is trained on: texts, their users' summaries, and the prompts' fixed texts."""
         lines = [*(f"1. {text}" for text in self.texts.values()), *self.summaries()]
-        domains, budget = trsr.DOMAINS.values(), trsr.Budget(CONTEXT, lambda texts: [[] for _ in texts], Counter())
-        fixed = [p for d in domains for k in QUESTIONS for p in trsr.recommendation_prompts(k, d, "x", ["x"], ["x"])]
+        domains, budget = (
+            DOMAINS.values(),
+            trsr.Budget(CONTEXT, lambda texts: [[] for _ in texts], Counter()),
+        )
+        fixed = [
+            p
+            for d in domains
+            for k in QUESTIONS
+            for p in trsr.recommendation_prompts(k, d, "x", ["x"], ["x"])
+        ]
         for d in domains:
             fixed += [trsr.block_prompt(["x"], d, budget), trsr.merge_prompt(["x", "x"], d, budget)]
             fixed += [trsr.update_prompt("x", ["x"], d, budget)]

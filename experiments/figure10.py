@@ -11,16 +11,27 @@ from experiments.runs import language_model_run
 
 def main() -> None:
     """Run every recommender and write the table and the figure."""
-    parser, flag = experiment_parser(__doc__, "summarizer", "recommenders", items=paper.HISTORY_ITEMS)
+    parser, flag = experiment_parser(
+        __doc__, "summarizer", "recommenders", items=paper.HISTORY_ITEMS
+    )
     add_paradigms(flag)
     args = parser.parse_args()
     experiment, rows = Experiment("figure10", args), []
     for paradigm in args.paradigms:
         for model in dict.fromkeys(args.recommenders):
-            runs = experiment.runs(language_model_run, paradigm, args.summarizer, model, args.history_items)
+            runs = experiment.runs(
+                language_model_run, paradigm, args.summarizer, model, args.history_items
+            )
             rows.append(Row(f"{paradigm}, {model}", model, paradigm, runs))
         known = experiment.paper_row(paradigm)
-        rows.append(Row(f"{paradigm}, {paper.RECOMMENDER}", f"{paper.RECOMMENDER}, the paper", paradigm, **known))
+        rows.append(
+            Row(
+                f"{paradigm}, {paper.RECOMMENDER}",
+                f"{paper.RECOMMENDER}, the paper",
+                paradigm,
+                **known,
+            )
+        )
     experiment.finish(rows)
 
 

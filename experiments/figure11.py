@@ -16,7 +16,9 @@ def main() -> None:
     experiment, rows = Experiment("figure11", args), []
     for paradigm in args.paradigms:
         for model in dict.fromkeys(args.summarizers):
-            runs = experiment.runs(language_model_run, paradigm, model, args.recommender, args.history_items)
+            runs = experiment.runs(
+                language_model_run, paradigm, model, args.recommender, args.history_items
+            )
             rows.append(Row(f"{paradigm}, {model}", model, paradigm, runs))
     experiment.finish(rows)
 

@@ -20,7 +20,11 @@ def main() -> None:
     for paradigm in args.paradigms:
         for items in sorted({*args.history_items, paper.HISTORY_ITEMS}):
             settings = paradigm, args.summarizer, args.recommender, items
-            runs = experiment.runs(language_model_run, *settings) if items in args.history_items else []
+            runs = (
+                experiment.runs(language_model_run, *settings)
+                if items in args.history_items
+                else []
+            )
             known = experiment.paper_row(paradigm) if items == paper.HISTORY_ITEMS else {}
             rows.append(Row(f"{paradigm}, {items} items", items, paradigm, runs, **known))
     experiment.finish(rows, x_name="recent items in the prompt")

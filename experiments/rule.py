@@ -47,9 +47,15 @@ class Rule:
         for text in texts:
             for name, value in dict(attributes_of(text)).items():
                 values.setdefault(name, []).append(value)
-        few = (n for n, v in values.items() if n and len(v) >= len(texts) / 2 and len(set(v)) <= len(texts) / 10)
+        few = (
+            n
+            for n, v in values.items()
+            if n and len(v) >= len(texts) / 2 and len(set(v)) <= len(texts) / 10
+        )
         rule = cls(tuple(few), frozenset())
-        words = Counter(word for text in texts for word in rule.facts(text)["Words"] if word.islower())
+        words = Counter(
+            word for text in texts for word in rule.facts(text)["Words"] if word.islower()
+        )
         most = words.most_common(min(COMMON, len(words) // 20))
         return cls(rule.facets, frozenset(word for word, _ in most))
 
@@ -60,7 +66,9 @@ class Rule:
             if name in self.facets:
                 found[name] |= {value: 1} if _VALUE.fullmatch(value) else {}
             else:
-                found["Words"] |= {word: 1 for word in _WORD.findall(value) if word.lower() not in self.common}
+                found["Words"] |= {
+                    word: 1 for word in _WORD.findall(value) if word.lower() not in self.common
+                }
         return found
 
     def read(self, summary: str) -> Facts:
@@ -77,7 +85,9 @@ class Rule:
         parts = [self.read(text) for text in summaries] + [self.facts(text) for text in items]
         lists = []
         for name in (*self.facets, "Words"):
-            counts = ranked([part[name] for part in parts])[: VALUES if name in self.facets else WORDS]
+            counts = ranked([part[name] for part in parts])[
+                : VALUES if name in self.facets else WORDS
+            ]
             entries = [f"{value} {n}" if n > 1 else value for value, n in counts]
             lists += [f"{name}: {', '.join(entries)}"] if entries else []
         return "; ".join(lists) or NOTHING

@@ -15,14 +15,25 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from files.jsonl import read_json, write_json
 from models.hub import find_model
-from prepare.dataset import read_json, write_json
-from runfolder.state import fingerprint, share_summaries
+from ops.checkpoint import fingerprint
+from state.summaries import share_summaries
 from trsr import SUMMARIZED, InputError, content_hash
 
 ROOT = Path(__file__).parent.parent
 MARKS = "stages.json"  # in a run folder: the keys of the stages that have finished there, in their order
-OWN = ("--data", "--model", "--run", "--run-dir", "--paradigm", "--history-items", "--seed", "--models", "--seeds")
+OWN = (
+    "--data",
+    "--model",
+    "--run",
+    "--run-dir",
+    "--paradigm",
+    "--history-items",
+    "--seed",
+    "--models",
+    "--seeds",
+)
 
 
 @dataclass(frozen=True)
@@ -74,7 +85,9 @@ def slug(*parts: object) -> str:
     return "-".join(re.sub(r"[^\w.]+", "-", str(part)).strip("-.") for part in parts)
 
 
-def make_stage(run: Path, script: str, flags: list, makes: tuple, model: str | None, before: str = "", **more) -> Stage:
+def make_stage(
+    run: Path, script: str, flags: list, makes: tuple, model: str | None, before: str = "", **more
+) -> Stage:
     """Return a stage; model: what it reads, before: the key of the stage that it builds on."""
     flags = [str(flag) for flag in flags]
     revision = flags[flags.index("--revision") + 1] if "--revision" in flags[:-1] else None
@@ -82,37 +95,78 @@ def make_stage(run: Path, script: str, flags: list, makes: tuple, model: str | N
     return Stage(run, script, tuple(flags), makes, key, **more)
 
 
-def language_model_run(args, paradigm: str, summarizer: str, recommender: str, items: int, seed: int) -> list[Stage]:
+def language_model_run(
+    args, paradigm: str, summarizer: str, recommender: str, items: int, seed: int
+) -> list[Stage]:
     """Return the stages from the data to the ranks of one language model; the last one's folder holds them.
 
     `{seed}` in a model's name stands for the seed. Runs that differ in seed, items or recommender alone share their
     summaries.
     """
-    summarizer, recommender = (name.replace("{seed}", str(seed)) for name in (summarizer, recommender))
+    summarizer, recommender = (
+        name.replace("{seed}", str(seed)) for name in (summarizer, recommender)
+    )
     stages, shared = [], {}
     common = ["--data", args.data, "--paradigm", paradigm]
     if paradigm in SUMMARIZED:
         folder = args.out / slug("summaries", paradigm, summarizer)
         own = [*common, "--model", summarizer, "--run-dir", folder]
         flags = split_flags("summarize", args.summarize)
-        stages = [make_stage(folder, "summarize.py", [*flags, *own], ("summaries.jsonl",), summarizer)]
+        stages = [
+            make_stage(folder, "summarize.py", [*flags, *own], ("summaries.jsonl",), summarizer)
+        ]
         shared = {"summaries": folder, "before": stages[0].key}
     shown = [f"items{items}"] if paradigm in (*SUMMARIZED, "recent-only") else []
-    run = args.out / slug(paradigm, *([summarizer] if shared else []), recommender, *shown, f"seed{seed}")
-    own = [*common, "--model", recommender, "--run-dir", run, "--seed", seed, "--history-items", items]
+    run = args.out / slug(
+        paradigm, *([summarizer] if shared else []), recommender, *shown, f"seed{seed}"
+    )
+    own = [
+        *common,
+        "--model",
+        recommender,
+        "--run-dir",
+        run,
+        "--seed",
+        seed,
+        "--history-items",
+        items,
+    ]
     flags = split_flags("train", args.train)
     train = make_stage(run, "train.py", [*flags, *own], ("adapter", "model"), recommender, **shared)
     made = ("scores-test.jsonl",)
-    return [*stages, train, make_stage(run, "evaluate.py", ["--run-dir", run, "--k", *args.k], made, None, train.key)]
+    return [
+        *stages,
+        train,
+        make_stage(run, "evaluate.py", ["--run-dir", run, "--k", *args.k], made, None, train.key),
+    ]
 
 
 def baseline_run(args, name: str, seed: int) -> list[Stage]:
     """Return the one stage of a baseline."""
     encoder = (args.encoder or f"llama:{args.recommender}").replace("{seed}", str(seed))
-    own = ["--data", args.data, "--run", args.out, "--encoder", encoder, "--models", name, "--seeds", seed]
+    own = [
+        "--data",
+        args.data,
+        "--run",
+        args.out,
+        "--encoder",
+        encoder,
+        "--models",
+        name,
+        "--seeds",
+        seed,
+    ]
     flags = [*split_flags("baselines", args.baselines), *own, "--k", *args.k]
     model = encoder.removeprefix("llama:") if encoder.startswith("llama:") else None
-    return [make_stage(args.out / "baselines" / f"{name}-{seed}", "baselines", flags, ("scores-test.jsonl",), model)]
+    return [
+        make_stage(
+            args.out / "baselines" / f"{name}-{seed}",
+            "baselines",
+            flags,
+            ("scores-test.jsonl",),
+            model,
+        )
+    ]
 
 
 # ---- Running them
@@ -168,17 +222,23 @@ def execute(stage: Stage, processes: int) -> None:
     marks, log = stage.marks(), stage.run / f"{Path(stage.script).stem}.log"
     stage.run.mkdir(parents=True, exist_ok=True)
     if stage.script == "train.py" and stage.script in marks and not stage.made():
-        shutil.rmtree(stage.run / "checkpoint", ignore_errors=True)  # a training that ended, but its result is gone
+        shutil.rmtree(
+            stage.run / "checkpoint", ignore_errors=True
+        )  # a training that ended, but its result is gone
     names = list(marks)
     before = names[: names.index(stage.script)] if stage.script in names else names
-    write_json(stage.run / MARKS, {name: marks[name] for name in before})  # what comes after is to be done again
+    write_json(
+        stage.run / MARKS, {name: marks[name] for name in before}
+    )  # what comes after is to be done again
     if stage.summaries:
         share_summaries(stage.summaries, stage.run)
     status, output = launch(stage.script, stage.flags, processes, log)
     if status or not stage.made():
         why = reason(stage.script, output) if status else f"it made no {' or '.join(stage.makes)}"
         raise InputError(f"{stage.run}: {stage.script} failed: {why} (all it said is in {log})")
-    write_json(stage.run / MARKS, {name: marks[name] for name in before} | {stage.script: stage.key})
+    write_json(
+        stage.run / MARKS, {name: marks[name] for name in before} | {stage.script: stage.key}
+    )
 
 
 def run_stages(stages: list[Stage], processes: int) -> None:
@@ -187,7 +247,9 @@ def run_stages(stages: list[Stage], processes: int) -> None:
         start = time.perf_counter()
         # Where the stage's own output is shown, it begins on a line of its own.
         end = "\n" if sys.stderr.isatty() else ""
-        print(f"{f'{number}/{len(stages)}':<8}{stage.run.name}: {stage.script}", end=end, flush=True)
+        print(
+            f"{f'{number}/{len(stages)}':<8}{stage.run.name}: {stage.script}", end=end, flush=True
+        )
         try:
             execute(stage, processes)
         finally:

@@ -24,9 +24,20 @@ NAMES = {name: model.__name__ for name, model in MODELS.items()} | {
 
 def main() -> None:
     """Run the rows and write the table."""
-    parser, flag = experiment_parser(__doc__, "summarizer", "recommender", items=paper.HISTORY_ITEMS)
-    flag("--rows", nargs="+", choices=NAMES, default=list(paper.TABLE2), help="besides random and popularity")
-    flag("--encoder", help="of items for the baselines, as python -m baselines has it; default: llama:RECOMMENDER")
+    parser, flag = experiment_parser(
+        __doc__, "summarizer", "recommender", items=paper.HISTORY_ITEMS
+    )
+    flag(
+        "--rows",
+        nargs="+",
+        choices=NAMES,
+        default=list(paper.TABLE2),
+        help="besides random and popularity",
+    )
+    flag(
+        "--encoder",
+        help="of items for the baselines, as python -m baselines has it; default: llama:RECOMMENDER",
+    )
     flag("--baselines", default="", metavar="FLAGS", help="more flags for the baselines")
     args = parser.parse_args()
     experiment = Experiment("table2", args)

@@ -15,8 +15,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from launch.command import run_main
 from prepare.common import Item, Session, Table, attributes, prepare, script_parser
-from runfolder.command import run_main
 from trsr import InputError
 
 ATTRIBUTES = {
@@ -33,8 +33,12 @@ ATTRIBUTES = {
 PRODUCTS = ("id", "locale", *ATTRIBUTES.values())
 SESSIONS = ("prev_items", "next_item", "locale")
 ID = re.compile(r"'([^'\s]+)'")
-IDS = re.compile(r"\s*\[\s*(?:'[^'\s]+'\s*)*\]\s*")  # a NumPy array's text: no commas, and line breaks in long ones
-FIELD_LIMIT = 2**24  # characters; an opening quote without its end fails here instead of swallowing the file
+IDS = re.compile(
+    r"\s*\[\s*(?:'[^'\s]+'\s*)*\]\s*"
+)  # a NumPy array's text: no commas, and line breaks in long ones
+FIELD_LIMIT = (
+    2**24
+)  # characters; an opening quote without its end fails here instead of swallowing the file
 OTHER_LOCALE = "sessions of other locales"
 
 
@@ -47,7 +51,9 @@ def split_csv(lines: Iterable[str], path: Path) -> Iterator[tuple[int, list[str]
             yield number, fields
             number = reader.line_num + 1
     except csv.Error as error:
-        raise InputError(f"{path}:{number}: not comma-separated text ({error}); is the file whole?") from None
+        raise InputError(
+            f"{path}:{number}: not comma-separated text ({error}); is the file whole?"
+        ) from None
 
 
 def of_locale(table: Table, locale: str) -> Iterator[tuple[str, dict[str, str]]]:
@@ -59,13 +65,19 @@ def of_locale(table: Table, locale: str) -> Iterator[tuple[str, dict[str, str]]]
             yield where, row
     if locale not in found:
         there = ", ".join(sorted(found)) or "no row at all"
-        raise InputError(f"{table.path}: no row of locale {locale!r}; found {there}; choose another --locale")
+        raise InputError(
+            f"{table.path}: no row of locale {locale!r}; found {there}; choose another --locale"
+        )
 
 
 def read_products(table: Table, locale: str) -> Iterator[Item]:
     """Yield the products of one locale; an id stands for other texts in another."""
     for where, row in of_locale(table, locale):
-        yield where, row["id"], attributes((name, row[column]) for name, column in ATTRIBUTES.items())
+        yield (
+            where,
+            row["id"],
+            attributes((name, row[column]) for name, column in ATTRIBUTES.items()),
+        )
 
 
 def read_sessions(table: Table, locale: str, dropped: Counter) -> Iterator[Session]:
@@ -73,7 +85,9 @@ def read_sessions(table: Table, locale: str, dropped: Counter) -> Iterator[Sessi
     n_read = 0
     for where, row in of_locale(table, locale):
         n_read += 1
-        yield Session([where], f"{locale}-{table.rows}", parse_ids(row["prev_items"], where), row["next_item"])
+        yield Session(
+            [where], f"{locale}-{table.rows}", parse_ids(row["prev_items"], where), row["next_item"]
+        )
     dropped[OTHER_LOCALE] = table.rows - n_read
 
 
@@ -81,7 +95,9 @@ def parse_ids(text: str, where: str) -> list[str]:
     """Return the ids of `['B09W9FND7K' 'B09JSPLN1M']`; InputError for a text of another form."""
     if not IDS.fullmatch(text):
         shown = text if len(text) <= 60 else f"{text[:60]}..."
-        raise InputError(f"{where}: column 'prev_items': {shown!r} is no list like ['B09W9FND7K' 'B09JSPLN1M']")
+        raise InputError(
+            f"{where}: column 'prev_items': {shown!r} is no list like ['B09W9FND7K' 'B09JSPLN1M']"
+        )
     return ID.findall(text)
 
 

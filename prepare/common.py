@@ -18,8 +18,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from launch.command import positive
 from prepare.dataset import save_dataset
-from runfolder.command import positive
 from trsr import InputError
 
 Item = tuple[str, str, dict[str, str]]  # (`file:line`, id, attributes)
@@ -53,17 +53,33 @@ class Table:
     has the names of the columns, which must include columns. split: lines to (number of the first line, columns).
     """
 
-    def __init__(self, path: Path, columns: Sequence[str] = (), header: bool = True, split: Callable = split_tabs):
-        self.path, self.columns, self.header, self.split, self.rows = path, columns, header, split, 0
+    def __init__(
+        self,
+        path: Path,
+        columns: Sequence[str] = (),
+        header: bool = True,
+        split: Callable = split_tabs,
+    ):
+        self.path, self.columns, self.header, self.split, self.rows = (
+            path,
+            columns,
+            header,
+            split,
+            0,
+        )
         if not path.is_file():
             raise InputError(f"{path}: no such file")
         if header:
             _, self.columns = next(split(self._lines(), path), (1, []))
             if missing := [name for name in columns if name not in self.columns]:
                 found = ", ".join(self.columns) or "an empty file"
-                raise InputError(f"{path}:1: no column {missing[0]!r}; expected {', '.join(columns)}, found {found}")
+                raise InputError(
+                    f"{path}:1: no column {missing[0]!r}; expected {', '.join(columns)}, found {found}"
+                )
             if len(set(self.columns)) < len(self.columns):
-                raise InputError(f"{path}:1: two columns of one name among {', '.join(self.columns)}")
+                raise InputError(
+                    f"{path}:1: two columns of one name among {', '.join(self.columns)}"
+                )
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, str]]]:
         self.rows = 0
@@ -74,7 +90,9 @@ class Table:
             where = f"{self.path}:{number}"
             if len(fields) != len(self.columns):
                 expected = f"{len(self.columns)} ({', '.join(self.columns)})"
-                raise InputError(f"{where}: {len(fields)} columns, expected {expected}; is the file whole?")
+                raise InputError(
+                    f"{where}: {len(fields)} columns, expected {expected}; is the file whole?"
+                )
             self.rows += 1
             yield where, dict(zip(self.columns, fields, strict=True))
 
@@ -82,7 +100,9 @@ class Table:
         size = self.path.stat().st_size
         with (
             open(self.path, "rb") as file,
-            tqdm(total=size, desc=self.path.name, unit="B", unit_scale=True, disable=None, delay=1) as bar,
+            tqdm(
+                total=size, desc=self.path.name, unit="B", unit_scale=True, disable=None, delay=1
+            ) as bar,
         ):
             for number, line in enumerate(file, 1):
                 bar.update(len(line))
@@ -108,7 +128,9 @@ def read_catalogue(path: Path, items: Iterable[Item]) -> dict[str, bool]:
     known: dict[str, bool] = {}
     for where, item, texts in items:
         if not item or item in known:
-            raise InputError(f"{where}: item {item!r} " + ("is there twice" if item else "is no id"))
+            raise InputError(
+                f"{where}: item {item!r} " + ("is there twice" if item else "is no id")
+            )
         known[item] = bool(texts)
     if not any(known.values()):
         raise InputError(f"{path}: no item with a text in it")
@@ -150,7 +172,9 @@ def eligible(
         if session.user in taken:
             dropped["rows of a user already taken"] += 1
             continue
-        if session.shown is None:  # with impressions, a user's next row has another target and may pass
+        if (
+            session.shown is None
+        ):  # with impressions, a user's next row has another target and may pass
             taken.add(session.user)
         history = resolve(session, session.history, "unknown ids in histories")
         if session.target is None:
@@ -162,7 +186,9 @@ def eligible(
         shown = session.shown
         if shown is not None:
             others = resolve(session, shown, "unknown ids shown")
-            shown = [item for item in dict.fromkeys(others) if item != target and item not in history]
+            shown = [
+                item for item in dict.fromkeys(others) if item != target and item not in history
+            ]
         if len(history) < args.min_history:
             dropped["history too short"] += 1
         elif len(history) > args.max_history:
@@ -194,13 +220,17 @@ def split_sizes(n_users: int) -> dict[str, int]:
     return {"train": n_users - 2 * part, "val": part, "test": part}
 
 
-def draw_negatives(seed: int, session: Session, items: Sequence[str], cumulative: Sequence[int], n: int) -> list[str]:
+def draw_negatives(
+    seed: int, session: Session, items: Sequence[str], cumulative: Sequence[int], n: int
+) -> list[str]:
     """Return n distinct items, each drawn by its weight, none of them the session's target or in its history.
 
     cumulative: the running sum of the items' weights, all of them above 0. Raises InputError where items are too few.
     """
     excluded = {*session.history, session.target}
-    free = len(items) - (0 if session.shown else len(excluded))  # whatever is excluded is among the items
+    free = len(items) - (
+        0 if session.shown else len(excluded)
+    )  # whatever is excluded is among the items
     if free < n:
         raise InputError(
             f"user {session.user!r}: only {free} items can be negatives, {n} are needed; "
@@ -216,10 +246,14 @@ def draw_negatives(seed: int, session: Session, items: Sequence[str], cumulative
     return list(negatives)
 
 
-def make_splits(sessions: list[Session], known: dict[str, bool], args: argparse.Namespace) -> dict[str, list[dict]]:
+def make_splits(
+    sessions: list[Session], known: dict[str, bool], args: argparse.Namespace
+) -> dict[str, list[dict]]:
     """Return the examples of each split, as they are written, with their negatives."""
     if args.negatives == "popular":
-        weights = Counter(item for session in sessions for item in [*session.history, session.target])
+        weights = Counter(
+            item for session in sessions for item in [*session.history, session.target]
+        )
     else:
         weights = dict.fromkeys((item for item, has_text in known.items() if has_text), 1)
     items = [item for item in known if item in weights]
@@ -229,27 +263,62 @@ def make_splits(sessions: list[Session], known: dict[str, bool], args: argparse.
         n = args.train_negatives if split == "train" else args.eval_negatives
         splits[split] = []
         for session in islice(rest, size):
-            pool = (session.shown, range(1, len(session.shown) + 1)) if session.shown else (items, cumulative)
+            pool = (
+                (session.shown, range(1, len(session.shown) + 1))
+                if session.shown
+                else (items, cumulative)
+            )
             example = {"user": session.user, "history": session.history, "positive": session.target}
-            splits[split].append(example | {"negatives": draw_negatives(args.seed, session, *pool, n)})
+            splits[split].append(
+                example | {"negatives": draw_negatives(args.seed, session, *pool, n)}
+            )
     return splits
 
 
 def script_parser(description: str, users: str) -> argparse.ArgumentParser:
     """Return an argument parser with the flags that all readers share; users says whom the readers find."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     flag = parser.add_argument_group("files").add_argument
-    flag("--out", type=Path, required=True, default=argparse.SUPPRESS, help="folder to write the dataset to")
+    flag(
+        "--out",
+        type=Path,
+        required=True,
+        default=argparse.SUPPRESS,
+        help="folder to write the dataset to",
+    )
     flag = parser.add_argument_group("users").add_argument
-    flag("--users", type=positive, default=12000, help=f"most {users} to keep, split 10 : 1 : 1; a seeded choice")
-    flag("--seed", type=int, default=0, help="seed of the choice of users, their splits and their negatives")
+    flag(
+        "--users",
+        type=positive,
+        default=12000,
+        help=f"most {users} to keep, split 10 : 1 : 1; a seeded choice",
+    )
+    flag(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of the choice of users, their splits and their negatives",
+    )
     flag("--min-history", type=positive, default=10, help="fewest items before the target")
     flag("--max-history", type=positive, default=25, help="most items before the target")
-    flag("--drop-unknown", action="store_true", help="drop ids that the catalogue lacks or has no text of")
+    flag(
+        "--drop-unknown",
+        action="store_true",
+        help="drop ids that the catalogue lacks or has no text of",
+    )
     flag = parser.add_argument_group("negatives").add_argument
     flag("--train-negatives", type=positive, default=1, help="negatives of a training user")
-    flag("--eval-negatives", type=positive, default=20, help="negatives of a validation or test user")
-    flag("--negatives", choices=["uniform", "popular"], default="uniform", help="popular: by how often users chose it")
+    flag(
+        "--eval-negatives", type=positive, default=20, help="negatives of a validation or test user"
+    )
+    flag(
+        "--negatives",
+        choices=["uniform", "popular"],
+        default="uniform",
+        help="popular: by how often users chose it",
+    )
     return parser
 
 
@@ -267,31 +336,55 @@ def prepare(
     counter what the reader itself leaves out. filters: names of what this reader drops besides FILTERS.
     """
     if args.min_history > args.max_history:
-        raise InputError(f"--min-history {args.min_history} is above --max-history {args.max_history}")
+        raise InputError(
+            f"--min-history {args.min_history} is above --max-history {args.max_history}"
+        )
     if args.out.exists() and not args.out.is_dir():
         raise InputError(f"--out {args.out}: not a folder")
     catalogue, raw = (table.path for table in tables)
     print(f"Items from {catalogue}, users from {raw}, to {args.out} ({domain}, seed {args.seed})")
-    print(f"At most {args.users} users with {args.min_history} to {args.max_history} items before the target; ", end="")
-    print(f"negatives: {args.train_negatives} in train, {args.eval_negatives} in val and test", flush=True)
+    print(
+        f"At most {args.users} users with {args.min_history} to {args.max_history} items before the target; ",
+        end="",
+    )
+    print(
+        f"negatives: {args.train_negatives} in train, {args.eval_negatives} in val and test",
+        flush=True,
+    )
     known = read_catalogue(catalogue, items())
     dropped = Counter(dict.fromkeys([*filters, *FILTERS, BEYOND], 0))
     chosen = choose(eligible(sessions(dropped), known, args, dropped), args.users, args.seed)
     dropped[BEYOND] -= len(chosen)
     if len(chosen) < 3:
         counts = ", ".join(f"{name} {n}" for name, n in dropped.items() if n) or "nothing dropped"
-        raise InputError(f"{raw}: {len(chosen)} users left, at least 3 are needed ({counts}); loosen the filters")
+        raise InputError(
+            f"{raw}: {len(chosen)} users left, at least 3 are needed ({counts}); loosen the filters"
+        )
     splits = make_splits(chosen, known, args)
     kept = (example for examples in splits.values() for example in examples)
     mentioned = {item for e in kept for item in [*e["history"], e["positive"], *e["negatives"]]}
-    settings = {name: value for name, value in vars(args).items() if name != "seed" and not isinstance(value, Path)}
+    settings = {
+        name: value
+        for name, value in vars(args).items()
+        if name != "seed" and not isinstance(value, Path)
+    }
     meta = {"domain": domain, "seed": args.seed, "settings": settings}
     meta |= {"sources": [table.source() for table in tables], "dropped": dict(dropped)}
-    texts = ({"id": item, "attributes": attributes} for _, item, attributes in items() if item in mentioned)
+    texts = (
+        {"id": item, "attributes": attributes}
+        for _, item, attributes in items()
+        if item in mentioned
+    )
     meta = save_dataset(args.out, splits, texts, meta)
-    print(f"Read {' and '.join(f'{table.rows:,} rows of {table.path.name}' for table in tables)}; dropped:")
+    print(
+        f"Read {' and '.join(f'{table.rows:,} rows of {table.path.name}' for table in tables)}; dropped:"
+    )
     for name, n in dropped.items():
         print(f"  {n:>9,}  {name}")
     print(", ".join(f"{n:,} {split}" for split, n in meta["examples"].items()), end="")
-    print(f" users; {meta['items']:,} items; mean history {meta['mean_history']}; written to {args.out}")
-    print(f"Next: python summarize.py --data {args.out} --model DIR_OR_HUB_ID --run runs/{args.out.name}")
+    print(
+        f" users; {meta['items']:,} items; mean history {meta['mean_history']}; written to {args.out}"
+    )
+    print(
+        f"Next: python summarize.py --data {args.out} --model DIR_OR_HUB_ID --run runs/{args.out.name}"
+    )

@@ -24,13 +24,17 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from launch.command import positive, run_main
 from prepare.common import split_sizes
 from prepare.dataset import save_dataset
-from runfolder.command import positive, run_main
 from trsr import InputError, rank_of_positive
 
 USERS = {"train": 1000, "val": 100, "test": 200}
-SHORTEST, LONGEST, RECENT = 10, 25, 3  # purchases before the target, and how many of them the need takes
+SHORTEST, LONGEST, RECENT = (
+    10,
+    25,
+    3,
+)  # purchases before the target, and how many of them the need takes
 LOYALTY = 0.9  # share of purchases before the need that fit the taste
 KINDS = ("other taste",) * 7 + ("other need",) * 7 + ("neither",) * 6
 ATTEMPTS = 100  # draws before a shop counts as too small
@@ -79,8 +83,30 @@ CARE = {  # material: how to look after it
 }  # fmt: skip
 CATEGORIES, MATERIALS = tuple(CATEGORY_WORDS), tuple(CARE)
 MANNERS = ("compact", "handy", "light", "neat", "plain", "slim", "sturdy", "tidy")
-LINES = ("Arc", "Bolt", "Cove", "Drift", "Echo", "Flint", "Grove", "Haven", "Loft", "Mesa", "Nova", "Pine", "Tide")
-AUTHORS = ("Ada Bauer", "Ben Costa", "Clara Doyle", "David Ekman", "Ella Forster", "Frank Gray", "Grace Holt")
+LINES = (
+    "Arc",
+    "Bolt",
+    "Cove",
+    "Drift",
+    "Echo",
+    "Flint",
+    "Grove",
+    "Haven",
+    "Loft",
+    "Mesa",
+    "Nova",
+    "Pine",
+    "Tide",
+)
+AUTHORS = (
+    "Ada Bauer",
+    "Ben Costa",
+    "Clara Doyle",
+    "David Ekman",
+    "Ella Forster",
+    "Frank Gray",
+    "Grace Holt",
+)
 TITLES = (
     "{brand} {model} {category} in {color} with {material} {part}",
     "{model}, the {manner} {color} {category} by {brand}, {material} {part}",
@@ -138,19 +164,47 @@ class Product:
 
 def make_product(rng: random.Random, name: str) -> Product:
     """Return a product with the id name: facts drawn at random, and attributes that tell them."""
-    category, brand, color, material = (one_of(rng, words) for words in (CATEGORIES, BRANDS, COLORS, MATERIALS))
+    category, brand, color, material = (
+        one_of(rng, words) for words in (CATEGORIES, BRANDS, COLORS, MATERIALS)
+    )
     part, price, low, high, unit, uses, details = CATEGORY_WORDS[category]
-    model, size = f"{one_of(rng, LINES)} {one_of(rng, range(100, 1000))}", f"{one_of(rng, range(low, high))} {unit}"
+    model, size = (
+        f"{one_of(rng, LINES)} {one_of(rng, range(100, 1000))}",
+        f"{one_of(rng, range(low, high))} {unit}",
+    )
     manner, use, (detail, other) = one_of(rng, MANNERS), one_of(rng, uses), some_of(rng, details, 2)
-    words = {"category": category, "brand": brand, "color": color, "material": material, "model": model, "size": size}
-    words |= {"part": part, "care": CARE[material], "use": use, "detail": detail, "other": other, "manner": manner}
-    sentences = [one_of(rng, OPENINGS), *(one_of(rng, templates) for templates in some_of(rng, SENTENCES, 2))]
+    words = {
+        "category": category,
+        "brand": brand,
+        "color": color,
+        "material": material,
+        "model": model,
+        "size": size,
+    }
+    words |= {
+        "part": part,
+        "care": CARE[material],
+        "use": use,
+        "detail": detail,
+        "other": other,
+        "manner": manner,
+    }
+    sentences = [
+        one_of(rng, OPENINGS),
+        *(one_of(rng, templates) for templates in some_of(rng, SENTENCES, 2)),
+    ]
     dollars, cents = int(price * (0.6 + 0.8 * rng.random())), one_of(rng, ("00", "50", "90", "99"))
-    attributes = {"Title": one_of(rng, TITLES).format(**words), "Price": f"{dollars}.{cents}", "Brand": brand}
+    attributes = {
+        "Title": one_of(rng, TITLES).format(**words),
+        "Price": f"{dollars}.{cents}",
+        "Brand": brand,
+    }
     attributes |= {"Color": color, "Size": size, "Model": model, "Material": material}
     attributes |= {"Author": one_of(rng, AUTHORS)} if category == "journal" else {}
     attributes["Description"] = " ".join(sentences).format(**words)
-    return Product(name, attributes, category, brand, color, material, appeal=0.1 + 0.9 * rng.random() ** 3)
+    return Product(
+        name, attributes, category, brand, color, material, appeal=0.1 + 0.9 * rng.random() ** 3
+    )
 
 
 @dataclass(frozen=True)
@@ -164,7 +218,11 @@ class Taste:
 
     def matches(self, product: Product) -> int:
         """Return how many of brand, color and material are to the taste; two make the product fit."""
-        return (product.brand in self.brands) + (product.color == self.color) + (product.material == self.material)
+        return (
+            (product.brand in self.brands)
+            + (product.color == self.color)
+            + (product.material == self.material)
+        )
 
 
 @dataclass(frozen=True)
@@ -177,8 +235,12 @@ class Shop:
     def fitting(self, category: str, taste: Taste) -> list[Product]:
         """Return the category's products that fit the taste."""
         pairs = [(taste.color, taste.material)]
-        pairs += [(brand, other) for brand in taste.brands for other in (taste.color, taste.material)]
-        return list(dict.fromkeys(p for pair in pairs for p in self.shelves.get((category, *pair), ())))
+        pairs += [
+            (brand, other) for brand in taste.brands for other in (taste.color, taste.material)
+        ]
+        return list(
+            dict.fromkeys(p for pair in pairs for p in self.shelves.get((category, *pair), ()))
+        )
 
 
 def make_shop(seed: int, n_items: int) -> Shop:
@@ -192,7 +254,11 @@ def make_shop(seed: int, n_items: int) -> Shop:
             product = make_product(rng, product.id)
         texts |= {product.attributes["Title"], product.attributes["Description"]}
         products[product.id] = product
-        pairs = [(product.brand, product.color), (product.brand, product.material), (product.color, product.material)]
+        pairs = [
+            (product.brand, product.color),
+            (product.brand, product.material),
+            (product.color, product.material),
+        ]
         for pair in [(), *pairs]:
             shelves.setdefault((product.category, *pair), []).append(product)
     return Shop(products, shelves)
@@ -219,7 +285,9 @@ def make_taste(rng: random.Random) -> Taste:
     return Taste(tuple(categories), tuple(brands), one_of(rng, COLORS), one_of(rng, MATERIALS))
 
 
-def pick(rng: random.Random, products: Sequence[Product], taken: Sequence[Product]) -> Product | None:
+def pick(
+    rng: random.Random, products: Sequence[Product], taken: Sequence[Product]
+) -> Product | None:
     """Return one of the products that are not taken, by their appeal; None where all are."""
     if all(product in taken for product in products):
         return None
@@ -233,8 +301,12 @@ def make_user(rng: random.Random, shop: Shop, n_negatives: int) -> User:
     """Return a user; InputError where the shop has too little for the tastes of its users."""
     for _ in range(ATTEMPTS):
         taste, length = make_taste(rng), one_of(rng, range(SHORTEST, LONGEST + 1))
-        need = one_of(rng, [category for category in CATEGORIES if category not in taste.categories])
-        favorites = [product for category in taste.categories for product in shop.fitting(category, taste)]
+        need = one_of(
+            rng, [category for category in CATEGORIES if category not in taste.categories]
+        )
+        favorites = [
+            product for category in taste.categories for product in shop.fitting(category, taste)
+        ]
         # Candidates come first: a history drawn before them would leave them the less popular products.
         target = pick(rng, shop.fitting(need, taste), [])
         negatives = make_negatives(rng, shop, taste, need, n_negatives)
@@ -246,18 +318,28 @@ def make_user(rng: random.Random, shop: Shop, n_negatives: int) -> User:
             history.append(pick(rng, shelf, [target, *negatives, *history]))
         if target and all(history) and len(negatives) == n_negatives:
             return User(taste, need, history, target, negatives)
-    raise InputError(f"{len(shop.products)} items are too few for what the users look for; raise --items")
+    raise InputError(
+        f"{len(shop.products)} items are too few for what the users look for; raise --items"
+    )
 
 
-def make_negatives(rng: random.Random, shop: Shop, taste: Taste, need: str, n: int) -> list[Product]:
+def make_negatives(
+    rng: random.Random, shop: Shop, taste: Taste, need: str, n: int
+) -> list[Product]:
     """Return n products that imagined users chose, of the kinds that KINDS tells; fewer from too small a shop."""
     kinds = [kind for _ in range(0, n, len(KINDS)) for kind in some_of(rng, KINDS, len(KINDS))]
-    others = some_of(rng, [category for category in CATEGORIES if category != need], len(CATEGORIES) - 1)
+    others = some_of(
+        rng, [category for category in CATEGORIES if category != need], len(CATEGORIES) - 1
+    )
     negatives: list[Product] = []
     for attempt in range(n * ATTEMPTS):
         kind = kinds[len(negatives)]
         category = need if kind == "other taste" else others[attempt % len(others)]
-        product = pick(rng, shop.fitting(category, taste if kind == "other need" else make_taste(rng)), negatives)
+        product = pick(
+            rng,
+            shop.fitting(category, taste if kind == "other need" else make_taste(rng)),
+            negatives,
+        )
         # Rejected after the pick: leaving such products out before it would favor the less popular ones.
         if product and (kind == "other need" or taste.matches(product) == 0):
             negatives.append(product)
@@ -287,7 +369,11 @@ def oracle_scores(shop: Shop, example: dict, counts: Counter) -> Iterator[dict[s
         needed, fit = int(product.category == need), taste.matches(product)
         # Who sees nothing of the need still knows that it is in no favorite category.
         new = int(product.category not in taste.categories)
-        scores = {"full history": 4 * needed + fit, "recent items only": needed, "lasting taste only": 4 * new + fit}
+        scores = {
+            "full history": 4 * needed + fit,
+            "recent items only": needed,
+            "lasting taste only": 4 * new + fit,
+        }
         yield scores | {"popularity": counts[product.id]}
 
 
@@ -310,38 +396,75 @@ def make_split(shop: Shop, seed: int, split: str, n_users: int) -> Iterator[dict
         name = f"S{seed}-{split}-{number:05d}"
         rng = random.Random(f"demo user {name}")
         user = make_user(rng, shop, n_negatives=1 if split == "train" else 20)
-        history, negatives = ([product.id for product in products] for products in (user.history, user.negatives))
+        history, negatives = (
+            [product.id for product in products] for products in (user.history, user.negatives)
+        )
         yield {"user": name, "history": history, "positive": user.target.id, "negatives": negatives}
 
 
 def main(argv: list[str] | None = None) -> None:
     """Generate the shop and its users, write the dataset and print what the oracles score on it."""
-    parser = argparse.ArgumentParser(description="A demo shop.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("data/demo"), help="folder to write the dataset to")
-    parser.add_argument("--items", type=positive, default=6000, help="products in the shop, from about 1500 on")
-    parser.add_argument("--seed", type=int, default=0, help="another seed has other items and other users")
+    parser = argparse.ArgumentParser(
+        description="A demo shop.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("data/demo"), help="folder to write the dataset to"
+    )
+    parser.add_argument(
+        "--items", type=positive, default=6000, help="products in the shop, from about 1500 on"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="another seed has other items and other users"
+    )
     flag = parser.add_argument_group("users").add_argument
-    flag("--users", type=positive, default=argparse.SUPPRESS, help="users in all, split 10 : 1 : 1, from 3 on")
+    flag(
+        "--users",
+        type=positive,
+        default=argparse.SUPPRESS,
+        help="users in all, split 10 : 1 : 1, from 3 on",
+    )
     for split, n in USERS.items():
-        flag(f"--{split}-users", type=positive, default=argparse.SUPPRESS, help=f"{split} users ({n} without --users)")
+        flag(
+            f"--{split}-users",
+            type=positive,
+            default=argparse.SUPPRESS,
+            help=f"{split} users ({n} without --users)",
+        )
     args = parser.parse_args(argv)
     if getattr(args, "users", 3) < 3:
         raise InputError(f"--users {args.users}: at least 3 are needed, one for each split")
     sizes = split_sizes(args.users) if hasattr(args, "users") else USERS
     sizes = {split: getattr(args, f"{split}_users", n) for split, n in sizes.items()}
     users = ", ".join(f"{n:,} {split}" for split, n in sizes.items())
-    print(f"A synthetic shop of {args.items:,} items and {users} users to {args.out} (products, seed {args.seed})")
+    print(
+        f"A synthetic shop of {args.items:,} items and {users} users to {args.out} (products, seed {args.seed})"
+    )
     shop = make_shop(args.seed, args.items)
     splits = {}
     for split, n in sizes.items():
-        splits[split] = list(tqdm(make_split(shop, args.seed, split, n), split, n, disable=None, delay=1))
+        splits[split] = list(
+            tqdm(make_split(shop, args.seed, split, n), split, n, disable=None, delay=1)
+        )
     oracles = oracle_table(shop, splits["train"], splits["test"])
-    meta = {"domain": "products", "seed": args.seed, "settings": {"items": args.items, "users": sizes}, "sources": []}
+    meta = {
+        "domain": "products",
+        "seed": args.seed,
+        "settings": {"items": args.items, "users": sizes},
+        "sources": [],
+    }
     meta |= {"dropped": {}, "oracles": {"split": "test", "metric": "Recall@3", **oracles}}
-    items = ({"id": product.id, "attributes": product.attributes} for product in shop.products.values())
+    items = (
+        {"id": product.id, "attributes": product.attributes} for product in shop.products.values()
+    )
     meta = save_dataset(args.out, splits, items, meta)
-    print("Recall@3 on the test split:", *(f"{name:<20} {value:.3f}" for name, value in oracles.items()), sep="\n  ")
-    print(f"{users} users; {meta['items']:,} items; mean history {meta['mean_history']}; written to {args.out}")
+    print(
+        "Recall@3 on the test split:",
+        *(f"{name:<20} {value:.3f}" for name, value in oracles.items()),
+        sep="\n  ",
+    )
+    print(
+        f"{users} users; {meta['items']:,} items; mean history {meta['mean_history']}; written to {args.out}"
+    )
     print(f"Next: python summarize.py --data {args.out}")
 
 

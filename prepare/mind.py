@@ -13,20 +13,38 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from launch.command import run_main
 from prepare.common import Item, Session, Table, attributes, prepare, script_parser
-from runfolder.command import run_main
 from trsr import InputError
 
-NEWS = ("id", "category", "subcategory", "title", "abstract", "url", "title entities", "abstract entities")
+NEWS = (
+    "id",
+    "category",
+    "subcategory",
+    "title",
+    "abstract",
+    "url",
+    "title entities",
+    "abstract entities",
+)
 BEHAVIORS = ("impression id", "user", "time", "history", "impressions")
-ATTRIBUTES = {"Category": "category", "SubCategory": "subcategory", "Title": "title", "Abstract": "abstract"}
+ATTRIBUTES = {
+    "Category": "category",
+    "SubCategory": "subcategory",
+    "Title": "title",
+    "Abstract": "abstract",
+}
 NO_CLICK, TOO_FEW = "rows without a click", "rows with too few shown and unclicked"
 
 
 def read_news(table: Table) -> Iterator[Item]:
     """Yield the articles."""
     for where, row in table:
-        yield where, row["id"], attributes((name, row[column]) for name, column in ATTRIBUTES.items())
+        yield (
+            where,
+            row["id"],
+            attributes((name, row[column]) for name, column in ATTRIBUTES.items()),
+        )
 
 
 def read_behaviors(table: Table, target: str, dropped: Counter) -> Iterator[Session]:
@@ -48,7 +66,9 @@ def split_impressions(text: str, where: str) -> tuple[list[str], list[str]]:
     for token in text.split():
         item, _, label = token.rpartition("-")
         if not item or label not in found:
-            raise InputError(f"{where}: column 'impressions': {token!r} does not end in -0 or -1; is the file whole?")
+            raise InputError(
+                f"{where}: column 'impressions': {token!r} does not end in -0 or -1; is the file whole?"
+            )
         found[label].append(item)
     return found["1"], found["0"]
 
@@ -57,11 +77,24 @@ def main(argv: list[str] | None = None) -> None:
     """Read MIND and write the dataset."""
     parser = script_parser("MIND to the project's schema.", "users")
     flag = parser.add_argument_group("MIND").add_argument
-    flag("--raw", type=Path, required=True, default=argparse.SUPPRESS, help="folder with news.tsv and behaviors.tsv")
-    flag("--target", choices=["history", "impressions"], default="history", help="where target and negatives are from")
+    flag(
+        "--raw",
+        type=Path,
+        required=True,
+        default=argparse.SUPPRESS,
+        help="folder with news.tsv and behaviors.tsv",
+    )
+    flag(
+        "--target",
+        choices=["history", "impressions"],
+        default="history",
+        help="where target and negatives are from",
+    )
     args = parser.parse_args(argv)
     if args.target == "impressions" and args.negatives == "popular":
-        raise InputError("--negatives popular has no use with --target impressions, whose negatives were shown")
+        raise InputError(
+            "--negatives popular has no use with --target impressions, whose negatives were shown"
+        )
     news = Table(args.raw / "news.tsv", NEWS, header=False)
     behaviors = Table(args.raw / "behaviors.tsv", BEHAVIORS, header=False)
     prepare(

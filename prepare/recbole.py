@@ -12,9 +12,10 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+from launch.command import run_main
 from prepare.common import Item, Session, Table, attributes, prepare, script_parser
-from runfolder.command import run_main
-from trsr import DOMAINS, InputError
+from prepare.domains import DOMAINS
+from trsr import InputError
 
 TYPES = ("token", "token_seq", "float", "float_seq")
 
@@ -25,19 +26,31 @@ def typed_columns(table: Table, required: tuple[str, ...]) -> dict[str, str]:
     for column in table.columns:
         name, _, kind = column.rpartition(":")
         if not name or kind not in TYPES:
-            raise InputError(f"{table.path}:1: column {column!r} is not name:type with a type of {', '.join(TYPES)}")
+            raise InputError(
+                f"{table.path}:1: column {column!r} is not name:type with a type of {', '.join(TYPES)}"
+            )
         columns[name] = column
     if missing := [name for name in required if name not in columns]:
-        raise InputError(f"{table.path}:1: no column {missing[0]!r}; found {', '.join(table.columns)}")
+        raise InputError(
+            f"{table.path}:1: no column {missing[0]!r}; found {', '.join(table.columns)}"
+        )
     return columns
 
 
 def read_items(table: Table, columns: dict[str, str]) -> Iterator[Item]:
     """Yield the items with all columns but the id and vectors as attributes: release_year becomes `Release year`."""
-    texts = [name for name, column in columns.items() if name != "item_id" and not column.endswith(":float_seq")]
+    texts = [
+        name
+        for name, column in columns.items()
+        if name != "item_id" and not column.endswith(":float_seq")
+    ]
     names = {(name[:1].upper() + name[1:]).replace("_", " "): name for name in texts}
     for where, row in table:
-        yield where, row[columns["item_id"]], attributes((shown, row[columns[name]]) for shown, name in names.items())
+        yield (
+            where,
+            row[columns["item_id"]],
+            attributes((shown, row[columns[name]]) for shown, name in names.items()),
+        )
 
 
 def read_sessions(table: Table, columns: dict[str, str]) -> Iterator[Session]:
@@ -69,14 +82,28 @@ def main(argv: list[str] | None = None) -> None:
     """Read RecBole atomic files and write the dataset."""
     parser = script_parser("RecBole atomic files to the project's schema.", "users")
     flag = parser.add_argument_group("RecBole").add_argument
-    flag("--inter", type=Path, required=True, default=argparse.SUPPRESS, help="file with the interactions")
+    flag(
+        "--inter",
+        type=Path,
+        required=True,
+        default=argparse.SUPPRESS,
+        help="file with the interactions",
+    )
     flag("--item", type=Path, required=True, default=argparse.SUPPRESS, help="file with the items")
-    flag("--domain", choices=sorted(DOMAINS), required=True, default=argparse.SUPPRESS, help="what the items are")
+    flag(
+        "--domain",
+        choices=sorted(DOMAINS),
+        required=True,
+        default=argparse.SUPPRESS,
+        help="what the items are",
+    )
     args = parser.parse_args(argv)
     item, inter = Table(args.item), Table(args.inter)
     in_sessions = any(column.startswith("item_id_list:") for column in inter.columns)
     read = read_sessions if in_sessions else read_events
-    columns = typed_columns(inter, ("user_id", "item_id", "item_id_list" if in_sessions else "timestamp"))
+    columns = typed_columns(
+        inter, ("user_id", "item_id", "item_id_list" if in_sessions else "timestamp")
+    )
     attributes_of = typed_columns(item, ("item_id",))
     if vectors := [column for column in item.columns if column.endswith(":float_seq")]:
         print(f"Left out of the items' texts: {', '.join(vectors)}")

@@ -11,8 +11,9 @@ import argparse
 import json
 from pathlib import Path
 
-from prepare.dataset import atomic_write, load_dataset
-from runfolder.command import run_main
+from files.atomic import atomic_write
+from launch.command import run_main
+from prepare.dataset import load_dataset
 from trsr import shuffled_candidates
 
 SPLITS = {"train": "train", "val": "valid", "test": "test"}
@@ -20,7 +21,9 @@ SPLITS = {"train": "train", "val": "valid", "test": "test"}
 
 def main() -> None:
     """Write the files."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -38,9 +41,15 @@ def main() -> None:
     with atomic_write(args.out / f"{name}.candidates.jsonl") as file:
         for split in ("val", "test"):
             for example in splits[split]:
-                line = {"split": split, "user": example.user, "candidates": shuffled_candidates(example)}
+                line = {
+                    "split": split,
+                    "user": example.user,
+                    "candidates": shuffled_candidates(example),
+                }
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    print(f"wrote   {args.out}: {', '.join(f'{len(splits[s])} {s}' for s in SPLITS)} users, {len(items)} items")
+    print(
+        f"wrote   {args.out}: {', '.join(f'{len(splits[s])} {s}' for s in SPLITS)} users, {len(items)} items"
+    )
 
 
 if __name__ == "__main__":

@@ -16,11 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
-from prepare.dataset import atomic_write, load_dataset, read_json, read_jsonl
-from runfolder.command import run_main
+from files.atomic import atomic_write
+from files.jsonl import read_json, read_jsonl
+from launch.command import run_main
+from prepare.dataset import load_dataset
 from runfolder.plots import COLORS_AND_TEXT, histogram, line_plot, tag
 from runfolder.show import records_of, steps
-from runfolder.state import read_config
+from state.settings import read_config
 from trsr import SUMMARIZED, InputError
 
 SHOWN_USERS = 6
@@ -63,7 +65,9 @@ def neighbors(run: Path, results: dict) -> dict[str, dict]:
     found = {}
     for path in sorted(run.resolve().parent.glob("*/results.json")):
         other = path.parent != run.resolve() and read_json(path)
-        same = other and all(other.get(name) == results[name] for name in ("data", "split", "users"))
+        same = other and all(
+            other.get(name) == results[name] for name in ("data", "split", "users")
+        )
         if same and other["table"]["random"].keys() == results["table"]["random"].keys():
             found[path.parent.name] = other
     return found
@@ -96,7 +100,9 @@ def curves(run: Path) -> list[str]:
     losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     validations = [line for line in lines if "validation" in line]
     names = list(validations[0]["validation"]) if validations else []
-    by_name = {name: [(line["epoch"], line["validation"][name]) for line in validations] for name in names}
+    by_name = {
+        name: [(line["epoch"], line["validation"][name]) for line in validations] for name in names
+    }
     return [
         line_plot("Training loss", "step", "nats a token", {"loss": losses}),
         line_plot("Validation", "epoch", "recall", by_name),
@@ -109,8 +115,14 @@ def history_plot(run: Path, results: dict, others: dict[str, dict]) -> str:
     for folder, found in ({run.name: results} | others).items():
         items = read_config(run.resolve().parent / folder).get("train", {}).get("history_items")
         if items is not None and found["row"] == "trained":
-            lines.setdefault(found["paradigm"], []).append((items, found["table"]["trained"][name]["mean"]))
-    lines = {paradigm: sorted(points) for paradigm, points in lines.items() if len({x for x, _ in points}) > 1}
+            lines.setdefault(found["paradigm"], []).append(
+                (items, found["table"]["trained"][name]["mean"])
+            )
+    lines = {
+        paradigm: sorted(points)
+        for paradigm, points in lines.items()
+        if len({x for x, _ in points}) > 1
+    }
     return line_plot("By recent items in the prompt", "recent items", name, lines)
 
 
@@ -120,7 +132,9 @@ def history_plot(run: Path, results: dict, others: dict[str, dict]) -> str:
 def chosen_users(scores: list[dict]) -> list[dict]:
     """Return some users' score lines, from the best rank to the worst."""
     ordered = sorted(scores, key=lambda line: line["rank"])
-    return [ordered[round(i)] for i in np.linspace(0, len(ordered) - 1, min(SHOWN_USERS, len(ordered)))]
+    return [
+        ordered[round(i)] for i in np.linspace(0, len(ordered) - 1, min(SHOWN_USERS, len(ordered)))
+    ]
 
 
 def listed(texts: Iterable[tuple[int, str]]) -> str:
@@ -145,7 +159,11 @@ def user_part(line: dict, history: list[str], items: dict[str, str], tree: dict 
     for place, (score, item) in enumerate(order, 1):
         bar = tag("div", "", class_="bar", style=f"width:{100 * score:.1f}%")
         mark = tag("strong", "positive: ") if item == line["positive"] else ""
-        cells = tag("td", place) + tag("td", f"{score:.4f}{bar}") + tag("td", mark + escape(items[item]))
+        cells = (
+            tag("td", place)
+            + tag("td", f"{score:.4f}{bar}")
+            + tag("td", mark + escape(items[item]))
+        )
         rows.append(tag("tr", cells, **({"class_": "own"} if mark else {})))
     parts += [tag("h3", "Candidates"), tag("table", "".join(rows), class_="candidates")]
     return tag("details", "".join(parts))
@@ -162,7 +180,9 @@ def write_report(run: Path, split: str = "test", suffix: str = "") -> Path:
             raise InputError(f"{path}: no such file; first run python evaluate.py --run {run}")
     results, scores = read_json(results_path), [line for _, line in read_jsonl(scores_path, {})]
     if results["split"] != split:
-        raise InputError(f"{results_path}: of split {results['split']!r}, not {split!r}; evaluate that split again")
+        raise InputError(
+            f"{results_path}: of split {results['split']!r}, not {split!r}; evaluate that split again"
+        )
     _, items, splits = load_dataset(results["data"], (split,))
     histories = {example.user: [items[i] for i in example.history] for example in splits[split]}
     settings = read_config(run).get("train", {})
@@ -173,13 +193,20 @@ def write_report(run: Path, split: str = "test", suffix: str = "") -> Path:
     lengths = [line["prompt_tokens"] for line in scores if "prompt_tokens" in line]
     plots = [*curves(run), history_plot(run, results, others)]
     if lengths:
-        plots.append(histogram("Longest prompt of each user", "tokens", lengths, settings.get("max_length", 2048)))
+        plots.append(
+            histogram(
+                "Longest prompt of each user", "tokens", lengths, settings.get("max_length", 2048)
+            )
+        )
     about = [
         f"{results['users']} users of {results['data']}/{split}.jsonl; model {results['model']}, {results['row']}",
         f"prompt: {results['paradigm']}, {settings.get('history_items')} recent items",
         *(f"trimmed to the context: {n} {what}" for what, n in results["trimmed"].items()),
     ]
-    shown = [user_part(line, histories[line["user"]], items, trees.get(line["user"])) for line in chosen_users(scores)]
+    shown = [
+        user_part(line, histories[line["user"]], items, trees.get(line["user"]))
+        for line in chosen_users(scores)
+    ]
     body = [
         tag("h1", escape(f"LLM-TRSR: {run}")),
         *(tag("p", escape(text), class_="faint") for text in about),
@@ -190,7 +217,9 @@ def write_report(run: Path, split: str = "test", suffix: str = "") -> Path:
         tag("h2", "Some users, from the best rank of the positive to the worst"),
         *shown,
     ]
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    )
     head += tag("title", escape(f"LLM-TRSR: {run}")) + tag("style", COLORS_AND_TEXT + STYLE)
     path = run / f"report{suffix}.html"
     with atomic_write(path, "w") as file:
@@ -202,9 +231,13 @@ def write_report(run: Path, split: str = "test", suffix: str = "") -> Path:
 
 def main() -> None:
     """Write the report of a run that was evaluated."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="run folder, after evaluate.py")
-    parser.add_argument("--split", choices=["val", "test"], default="test", help="the split that was evaluated")
+    parser.add_argument(
+        "--split", choices=["val", "test"], default="test", help="the split that was evaluated"
+    )
     args = parser.parse_args()
     print(f"wrote   {write_report(args.run, args.split)}")
 

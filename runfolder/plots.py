@@ -23,13 +23,17 @@ def ticks(low: float, high: float, n: int = 5) -> list[float]:
     span = high - low
     power = 10.0 ** np.floor(np.log10(span / n))
     step = next(power * f for f in (1, 2, 5, 10) if span / (power * f) <= n)
-    return [float(step * i) for i in range(int(np.floor(low / step)), int(np.ceil(high / step)) + 1)]
+    return [
+        float(step * i) for i in range(int(np.floor(low / step)), int(np.ceil(high / step)) + 1)
+    ]
 
 
 def tag(name: str, content: object = "", **attributes: object) -> str:
     """Return an element around content, which is markup; `text_anchor` stands for text-anchor, `class_` for class."""
     names = (key.rstrip("_").replace("_", "-") for key in attributes)
-    options = "".join(f' {n}="{escape(str(value))}"' for n, value in zip(names, attributes.values(), strict=True))
+    options = "".join(
+        f' {n}="{escape(str(value))}"' for n, value in zip(names, attributes.values(), strict=True)
+    )
     return f"<{name}{options}>{content}</{name}>"
 
 
@@ -41,12 +45,26 @@ def axes(xs: Sequence[float], ys: Sequence[float], x_name: str) -> tuple[str, Ca
         return LEFT + (x - x_ticks[0]) / ((x_ticks[-1] - x_ticks[0]) or 1) * (WIDTH - LEFT - RIGHT)
 
     def y_of(y: float) -> float:
-        return HEIGHT - BOTTOM - (y - y_ticks[0]) / ((y_ticks[-1] - y_ticks[0]) or 1) * (HEIGHT - TOP - BOTTOM)
+        return (
+            HEIGHT
+            - BOTTOM
+            - (y - y_ticks[0]) / ((y_ticks[-1] - y_ticks[0]) or 1) * (HEIGHT - TOP - BOTTOM)
+        )
 
-    marks = [tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y_of(y), y2=y_of(y), class_="axis") for y in y_ticks]
+    marks = [
+        tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y_of(y), y2=y_of(y), class_="axis")
+        for y in y_ticks
+    ]
     marks += [tag("text", f"{y:g}", x=LEFT - 6, y=y_of(y) + 4, text_anchor="end") for y in y_ticks]
-    marks += [tag("text", f"{x:g}", x=x_of(x), y=HEIGHT - BOTTOM + 16, text_anchor="middle") for x in x_ticks]
-    marks.append(tag("text", escape(x_name), x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 6, text_anchor="middle"))
+    marks += [
+        tag("text", f"{x:g}", x=x_of(x), y=HEIGHT - BOTTOM + 16, text_anchor="middle")
+        for x in x_ticks
+    ]
+    marks.append(
+        tag(
+            "text", escape(x_name), x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 6, text_anchor="middle"
+        )
+    )
     return "".join(marks), x_of, y_of
 
 
@@ -62,7 +80,9 @@ def figure(title: str, drawing: str, y_name: str, names: Sequence[str] = ()) -> 
     return tag("figure", tag("figcaption", caption) + plot)
 
 
-def line_plot(title: str, x_name: str, y_name: str, lines: dict[str, list[tuple[float, float]]]) -> str:
+def line_plot(
+    title: str, x_name: str, y_name: str, lines: dict[str, list[tuple[float, float]]]
+) -> str:
     """Return a plot of (x, y) points, a line a name; nothing where there are no points."""
     xs, ys = ([point[i] for line in lines.values() for point in line] for i in (0, 1))
     if not xs:
@@ -94,7 +114,12 @@ def histogram(title: str, x_name: str, values: Sequence[float], limit: float) ->
 
 
 Point = tuple[float, float, float]  # mean, and the low and high end of its interval
-PANEL_TITLE, LABELS, VALUES, BAR = 26, 170, 44, 13  # heights of a title and a bar, widths of what stands beside bars
+PANEL_TITLE, LABELS, VALUES, BAR = (
+    26,
+    170,
+    44,
+    13,
+)  # heights of a title and a bar, widths of what stands beside bars
 
 
 def _value(x: float, y: float, color: str, r: int = 3) -> str:
@@ -109,7 +134,9 @@ def _mark(x: float, y: float, color: str) -> str:
 
 def _interval(x1: float, x2: float, y1: float, y2: float, color: str) -> str:
     places = {"x1": x1, "x2": x2, "y1": y1, "y2": y2}
-    return tag("line", **{name: round(v, 1) for name, v in places.items()}, stroke=color, stroke_width=1.2)
+    return tag(
+        "line", **{name: round(v, 1) for name, v in places.items()}, stroke=color, stroke_width=1.2
+    )
 
 
 def line_panel(x_name: str, series: Sequence[str], values: dict, marks: dict) -> tuple[str, float]:
@@ -117,8 +144,12 @@ def line_panel(x_name: str, series: Sequence[str], values: dict, marks: dict) ->
     ys = [y for _, low, high in values.values() for y in (low, high)]
     drawing, x_of, y_of = axes([x for x, _ in (*values, *marks)], [*ys, *marks.values()], x_name)
     for i, (name, color) in enumerate(zip(series, COLORS, strict=False)):
-        aside = 6 * (i - (len(series) - 1) / 2)  # so that one series does not hide another's interval
-        own = sorted((x_of(x) + aside, *map(y_of, point)) for (x, s), point in values.items() if s == name)
+        aside = 6 * (
+            i - (len(series) - 1) / 2
+        )  # so that one series does not hide another's interval
+        own = sorted(
+            (x_of(x) + aside, *map(y_of, point)) for (x, s), point in values.items() if s == name
+        )
         path = " ".join(f"{x:.1f},{mean:.1f}" for x, mean, _, _ in own)
         drawing += tag("polyline", points=path, fill="none", stroke=color, stroke_width=2)
         for x, mean, low, high in own:
@@ -131,7 +162,10 @@ def line_panel(x_name: str, series: Sequence[str], values: dict, marks: dict) ->
 def bar_panel(series: Sequence[str], values: dict, marks: dict) -> tuple[str, float]:
     """Return (markup, height) of bars in groups: values {(group, series): Point}, marks {(group, series): x}."""
     groups = list(dict.fromkeys(group for group, _ in (*values, *marks)))
-    x_ticks, step = ticks(0, max(*(high for _, _, high in values.values()), *marks.values(), 0)), BAR * len(series) + 8
+    x_ticks, step = (
+        ticks(0, max(*(high for _, _, high in values.values()), *marks.values(), 0)),
+        BAR * len(series) + 8,
+    )
     bottom, drawing = TOP + step * len(groups), ""
 
     def x_of(x: float) -> float:
@@ -143,11 +177,18 @@ def bar_panel(series: Sequence[str], values: dict, marks: dict) -> tuple[str, fl
     for row, group in enumerate(groups):
         top = TOP + step * row + 4
         label = group if len(group) < 26 else "…" + group[-24:]
-        drawing += tag("text", escape(label), x=LABELS - 6, y=top + (step - 8) / 2 + 4, text_anchor="end")
+        drawing += tag(
+            "text", escape(label), x=LABELS - 6, y=top + (step - 8) / 2 + 4, text_anchor="end"
+        )
         for i, (name, color) in enumerate(zip(series, COLORS, strict=False)):
             y = top + BAR * i + BAR / 2
             if point := values.get((group, name)):
-                size = {"x": LABELS, "y": y - BAR / 2 + 1, "width": x_of(point[0]) - LABELS, "height": BAR - 2}
+                size = {
+                    "x": LABELS,
+                    "y": y - BAR / 2 + 1,
+                    "width": x_of(point[0]) - LABELS,
+                    "height": BAR - 2,
+                }
                 drawing += tag("rect", **size, fill=color, fill_opacity=0.7)
                 drawing += _interval(x_of(point[1]), x_of(point[2]), y, y, "var(--ink)")
                 drawing += tag("text", f"{point[0]:.3f}", x=WIDTH - VALUES + 8, y=y + 4)
@@ -156,7 +197,9 @@ def bar_panel(series: Sequence[str], values: dict, marks: dict) -> tuple[str, fl
     return drawing, bottom + 24
 
 
-def svg_file(title: str, panels: dict[str, tuple[str, float]], columns: int, series: Sequence[str], mark: str) -> str:
+def svg_file(
+    title: str, panels: dict[str, tuple[str, float]], columns: int, series: Sequence[str], mark: str
+) -> str:
     """Return an SVG file with panels, (markup, height) by title, in rows, under a key to the series and the marks."""
     names = [*zip(series, COLORS, strict=False)] if len(series) > 1 else []
     parts, x, y = [], 12.0, PANEL_TITLE
@@ -172,6 +215,14 @@ def svg_file(title: str, panels: dict[str, tuple[str, float]], columns: int, ser
             parts.append(tag("g", heading + inner, transform=f"translate({column * WIDTH},{y})"))
         y += max(height for _, (_, height) in row) + PANEL_TITLE
     size = {"width": columns * WIDTH, "height": round(y)}
-    head = tag("title", escape(title)) + tag("style", COLORS_AND_TEXT) + tag("rect", **size, fill="var(--card)")
-    frame = {"xmlns": "http://www.w3.org/2000/svg", "viewBox": f"0 0 {size['width']} {size['height']}", "role": "img"}
+    head = (
+        tag("title", escape(title))
+        + tag("style", COLORS_AND_TEXT)
+        + tag("rect", **size, fill="var(--card)")
+    )
+    frame = {
+        "xmlns": "http://www.w3.org/2000/svg",
+        "viewBox": f"0 0 {size['width']} {size['height']}",
+        "role": "img",
+    }
     return tag("svg", head + "".join(parts), **size, **frame) + "\n"

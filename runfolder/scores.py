@@ -1,31 +1,51 @@
-"""From scores or ranks to the table: this project's, the baselines' or another system's, all by the same functions."""
+"""From scores or ranks to the table: of this project, the baselines or another system alike."""
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 import trsr
-from prepare.dataset import popularity, read_jsonl
+from files.jsonl import read_jsonl, write_jsonl
+from prepare.dataset import popularity
 from trsr import Example, InputError
 
+# ---- scores-SPLIT.jsonl
 
-def read_scores(path: Path, examples: list[Example], candidates: list[list[str]]) -> dict[tuple[int, int], tuple]:
-    """Return {(user, candidate): (score, 0)} from lines {"user", "candidates", "scores"}, in any order.
 
-    InputError where a user is missing, or where the candidates are not the dataset's or a score is no finite number.
+def write_scores(
+    path: Path,
+    examples: Sequence[Example],
+    candidates: Sequence[list[str]],
+    ranks: Sequence[int],
+    probabilities: Sequence[list[float]],
+    prompt_tokens: Sequence[int],
+) -> None:
+    """Write a line per user: the candidates, their probabilities, and the positive's rank."""
+    lines = []
+    columns = (examples, candidates, ranks, probabilities, prompt_tokens)
+    for example, items, rank, scores, tokens in zip(*columns, strict=True):
+        line = {"user": example.user, "positive": example.positive, "rank": rank}
+        lines.append(line | {"candidates": items, "scores": scores, "prompt_tokens": tokens})
+    write_jsonl(path, lines)
+
+
+def read_scores(
+    path: Path, examples: Sequence[Example], candidates: Sequence[list[str]]
+) -> dict[tuple[int, int], tuple]:
+    """Return {(user, candidate): (score, 0)} from lines {"user", "candidates", "scores"}.
+
+    The lines may be in any order. InputError if a user is missing, if the candidates are not the
+    dataset's, or if a score is not a finite number.
     """
     lines = {}
     for where, record in read_jsonl(path, {"user": str, "candidates": list}):
         if record["user"] in lines:
             raise InputError(f"{where}: field 'user': {record['user']!r} is there twice")
-        scores = record.get("scores")
-        if not isinstance(scores, list) or len(scores) != len(record["candidates"]):
-            raise InputError(f"{where}: field 'scores', expected a list with a number for each candidate")
-        if not all(type(x) in (int, float) and math.isfinite(x) for x in scores):
-            raise InputError(f"{where}: field 'scores' holds something that is no finite number")
-        lines[record["user"]] = where, dict(zip(record["candidates"], scores, strict=True))
+        lines[record["user"]] = where, scores_of(where, record)
+
     found = {}
     for u, (example, items) in enumerate(zip(examples, candidates, strict=True)):
         if example.user not in lines:
@@ -33,30 +53,61 @@ def read_scores(path: Path, examples: list[Example], candidates: list[list[str]]
         where, scores = lines[example.user]
         if scores.keys() != set(items):
             odd = sorted(scores.keys() ^ set(items))[0]
-            raise InputError(
-                f"{where}: field 'candidates': {odd!r} is not there on one side; expected the dataset's own"
-            )
+            what = f"{odd!r} is not there on one side; expected the dataset's own"
+            raise InputError(f"{where}: field 'candidates': {what}")
         found |= {(u, c): (float(scores[item]), 0.0) for c, item in enumerate(items)}
     return found
 
 
-def popularity_ranks(examples: list[Example], counts: Counter, seed: int) -> list[int]:
-    """Return the positive's rank by how often an item was chosen in training; equals in a seeded random order."""
+def scores_of(where: str, record: dict) -> dict[str, float]:
+    """Return a line's scores by candidate; InputError unless each has a finite number."""
+    scores = record.get("scores")
+    if not isinstance(scores, list) or len(scores) != len(record["candidates"]):
+        what = "expected a list with a number for each candidate"
+        raise InputError(f"{where}: field 'scores', {what}")
+    if not all(type(x) in (int, float) and math.isfinite(x) for x in scores):
+        raise InputError(f"{where}: field 'scores' holds something that is no finite number")
+    return dict(zip(record["candidates"], scores, strict=True))
+
+
+# ---- Tables
+
+
+def popularity_ranks(examples: Sequence[Example], counts: Counter, seed: int) -> list[int]:
+    """Return the positive's rank by how often items were chosen in training.
+
+    Equally popular items are in a seeded random order.
+    """
     rng = np.random.default_rng(seed)
-    lists = ([e.positive, *e.negatives] for e in examples)
-    return [trsr.rank_of_positive([counts[i] + rng.random() for i in items], 0) for items in lists]
+    ranks = []
+    for example in examples:
+        scores = [counts[i] + rng.random() for i in [example.positive, *example.negatives]]
+        ranks.append(trsr.rank_of_positive(scores, 0))
+    return ranks
 
 
-def means_and_intervals(ranks: list, ks: list[int], seed: int = 0) -> dict[str, dict]:
-    """Return each metric's mean over users and its 95 % interval; of several lists of ranks, over each user's mean."""
-    ranks = np.atleast_2d(ranks)  # (lists, users)
-    metrics = {name: v.reshape(ranks.shape).mean(0) for name, v in trsr.metrics_at(ranks.ravel(), ks).items()}
+def means_and_intervals(ranks: list, ks: Sequence[int], seed: int = 0) -> dict[str, dict]:
+    """Return each metric's mean over users and its 95 % interval.
+
+    ranks: one list, or a list for each seed; then each user's metric is the mean over the seeds.
+    """
+    ranks = np.atleast_2d(ranks)  # (seeds, users)
+    metrics = trsr.metrics_at(ranks.ravel(), ks)
+    metrics = {name: values.reshape(ranks.shape).mean(0) for name, values in metrics.items()}
     intervals = trsr.bootstrap_intervals(metrics, seed=seed)
-    return {name: {"mean": float(values.mean()), "interval": intervals[name]} for name, values in metrics.items()}
+    return {
+        name: {"mean": float(values.mean()), "interval": intervals[name]}
+        for name, values in metrics.items()
+    }
 
 
 def table_of(
-    row: str, ranks: list, examples: list[Example], train: list[Example], ks: list[int], seed: int = 0
+    row: str,
+    ranks: list,
+    examples: Sequence[Example],
+    train: Sequence[Example],
+    ks: Sequence[int],
+    seed: int = 0,
 ) -> dict:
     """Return the rows of the result's table: random, popularity, and this one."""
     chance = trsr.random_metrics(1 + len(examples[0].negatives), ks)

@@ -9,9 +9,11 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-from prepare.dataset import load_dataset, read_jsonl
-from runfolder.command import run_main
-from runfolder.state import FIELDS, read_config
+from files.jsonl import read_jsonl
+from launch.command import run_main
+from prepare.dataset import load_dataset
+from state.settings import read_config
+from state.summaries import FIELDS
 from trsr import InputError
 
 WIDTH = 110
@@ -28,7 +30,12 @@ def steps(node: dict, depth: int = 0) -> Iterator[tuple[int, str, list[int], str
     else:
         first, end = node["items"]
         items = f"items {first + 1} to {end}"
-        yield depth, f"the summary before and {items}" if "previous" in node else items, node["items"], node["summary"]
+        yield (
+            depth,
+            f"the summary before and {items}" if "previous" in node else items,
+            node["items"],
+            node["summary"],
+        )
 
 
 def records_of(run: Path) -> dict[str, dict]:
@@ -41,16 +48,24 @@ def records_of(run: Path) -> dict[str, dict]:
 
 def main() -> None:
     """Print one user's blocks and summaries."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="run folder, after summarize.py")
-    parser.add_argument("--user", help="a user of the dataset (without it: the first of test.jsonl)")
+    parser.add_argument(
+        "--user", help="a user of the dataset (without it: the first of test.jsonl)"
+    )
     args = parser.parse_args()
     records, data = records_of(args.run), read_config(args.run)["summarize"]["data"]
     _, items, splits = load_dataset(data, ("train", "val", "test"))
-    examples = {example.user: example for split in ("test", "val", "train") for example in splits[split]}
+    examples = {
+        example.user: example for split in ("test", "val", "train") for example in splits[split]
+    }
     user = args.user or next(iter(examples))
     if user not in examples or user not in records:
-        raise InputError(f"{args.run}: no summary of user {user!r}; the users stand in {args.run}/summaries.jsonl")
+        raise InputError(
+            f"{args.run}: no summary of user {user!r}; the users stand in {args.run}/summaries.jsonl"
+        )
     history = [items[i] for i in examples[user].history]
     print(f"{args.run}: {user}, {len(history)} items, {records[user]['paradigm']}")
     for depth, what, span, summary in steps(records[user]["tree"]):

@@ -15,14 +15,16 @@ import sentencepiece
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from launch.command import run_main
 from llama import CheckpointError
 from lora import AdapterError
-from runfolder.command import run_main
-from trsr import DOMAINS
+from prepare.domains import DOMAINS
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real data folder ../shared is absent")
+needs_shared = pytest.mark.skipif(
+    not SHARED.is_dir(), reason="the real data folder ../shared is absent"
+)
 
 TINY = {
     "vocab_size": 640,
@@ -63,7 +65,10 @@ def tokenizer_model(tmp_path_factory):
     rng = random.Random(0)
     texts = [(ROOT / "LICENSE").read_text(), *(str(domain) for domain in DOMAINS.values())] * 8
     lines = [line for text in texts for line in text.splitlines()]
-    lines += [f"Title: {rng.choice(COLORS)} {rng.choice(THINGS)}; Color: {rng.choice(COLORS)}" for _ in range(300)]
+    lines += [
+        f"Title: {rng.choice(COLORS)} {rng.choice(THINGS)}; Color: {rng.choice(COLORS)}"
+        for _ in range(300)
+    ]
     lines += ["### User:", "### Assistant:"] * 50
     # Before a line's end there is no blank, so the answers must be pieces without the blank's sign too.
     lines += [f"{letter}{answer}" for letter in "abcdefgh" for answer in ("Yes", "No")] * 30
@@ -100,7 +105,10 @@ def write_dataset(folder, users=(12, 4, 4), negatives=(1, 5, 5), history=(4, 9),
     items = [f"i{n}" for n in range(60)]
     with open(folder / "items.jsonl", "w") as file:
         for i in items:
-            attributes = {"Title": f"{rng.choice(COLORS)} {rng.choice(THINGS)}", "Color": rng.choice(COLORS)}
+            attributes = {
+                "Title": f"{rng.choice(COLORS)} {rng.choice(THINGS)}",
+                "Color": rng.choice(COLORS),
+            }
             file.write(json.dumps({"id": i, "attributes": attributes}) + "\n")
     for split, n_users, n_negatives in zip(("train", "val", "test"), users, negatives, strict=True):
         with open(folder / f"{split}.jsonl", "w") as file:
@@ -108,7 +116,9 @@ def write_dataset(folder, users=(12, 4, 4), negatives=(1, 5, 5), history=(4, 9),
                 chosen = rng.sample(items, rng.randint(*history) + 1 + n_negatives)
                 *past, positive = chosen[: len(chosen) - n_negatives]
                 example = {"user": f"{split}{u}", "history": past, "positive": positive}
-                file.write(json.dumps(example | {"negatives": chosen[len(chosen) - n_negatives :]}) + "\n")
+                file.write(
+                    json.dumps(example | {"negatives": chosen[len(chosen) - n_negatives :]}) + "\n"
+                )
     (folder / "meta.json").write_text(json.dumps({"domain": "products"}))
     return folder
 
@@ -150,7 +160,9 @@ def run(script, *arguments, processes=1, check=True):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="the long tests too, and the full number of mutations")
+    parser.addoption(
+        "--long", action="store_true", help="the long tests too, and the full number of mutations"
+    )
 
 
 def pytest_collection_modifyitems(config, items):

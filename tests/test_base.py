@@ -13,13 +13,14 @@ from conftest import run, write_dataset
 from torch.utils.data import DataLoader
 
 import trsr
+from batches.prompts import Prompts
 from experiments import base
 from experiments.corpus import Corpus, Question, Writing
 from experiments.rule import Rule
+from files.jsonl import read_json
 from models.hub import load_model
 from models.tokenizer import Tokenizer
-from prepare.dataset import read_json
-from runfolder.prompts import Prompts
+from prepare.domains import DOMAINS
 
 CPU = torch.device("cpu")
 SMALL = ["--hidden-size", "64", "--layers", "1", "--vocabulary", "480", "--seed", "3"]
@@ -44,7 +45,9 @@ def data(tmp_path_factory):
     """A dataset with the word `Train` in the texts of the training split's items and `Other` in those of all others."""
     folder = write_dataset(tmp_path_factory.mktemp("data"), users=(16, 4, 4))
     users = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
-    seen = {item for user in users for item in [*user["history"], user["positive"], *user["negatives"]]}
+    seen = {
+        item for user in users for item in [*user["history"], user["positive"], *user["negatives"]]
+    }
     items = [json.loads(line) for line in (folder / "items.jsonl").read_text().splitlines()]
     assert any(item["id"] not in seen for item in items)
     chosen = {item for user in users for item in [*user["history"], user["positive"]]}
@@ -73,7 +76,9 @@ def made(data, tmp_path_factory):
 @pytest.fixture(scope="module")
 def steps(data, made):
     corpus, tokenizer = Corpus.load(str(data)), Tokenizer(made[0], 480)
-    plan = base.plan_steps(corpus, tokenizer, SimpleNamespace(tokens=12000, pack_tokens=1536, negatives=4, seed=0))
+    plan = base.plan_steps(
+        corpus, tokenizer, SimpleNamespace(tokens=12000, pack_tokens=1536, negatives=4, seed=0)
+    )
     return base.Steps(corpus, tokenizer, plan, 1536, 1)
 
 
@@ -81,21 +86,34 @@ def steps(data, made):
 
 
 def test_a_block_counts_facets_and_words_the_latest_first_among_equals():
-    items = ["Title: Aero lamp; Color: red", "Title: Bolt lamp with Aero; Color: blue", "Title: Coda tray; Color: red"]
+    items = [
+        "Title: Aero lamp; Color: red",
+        "Title: Bolt lamp with Aero; Color: blue",
+        "Title: Coda tray; Color: red",
+    ]
     assert RULE.summary(items) == "Color: red 2, blue; Words: lamp 2, Aero 2, Coda, tray, Bolt"
     assert RULE.summary(["Title: a lamp lamp"]) == "Words: lamp"  # an item's word counts once
     assert RULE.summary(["Title: 12"]) == "(none)"
 
 
 def test_a_summary_names_no_more_than_its_share():
-    items = [f"Title: {' '.join('abcdefghij'[i] * 4 for i in range(10))}; Color: c{c}x" for c in "abcd"]
-    assert RULE.summary(items) == "Color: cdx, ccx, cbx; Words: " + ", ".join(f"{c * 4} 4" for c in "abcdefgh")
+    items = [
+        f"Title: {' '.join('abcdefghij'[i] * 4 for i in range(10))}; Color: c{c}x" for c in "abcd"
+    ]
+    assert RULE.summary(items) == "Color: cdx, ccx, cbx; Words: " + ", ".join(
+        f"{c * 4} 4" for c in "abcdefgh"
+    )
 
 
 def test_merges_add_up_and_updates_go_on():
     first, second = "Color: red 2, blue; Words: Aero 2, lamp", "Color: blue 2; Words: tray, Aero"
-    assert RULE.summary(summaries=[first, second]) == "Color: blue 3, red 2; Words: Aero 3, tray, lamp"
-    assert RULE.summary(["Title: tray; Color: red"], [first]) == "Color: red 3, blue; Words: Aero 2, tray, lamp"
+    assert (
+        RULE.summary(summaries=[first, second]) == "Color: blue 3, red 2; Words: Aero 3, tray, lamp"
+    )
+    assert (
+        RULE.summary(["Title: tray; Color: red"], [first])
+        == "Color: red 3, blue; Words: Aero 2, tray, lamp"
+    )
     assert RULE.summary(summaries=["no such thing: 3; Words: ; Color", "(none)"]) == "(none)"
 
 
@@ -107,7 +125,10 @@ def test_a_summary_is_read_back_as_it_was_and_stays_one_line_of_the_prompt():
 
 
 def test_facets_have_few_values_and_common_words_are_in_small_letters():
-    texts = [f"Kind: {'ab'[i % 2]}; Title: Zelda tale number{'x' * i} from {'y' * (i + 4)}" for i in range(40)]
+    texts = [
+        f"Kind: {'ab'[i % 2]}; Title: Zelda tale number{'x' * i} from {'y' * (i + 4)}"
+        for i in range(40)
+    ]
     rule = Rule.of(texts)
     assert rule.facets == ("Kind",)
     assert rule.common >= {"tale", "from"}
@@ -128,15 +149,23 @@ def test_neither_other_splits_nor_their_items_are_seen(data, made, steps, tmp_pa
     assert (again / "tokenizer.model").read_bytes() == (folder / "tokenizer.model").read_bytes()
     assert not any("Other" in line for line in steps.corpus.tokenizer_lines())
     named = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
-    assert steps.corpus.texts.keys() == {i for u in named for i in [*u["history"], u["positive"], *u["negatives"]]}
-    texts = [steps.tokenizer.decode([*tree.prefix, *branch]) for tree, _ in trees for branch in tree.branches]
+    assert steps.corpus.texts.keys() == {
+        i for u in named for i in [*u["history"], u["positive"], *u["negatives"]]
+    }
+    texts = [
+        steps.tokenizer.decode([*tree.prefix, *branch])
+        for tree, _ in trees
+        for branch in tree.branches
+    ]
     assert sum("Train" in text for text in texts) > 50
     assert not any("Other" in text for text in texts)
 
 
 def test_every_epoch_asks_for_every_positive_with_new_negatives(steps):
     corpus = steps.corpus
-    n = sum(len(sequence) - 1 for sequence in corpus.sequences)  # conftest's histories repeat no item
+    n = sum(
+        len(sequence) - 1 for sequence in corpus.sequences
+    )  # conftest's histories repeat no item
     two = list(islice(corpus.questions(4, seed=0), 2 * n))
     assert two == list(islice(corpus.questions(4, seed=0), 2 * n))
     drawn = []
@@ -167,13 +196,19 @@ def test_questions_are_the_prompts_of_train(steps, paradigm):
     recommender = trsr.Recommender(
         paradigm, corpus.domain, corpus.texts, {"someone": summary}, 3, steps.recommender.budget
     )
-    expected, _ = Prompts(recommender, [(example, [example.positive, *negatives])], steps.answers)[0]
+    expected, _ = Prompts(recommender, [(example, [example.positive, *negatives])], steps.answers)[
+        0
+    ]
     assert steps.question_tree(Question(user, len(sequence) - 1, paradigm, negatives)) == expected
 
 
 def drive(paradigm, steps, texts):
     """Return the summary by the rule in the method's own course, and its prompts with the answers."""
-    corpus, task, found = steps.corpus, paradigm(texts, steps.corpus.domain, steps.recommender.budget, 5), []
+    corpus, task, found = (
+        steps.corpus,
+        paradigm(texts, steps.corpus.domain, steps.recommender.budget, 5),
+        [],
+    )
     answers = None
     try:
         while True:
@@ -187,21 +222,32 @@ def drive(paradigm, steps, texts):
 def answer_to(corpus, prompt):
     """Return the rule's summary of what the prompt shows, read off its text."""
     sections = dict(re.findall(r"\[([^]\n]+)\]\n(.*?)\n\n", prompt, re.DOTALL))
-    lists = {name: [line.partition(". ")[2] for line in body.splitlines()] for name, body in sections.items()}
+    lists = {
+        name: [line.partition(". ")[2] for line in body.splitlines()]
+        for name, body in sections.items()
+    }
     before = [sections[name] for name in sections if name == "Previous Preference Summary"]
     items = lists.get(corpus.domain.history, []) + lists.get(corpus.domain.recent, [])
     return corpus.rule.summary(items, [*before, *lists.get("User Preferences Summaries", [])])
 
 
 def test_writings_are_the_prompts_of_summarize_and_end(steps):
-    corpus, user, n = steps.corpus, *max(enumerate(map(len, steps.corpus.sequences)), key=lambda pair: pair[1])
+    corpus, user, n = (
+        steps.corpus,
+        *max(enumerate(map(len, steps.corpus.sequences)), key=lambda pair: pair[1]),
+    )
     texts = [corpus.texts[i] for i in corpus.sequences[user]]
-    expected = {pair for p in (trsr.hierarchical, trsr.recurrent) for pair in drive(p, steps, texts)[1]}
+    expected = {
+        pair for p in (trsr.hierarchical, trsr.recurrent) for pair in drive(p, steps, texts)[1]
+    }
     kinds = [("block", 0), ("block", 1), ("update", 1), ("merge", 1)]
     writings = [Writing(kind, user, n, block) for kind, block in kinds]
     assert {corpus.written(writing, steps.recommender.budget) for writing in writings} == expected
     for writing in writings:
-        tree, (prompt, answer) = steps.writing_tree(writing), corpus.written(writing, steps.recommender.budget)
+        tree, (prompt, answer) = (
+            steps.writing_tree(writing),
+            corpus.written(writing, steps.recommender.budget),
+        )
         ids = [*tree.prefix, *tree.branches[0]]
         begin = steps.tokenizer.encode([prompt])[0]
         assert (ids[: len(begin)], ids[-1]) == (begin, 2)
@@ -239,13 +285,15 @@ def test_packs_are_the_same_for_any_number_of_workers(steps):
 def test_the_same_seed_makes_the_same_weights_and_another_others(data, made, tmp_path):
     weights = (made[0] / "model.safetensors").read_bytes()
     assert (make(data, tmp_path / "same") / "model.safetensors").read_bytes() == weights
-    assert (make(data, tmp_path / "other", "--seed", "4") / "model.safetensors").read_bytes() != weights
+    assert (
+        make(data, tmp_path / "other", "--seed", "4") / "model.safetensors"
+    ).read_bytes() != weights
 
 
 def test_base_json_counts_what_was_packed_and_it_learned(made, data):
     folder, trees = made
     record, model = read_json(folder / "base.json"), load_model(folder, CPU, torch.float32)
-    yes, no = trsr.answer_ids(Tokenizer(folder, 480).encode, trsr.DOMAINS["products"])
+    yes, no = trsr.answer_ids(Tokenizer(folder, 480).encode, DOMAINS["products"])
     asked, written = ([tree for tree, last in trees if last == kind] for kind in (True, False))
     ends = Counter(branch[-1] for tree in asked for branch in tree.branches)
     assert record["answers"] == {"Yes": ends[yes], "No": ends[no]}
@@ -275,7 +323,10 @@ def test_summarize_train_and_evaluate_run_on_it(data, made, tmp_path):
 def test_a_gpu_writes_bf16(data, tmp_path):
     folder = make(data, tmp_path, gpu=True)
     record = read_json(folder / "base.json")
-    assert (record["device"], read_json(folder / "config.json")["torch_dtype"]) == ("cuda", "bfloat16")
+    assert (record["device"], read_json(folder / "config.json")["torch_dtype"]) == (
+        "cuda",
+        "bfloat16",
+    )
     assert record["loss"]["questions"] < 1.0
     assert load_model(folder, CPU, torch.bfloat16).lm_head.weight.isfinite().all()
 

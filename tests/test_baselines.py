@@ -12,10 +12,11 @@ import trsr
 from baselines import __main__ as command
 from baselines.encode import by_llama
 from baselines.models import MODELS
+from files.jsonl import read_jsonl
 from llama import load_model
 from models.tokenizer import Tokenizer
 from prepare import to_recbole
-from prepare.dataset import load_dataset, read_jsonl
+from prepare.dataset import load_dataset
 
 CPU = torch.device("cpu")
 EACH = pytest.mark.parametrize("name", MODELS)
@@ -34,7 +35,9 @@ def test_scores_depend_on_nothing_but_the_user_and_the_candidate(name):
     padded = torch.tensor([h + [-1] * (15 - len(h)) for h in histories])
     with torch.no_grad():
         together = model.score(padded, candidates)
-        for u, history in enumerate(histories):  # alone, without padding, the candidates in another order
+        for u, history in enumerate(
+            histories
+        ):  # alone, without padding, the candidates in another order
             alone = model.score(torch.tensor([history]), candidates[u : u + 1].flip(1))
             assert (alone[0].flip(0) - together[u]).abs().max() < 1e-5
             one = model.score(torch.tensor([history]), candidates[u : u + 1, 2:3])
@@ -93,7 +96,9 @@ def test_dien_s_update_by_hand():
         for t in range(3):
             new, old = model.inner(states[0, t]).chunk(3), model.outer(state).chunk(3)
             gate = torch.sigmoid(new[1] + old[1]) * math.exp(weights[t]) / total
-            state = (1 - gate) * state + gate * torch.tanh(new[2] + torch.sigmoid(new[0] + old[0]) * old[2])
+            state = (1 - gate) * state + gate * torch.tanh(
+                new[2] + torch.sigmoid(new[0] + old[0]) * old[2]
+            )
         expected = model.output(torch.cat((state, c[0, 0], state * c[0, 0])))
         assert (model(h, mask, c)[0, 0] - expected[0]).abs() < 1e-5
     assert model.auxiliary_loss(torch.cat((h, -h)), mask.repeat(2, 1)) > 0
@@ -102,8 +107,12 @@ def test_dien_s_update_by_hand():
 def test_drawn_negatives_are_new_and_never_the_target_or_of_the_history(tmp_path):
     _, items, splits = load_dataset(write_dataset(tmp_path), ("train",))
     number = {name: i for i, name in enumerate(items)}
-    users = command.Users(splits["train"], number, [[e.positive, *e.negatives] for e in splits["train"]], 200)
-    first, second = (command.draw_negatives(users, len(items), 20, np.random.default_rng(s)) for s in (0, 1))
+    users = command.Users(
+        splits["train"], number, [[e.positive, *e.negatives] for e in splits["train"]], 200
+    )
+    first, second = (
+        command.draw_negatives(users, len(items), 20, np.random.default_rng(s)) for s in (0, 1)
+    )
     assert not torch.equal(first, second)
     for row, example in zip(first.tolist(), splits["train"], strict=True):
         assert not {number[i] for i in [*example.history, example.positive]} & set(row)
@@ -121,12 +130,24 @@ def test_with_every_position_each_item_is_a_target_after_those_before_it(
         ("v", ["a"], "b", ["m"]),
     ]
     _, _, splits = load_dataset(finished / "data", ("train",))
-    flags = ["--data", str(finished / "data"), "--run", str(tmp_path), "--encoder", f"llama:{model_folder}"]
+    flags = [
+        "--data",
+        str(finished / "data"),
+        "--run",
+        str(tmp_path),
+        "--encoder",
+        f"llama:{model_folder}",
+    ]
     flags += ["--epochs", "1", "--size", "8", "--models", "ncf", "--every-position"]
     monkeypatch.setattr("sys.argv", ["baselines", *flags])
     command.main()
-    assert f"learns  {sum(len(e.history) for e in splits['train'])} targets" in capsys.readouterr().out
-    last, every = (json.loads((r / "baselines" / "results.json").read_text()) for r in (finished / "run", tmp_path))
+    assert (
+        f"learns  {sum(len(e.history) for e in splits['train'])} targets" in capsys.readouterr().out
+    )
+    last, every = (
+        json.loads((r / "baselines" / "results.json").read_text())
+        for r in (finished / "run", tmp_path)
+    )
     assert every["table"]["popularity"] == last["table"]["popularity"]
 
 
@@ -144,7 +165,14 @@ def test_texts_are_the_mean_of_the_llama_s_states(model_folder):
 def finished(tmp_path_factory, model_folder):
     folder = tmp_path_factory.mktemp("baselines")
     write_dataset(folder / "data")
-    flags = ["--data", str(folder / "data"), "--run", str(folder / "run"), "--encoder", f"llama:{model_folder}"]
+    flags = [
+        "--data",
+        str(folder / "data"),
+        "--run",
+        str(folder / "run"),
+        "--encoder",
+        f"llama:{model_folder}",
+    ]
     flags += ["--epochs", "2", "--size", "8", "--seeds", "0", "1"]
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setattr("sys.argv", ["baselines", *flags])
@@ -161,9 +189,14 @@ def test_the_command_writes_scores_and_one_table(finished):
         recalls = []
         for seed in (0, 1):
             lines = [
-                r for _, r in read_jsonl(finished / "run" / "baselines" / f"{name}-{seed}" / "scores-test.jsonl", {})
+                r
+                for _, r in read_jsonl(
+                    finished / "run" / "baselines" / f"{name}-{seed}" / "scores-test.jsonl", {}
+                )
             ]
-            assert [r["candidates"] for r in lines] == [trsr.shuffled_candidates(e) for e in splits["test"]]
+            assert [r["candidates"] for r in lines] == [
+                trsr.shuffled_candidates(e) for e in splits["test"]
+            ]
             ranks = [
                 trsr.rank_of_positive(r["scores"], r["candidates"].index(e.positive))
                 for r, e in zip(lines, splits["test"], strict=True)
@@ -178,7 +211,9 @@ def test_scores_of_another_system_get_the_same_table(finished):
     run("evaluate.py", *flags, "--scores", own / "scores-test.jsonl")
     found = json.loads((finished / "other" / "results-scores-test.json").read_text())["table"]
     expected = json.loads((own / "results.json").read_text())["table"]
-    assert {m: v["mean"] for m, v in found["scores-test"].items()} == {m: v["mean"] for m, v in expected.items()}
+    assert {m: v["mean"] for m, v in found["scores-test"].items()} == {
+        m: v["mean"] for m, v in expected.items()
+    }
     lines = [r for _, r in read_jsonl(own / "scores-test.jsonl", {})]
     for change, message in (
         (lambda r: r.pop(), "is missing"),
@@ -196,14 +231,18 @@ def test_scores_of_another_system_get_the_same_table(finished):
 
 
 def test_the_dataset_as_recbole_s_files(finished, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["x", "--data", str(finished / "data"), "--out", str(finished / "rec")])
+    monkeypatch.setattr(
+        "sys.argv", ["x", "--data", str(finished / "data"), "--out", str(finished / "rec")]
+    )
     to_recbole.main()
     _, items, splits = load_dataset(finished / "data", ("train", "val", "test"))
     for split, name in (("train", "train"), ("val", "valid"), ("test", "test")):
         head, *lines = (finished / "rec" / f"rec.{name}.inter").read_text().splitlines()
         assert head == "user_id:token\titem_id_list:token_seq\titem_id:token"
         assert lines == [f"{e.user}\t{' '.join(e.history)}\t{e.positive}" for e in splits[split]]
-    assert (finished / "rec" / "rec.item").read_text().splitlines()[1:] == [f"{i}\t{t}" for i, t in items.items()]
+    assert (finished / "rec" / "rec.item").read_text().splitlines()[1:] == [
+        f"{i}\t{t}" for i, t in items.items()
+    ]
     lines = [r for _, r in read_jsonl(finished / "rec" / "rec.candidates.jsonl", {})]
     assert [r["candidates"] for r in lines if r["split"] == "test"] == [
         trsr.shuffled_candidates(e) for e in splits["test"]

@@ -16,7 +16,9 @@ import torch
 from baselines.models import NARM, GRU4Rec, SASRec
 
 ITEMS, WIDTH, SIZE = 30, 24, 16
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("recbole") is None, reason="no recbole on the path")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("recbole") is None, reason="no recbole on the path"
+)
 
 
 @pytest.fixture
@@ -27,7 +29,11 @@ def theirs(monkeypatch):
     package.__path__ = list(spec.submodule_search_locations)
     utils = ModuleType("recbole.utils")
     for name in ("ModelType", "InputType", "FeatureSource", "FeatureType"):
-        setattr(utils, name, Enum(name, "GENERAL SEQUENTIAL CONTEXT KNOWLEDGE DECISIONTREE TRADITIONAL POINTWISE"))
+        setattr(
+            utils,
+            name,
+            Enum(name, "GENERAL SEQUENTIAL CONTEXT KNOWLEDGE DECISIONTREE TRADITIONAL POINTWISE"),
+        )
     utils.set_color = lambda text, *_: text
     model = ModuleType("recbole.model")
     model.__path__ = [f"{package.__path__[0]}/model"]
@@ -37,8 +43,18 @@ def theirs(monkeypatch):
     inner = ModuleType("recbole.model.sequential_recommender")
     inner.__path__ = [f"{package.__path__[0]}/model/sequential_recommender"]
     monkeypatch.setitem(sys.modules, inner.__name__, inner)
-    settings = {"USER_ID_FIELD": "u", "ITEM_ID_FIELD": "i", "LIST_SUFFIX": "_list", "ITEM_LIST_LENGTH_FIELD": "n"}
-    settings |= {"NEG_PREFIX": "neg_", "MAX_ITEM_LIST_LENGTH": 9, "device": "cpu", "loss_type": "CE"}
+    settings = {
+        "USER_ID_FIELD": "u",
+        "ITEM_ID_FIELD": "i",
+        "LIST_SUFFIX": "_list",
+        "ITEM_LIST_LENGTH_FIELD": "n",
+    }
+    settings |= {
+        "NEG_PREFIX": "neg_",
+        "MAX_ITEM_LIST_LENGTH": 9,
+        "device": "cpu",
+        "loss_type": "CE",
+    }
     settings |= {
         "embedding_size": SIZE,
         "num_layers": 1,
@@ -58,9 +74,13 @@ def theirs(monkeypatch):
 
 
 def compare(ours, other, histories: torch.Tensor) -> None:
-    candidates = torch.randint(ITEMS, (len(histories), 6), generator=torch.Generator().manual_seed(1))
+    candidates = torch.randint(
+        ITEMS, (len(histories), 6), generator=torch.Generator().manual_seed(1)
+    )
     with torch.no_grad():
-        other.item_embedding.weight[1:] = ours.items(torch.arange(ITEMS))  # theirs count items from 1
+        other.item_embedding.weight[1:] = ours.items(
+            torch.arange(ITEMS)
+        )  # theirs count items from 1
         user = other(histories + 1, (histories >= 0).sum(1))
         expected = (user[:, None] * other.item_embedding(candidates + 1)).sum(-1)
         assert (ours.score(histories, candidates) - expected).abs().max() < 1e-5
@@ -88,18 +108,36 @@ def test_gru4rec(theirs):
 
 def test_narm(theirs):
     ours, other = made(NARM), theirs("NARM")
-    for name, module in (("gru", ours.gru), ("a_1", ours.key), ("a_2", ours.query), ("v_t", ours.weigh)):
+    for name, module in (
+        ("gru", ours.gru),
+        ("a_1", ours.key),
+        ("a_2", ours.query),
+        ("v_t", ours.weigh),
+    ):
         getattr(other, name).load_state_dict(module.state_dict())
     other.b.load_state_dict(ours.output.state_dict())
     compare(ours, other, some_histories())
 
 
 def test_sasrec(theirs):
-    more = {"n_layers": 2, "n_heads": 2, "inner_size": 4 * SIZE, "hidden_dropout_prob": 0.2, "attn_dropout_prob": 0.2}
-    more |= {"hidden_size": SIZE, "hidden_act": "gelu", "layer_norm_eps": 1e-12, "initializer_range": 0.02}
+    more = {
+        "n_layers": 2,
+        "n_heads": 2,
+        "inner_size": 4 * SIZE,
+        "hidden_dropout_prob": 0.2,
+        "attn_dropout_prob": 0.2,
+    }
+    more |= {
+        "hidden_size": SIZE,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-12,
+        "initializer_range": 0.02,
+    }
     ours, other = made(SASRec), theirs("SASRec", **more)
     other.LayerNorm.load_state_dict(ours.norm.state_dict())
-    with torch.no_grad():  # theirs count positions from the start, so histories are equally long here
+    with (
+        torch.no_grad()
+    ):  # theirs count positions from the start, so histories are equally long here
         other.position_embedding.weight.copy_(ours.positions.weight[:9].flip(0))
     for a, b in zip(ours.encoder.layers, other.trm_encoder.layer, strict=True):
         attention, inner = b.multi_head_attention, b.feed_forward
@@ -109,6 +147,11 @@ def test_sasrec(theirs):
         ):
             linear.weight.data, linear.bias.data = weight.detach().clone(), bias.detach().clone()
         pairs = ((attention.dense, a.self_attn.out_proj), (attention.LayerNorm, a.norm1))
-        for to, of in (*pairs, (inner.dense_1, a.linear1), (inner.dense_2, a.linear2), (inner.LayerNorm, a.norm2)):
+        for to, of in (
+            *pairs,
+            (inner.dense_1, a.linear1),
+            (inner.dense_2, a.linear2),
+            (inner.LayerNorm, a.norm2),
+        ):
             to.load_state_dict(of.state_dict())
     compare(ours, other, some_histories(equal=True))

@@ -5,8 +5,10 @@ import json
 import pytest
 from conftest import write_dataset
 
-import trsr
-from prepare.dataset import atomic_write, load_dataset, popularity, read_json
+from files.atomic import atomic_write
+from files.jsonl import read_json
+from prepare.dataset import load_dataset, popularity
+from prepare.domains import DOMAINS
 from trsr import InputError
 
 
@@ -17,10 +19,14 @@ def data(tmp_path):
 
 def test_a_dataset_loads(data):
     domain, items, splits = load_dataset(data, ("train", "val", "test"))
-    assert domain is trsr.DOMAINS["products"]
+    assert domain is DOMAINS["products"]
     assert len(items) == 60
     assert items["i0"].startswith("Title: ")
-    assert {split: len(examples) for split, examples in splits.items()} == {"train": 12, "val": 4, "test": 4}
+    assert {split: len(examples) for split, examples in splits.items()} == {
+        "train": 12,
+        "val": 4,
+        "test": 4,
+    }
     counts = popularity(splits["val"])
     assert counts.total() == sum(len(e.history) + 1 for e in splits["val"])
 
@@ -49,16 +55,36 @@ def field(name, value):
         ("train.jsonl", lambda line: b"", "train.jsonl:2: not JSON"),
         ("train.jsonl", field("history", ...), "field 'history' is missing"),
         ("train.jsonl", field("history", "i1"), "field 'history' is a str, expected list"),
-        ("train.jsonl", field("history", [1]), "field 'history' holds something that is not a text"),
+        (
+            "train.jsonl",
+            field("history", [1]),
+            "field 'history' holds something that is not a text",
+        ),
         ("train.jsonl", field("user", 7), "field 'user' is a int, expected str"),
         ("train.jsonl", field("user", "train0"), "field 'user': 'train0' is there twice"),
-        ("train.jsonl", field("history", ["i1", "ghost"]), "train.jsonl:2: item 'ghost' is not in items.jsonl"),
+        (
+            "train.jsonl",
+            field("history", ["i1", "ghost"]),
+            "train.jsonl:2: item 'ghost' is not in items.jsonl",
+        ),
         ("train.jsonl", field("positive", "ghost"), "item 'ghost' is not in items.jsonl"),
         ("val.jsonl", field("negatives", ["i1", ""]), "val.jsonl:2: item '' is not in items.jsonl"),
-        ("train.jsonl", field("history", lambda r: [r["positive"]]), "field 'history' holds the target"),
-        ("train.jsonl", field("negatives", lambda r: [r["positive"]]), "field 'negatives' is empty, repeats"),
+        (
+            "train.jsonl",
+            field("history", lambda r: [r["positive"]]),
+            "field 'history' holds the target",
+        ),
+        (
+            "train.jsonl",
+            field("negatives", lambda r: [r["positive"]]),
+            "field 'negatives' is empty, repeats",
+        ),
         ("train.jsonl", field("negatives", []), "field 'negatives' is empty"),
-        ("val.jsonl", field("user", "train0"), "val.jsonl:2: field 'user': 'train0' is there twice"),
+        (
+            "val.jsonl",
+            field("user", "train0"),
+            "val.jsonl:2: field 'user': 'train0' is there twice",
+        ),
         ("items.jsonl", field("id", "i0"), "items.jsonl:2: field 'id': item 'i0' is there twice"),
         ("items.jsonl", field("attributes", ["x"]), "field 'attributes' is a list, expected dict"),
         ("items.jsonl", field("attributes", {"Title": 5}), "field 'attributes' holds something"),

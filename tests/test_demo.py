@@ -50,9 +50,14 @@ def test_rerun_is_byte_identical_and_another_seed_shares_nothing(folder, tmp_pat
     demo.main(["--out", str(tmp_path / "other"), *size, "--seed", "1"])
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["items.jsonl", "meta.json", "test.jsonl", "train.jsonl", "val.jsonl"]
-    assert all((folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in names)
+    assert all(
+        (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in names
+    )
     for name, key in (("items", "id"), ("train", "user"), ("test", "user")):
-        ours, theirs = read_lines(folder / f"{name}.jsonl"), read_lines(tmp_path / "other" / f"{name}.jsonl")
+        ours, theirs = (
+            read_lines(folder / f"{name}.jsonl"),
+            read_lines(tmp_path / "other" / f"{name}.jsonl"),
+        )
         assert not {record[key] for record in ours} & {record[key] for record in theirs}
 
 
@@ -65,7 +70,11 @@ def test_schema(folder):
         assert [name for name in m2 if name in item["attributes"]] == list(item["attributes"])
         assert all(isinstance(text, str) and text for text in item["attributes"].values())
     examples = {split: read_lines(folder / f"{split}.jsonl") for split in ("train", "val", "test")}
-    assert {split: len(found) for split, found in examples.items()} == {"train": 50, "val": 5, "test": 20}
+    assert {split: len(found) for split, found in examples.items()} == {
+        "train": 50,
+        "val": 5,
+        "test": 20,
+    }
     everyone = [example for found in examples.values() for example in found]
     assert len({example["user"] for example in everyone}) == 75
     for split, found in examples.items():
@@ -114,12 +123,20 @@ def test_what_a_user_can_mend(tmp_path, flags, message):
 def test_texts_do_not_repeat_and_have_the_length_meant(shop):
     products = list(shop.products.values())
     assert (
-        len({p.attributes["Title"] for p in products}) == len({p.attributes["Description"] for p in products}) == 6000
+        len({p.attributes["Title"] for p in products})
+        == len({p.attributes["Description"] for p in products})
+        == 6000
     )
-    lengths = [sum(len(f"{name} {text}".split()) for name, text in p.attributes.items()) for p in products]
+    lengths = [
+        sum(len(f"{name} {text}".split()) for name, text in p.attributes.items()) for p in products
+    ]
     assert 40 <= min(lengths) <= max(lengths) <= 75
     # Many sentence forms, not one: even with all facts blotted out, no form makes up a hundredth of the shop.
-    blot = re.compile("|".join([*demo.BRANDS, *demo.COLORS, *demo.MATERIALS, *demo.CATEGORIES, *demo.LINES, r"\d+"]))
+    blot = re.compile(
+        "|".join(
+            [*demo.BRANDS, *demo.COLORS, *demo.MATERIALS, *demo.CATEGORIES, *demo.LINES, r"\d+"]
+        )
+    )
     forms = Counter(blot.sub("_", p.attributes["Description"]) for p in products)
     assert forms.most_common(1)[0][1] < 60
 
@@ -131,7 +148,11 @@ def test_texts_name_the_facts_and_no_others(shop):
         "color": demo.COLORS,
         "material": demo.MATERIALS,
     }
-    assert len({v for options in values.values() for v in options}) == sum(map(len, values.values())) == 48
+    assert (
+        len({v for options in values.values() for v in options})
+        == sum(map(len, values.values()))
+        == 48
+    )
     for product in shop.products.values():
         title, everything = set(re.findall(r"\w+", product.attributes["Title"])), words_of(product)
         for name, options in values.items():
@@ -153,9 +174,13 @@ def test_users_follow_the_rule(shop):
         assert user.target.category == user.need
         assert user.taste.matches(user.target) >= 2
         assert {product.category for product in recent} == {user.need}
-        long_fit += [user.taste.matches(p) >= 2 and p.category in user.taste.categories for p in before]
+        long_fit += [
+            user.taste.matches(p) >= 2 and p.category in user.taste.categories for p in before
+        ]
         recent_fit += [user.taste.matches(product) for product in recent]
-        kinds = Counter((p.category == user.need, user.taste.matches(p) >= 2) for p in user.negatives)
+        kinds = Counter(
+            (p.category == user.need, user.taste.matches(p) >= 2) for p in user.negatives
+        )
         assert kinds == {(True, False): 7, (False, True): 7, (False, False): 6}
     assert sum(long_fit) / len(long_fit) == pytest.approx(0.90, abs=0.02)
     # The last purchases ignore the taste: 2 of 16 brands, 1 of 10 colors, 1 of 10 materials, by chance.
@@ -165,8 +190,12 @@ def test_users_follow_the_rule(shop):
 def test_only_both_interests_together_rank(shop, splits):
     table = demo.oracle_table(shop, splits["train"], splits["test"])
     assert table["full history"] > 0.98
-    assert table["recent items only"] == pytest.approx(3 / 8, abs=0.04)  # the positive and 7 others of its category
-    assert table["lasting taste only"] == pytest.approx(0.45, abs=0.04)  # 7 others fit, those of favorites ruled out
+    assert table["recent items only"] == pytest.approx(
+        3 / 8, abs=0.04
+    )  # the positive and 7 others of its category
+    assert table["lasting taste only"] == pytest.approx(
+        0.45, abs=0.04
+    )  # 7 others fit, those of favorites ruled out
     assert table["popularity"] == pytest.approx(CHANCE, abs=0.033)
     assert table["random order"] == pytest.approx(CHANCE)
 
@@ -183,7 +212,9 @@ def test_candidates_alone_do_not_tell_the_positive(shop, splits):
     # Naive Bayes over the words of the candidates, trained on the training split's positives and negatives.
     texts = {i: words_of(product) for i, product in shop.products.items()}
     yes = Counter(word for example in splits["train"] for word in texts[example["positive"]])
-    no = Counter(word for example in splits["train"] for i in example["negatives"] for word in texts[i])
+    no = Counter(
+        word for example in splits["train"] for i in example["negatives"] for word in texts[i]
+    )
     weight = {word: math.log((yes[word] + 1) / (no[word] + 1)) for word in yes | no}
     hits = 0
     for example in splits["test"]:
@@ -194,7 +225,9 @@ def test_candidates_alone_do_not_tell_the_positive(shop, splits):
 
 
 def test_positives_are_as_popular_as_negatives(shop, splits):
-    counts = Counter(i for example in splits["train"] for i in [*example["history"], example["positive"]])
+    counts = Counter(
+        i for example in splits["train"] for i in [*example["history"], example["positive"]]
+    )
     chosen = [counts[example["positive"]] for example in splits["test"]]
     others = [counts[i] for example in splits["test"] for i in example["negatives"]]
     assert sum(chosen) / len(chosen) == pytest.approx(sum(others) / len(others), rel=0.06)

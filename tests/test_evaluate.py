@@ -17,20 +17,30 @@ from safetensors.torch import load_file, save_file
 
 import evaluate
 import trsr
+from batches.stream import stream_packs, user_packs
+from launch.processes import prefetch, run_script
 from llama import load_model
 from lora import load_adapter
-from models.packs import Tree
 from models.tokenizer import Tokenizer
+from ops.packs import Tree
 from prepare.dataset import load_dataset
-from runfolder.processes import ahead, run_script
-from runfolder.prompts import stream_packs, user_packs
 from runfolder.scores import popularity_ranks
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, data_folder, model_folder):
     folder = tmp_path_factory.mktemp("runs") / "trained"
-    run("summarize.py", "--data", data_folder, "--model", model_folder, "--run", folder, "--max-new-tokens", 12)
+    run(
+        "summarize.py",
+        "--data",
+        data_folder,
+        "--model",
+        model_folder,
+        "--run",
+        folder,
+        "--max-new-tokens",
+        12,
+    )
     run("train.py", "--run", folder, "--epochs", 2, "--batch-size", 8, "--lr", 0.01)
     run("evaluate.py", "--run", folder, "--k", 1, 3)
     return folder
@@ -46,7 +56,10 @@ def test_scores_equal_separate_prompts(trained, data_folder, model_folder):
     load_adapter(model, trained / "adapter")
     tokenizer = Tokenizer(model_folder, 640)
     yes, no = trsr.answer_ids(tokenizer.encode, domain)
-    summaries = {json.loads(line)["user"]: json.loads(line)["summary"] for line in (trained / "summaries.jsonl").open()}
+    summaries = {
+        json.loads(line)["user"]: json.loads(line)["summary"]
+        for line in (trained / "summaries.jsonl").open()
+    }
     records = scores(trained)
     assert [r["user"] for r in records] == [e.user for e in splits["test"]]
     for record, example in zip(records, splits["test"], strict=True):
@@ -54,7 +67,9 @@ def test_scores_equal_separate_prompts(trained, data_folder, model_folder):
         recent = [items[i] for i in example.history[-3:]]
         for item, score in zip(record["candidates"], record["scores"], strict=True):
             summary = summaries[example.user]
-            (prompt,) = trsr.recommendation_prompts("hierarchical", domain, summary, recent, [items[item]])
+            (prompt,) = trsr.recommendation_prompts(
+                "hierarchical", domain, summary, recent, [items[item]]
+            )
             with torch.no_grad():
                 logits = model.eval()(torch.tensor(tokenizer.encode([prompt])))[0, -1]
             assert score == pytest.approx(torch.softmax(logits[[yes, no]], 0)[0].item(), abs=1e-4)
@@ -89,7 +104,8 @@ def test_the_untrained_model_is_ranked_without_the_adapter(trained):
     assert len(scores(trained, "scores-val-untrained.jsonl")) == 2
     run("evaluate.py", "--run", trained, "--split", "val", "--users", 2)
     assert (
-        scores(trained, "scores-val.jsonl")[0]["scores"] != scores(trained, "scores-val-untrained.jsonl")[0]["scores"]
+        scores(trained, "scores-val.jsonl")[0]["scores"]
+        != scores(trained, "scores-val-untrained.jsonl")[0]["scores"]
     )
 
 
@@ -98,7 +114,9 @@ def test_the_terminal_shows_the_table_and_where_it_is(trained):
     lines = done.stdout.splitlines()
     header = next(line for line in lines if "Recall@3" in line)
     assert header.split() == ["Recall@3", "Recall@5", "MRR@3", "MRR@5", "NDCG@3", "NDCG@5"]
-    assert [line.split()[0] for line in lines if line.startswith(("random", "popular", "trained"))] == [
+    assert [
+        line.split()[0] for line in lines if line.startswith(("random", "popular", "trained"))
+    ] == [
         "random",
         "popularity",
         "trained",
@@ -125,7 +143,9 @@ def test_what_evaluate_needs_is_named(tmp_path, trained, data_folder, model_fold
 
     assert "first run python train.py --run" in message("--run", tmp_path)
     write_model(tmp_path / "other", seed=9)
-    (tmp_path / "other" / "tokenizer.model").write_bytes((model_folder / "tokenizer.model").read_bytes())
+    (tmp_path / "other" / "tokenizer.model").write_bytes(
+        (model_folder / "tokenizer.model").read_bytes()
+    )
     assert "not the model that" in message("--run", trained, "--model", tmp_path / "other")
     assert "no dataset" in message("--run", trained, "--data", tmp_path / "nothing")
 
@@ -144,7 +164,9 @@ def test_scores_that_are_not_finite_are_refused(tmp_path, trained):
     assert not (tmp_path / "run/results.json").exists()
 
 
-def test_a_model_that_says_the_same_of_all_is_no_better_than_chance(tmp_path, data_folder, model_folder):
+def test_a_model_that_says_the_same_of_all_is_no_better_than_chance(
+    tmp_path, data_folder, model_folder
+):
     shutil.copytree(model_folder, tmp_path / "constant")
     tensors = load_file(tmp_path / "constant/model.safetensors")
     tensors["lm_head.weight"].zero_()
@@ -152,7 +174,9 @@ def test_a_model_that_says_the_same_of_all_is_no_better_than_chance(tmp_path, da
     flags = ("--data", data_folder, "--model", tmp_path / "constant", "--run", tmp_path / "run")
     run("train.py", *flags, "--paradigm", "recent-only", "--epochs", 1)
     run("evaluate.py", "--run", tmp_path / "run", "--untrained", "--k", 1, 3)
-    assert [line["rank"] for line in scores(tmp_path / "run", "scores-test-untrained.jsonl")] == [6] * 4
+    assert [line["rank"] for line in scores(tmp_path / "run", "scores-test-untrained.jsonl")] == [
+        6
+    ] * 4
     table = json.loads((tmp_path / "run/results-untrained.json").read_text())["table"]
     for name, entry in table["untrained"].items():
         assert entry["mean"] <= table["random"][name]["mean"]
@@ -192,7 +216,9 @@ def test_a_worker_process_reports_bad_input_in_one_line(trained, monkeypatch):
     monkeypatch.setattr(evaluate, "host_workers", lambda device: 2)
     done = run("evaluate.py", "--run", trained, "--k", 1, check=False)
     assert done.returncode == 0
-    monkeypatch.setattr(trsr.Recommender, "prompt_ids", lambda *_: (_ for _ in ()).throw(trsr.InputError("no room")))
+    monkeypatch.setattr(
+        trsr.Recommender, "prompt_ids", lambda *_: (_ for _ in ()).throw(trsr.InputError("no room"))
+    )
     done = run("evaluate.py", "--run", trained, "--k", 1, check=False)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].endswith(": no room")
@@ -217,7 +243,7 @@ def test_an_error_ends_the_worker_processes_at_once_and_not_when_garbage_is_coll
         packs = user_packs(Refusing(), users, [[]] * 400, users, args, show=False)
         assert multiprocessing.active_children()
         with pytest.raises(trsr.InputError, match="no room"):
-            list(ahead(packs))
+            list(prefetch(packs))
         del packs
         assert not multiprocessing.active_children()
         packs = user_packs(Refusing(), users, [[]] * 400, users, args, show=False)
@@ -232,7 +258,10 @@ def test_packs_that_come_as_users_do_hold_every_prompt_once(seed):
     rng = random.Random(seed)
     room, n = rng.choice([64, 300, 2000]), rng.randrange(1, 300)
     begin = ids(rng, rng.randrange(20))
-    trees = [Tree(begin + ids(rng, 40), [ids(rng, 15) for _ in range(rng.randrange(1, 9))]) for _ in range(n)]
+    trees = [
+        Tree(begin + ids(rng, 40), [ids(rng, 15) for _ in range(rng.randrange(1, 9))])
+        for _ in range(n)
+    ]
     args, found, split = SimpleNamespace(pack_tokens=room, pad_to=rng.choice([1, room])), {}, []
     for pack in stream_packs(enumerate(trees), n, args):
         for (user, branch), row in pack.leaves.items():
@@ -240,8 +269,12 @@ def test_packs_that_come_as_users_do_hold_every_prompt_once(seed):
             path = pack.ids[: row + 1][pack.ends[: row + 1] > row]
             found[user, branch] = path.tolist()
         split += {user for user, _ in pack.leaves} if pack.known else []
-    assert found == {(u, b): t.prefix + end for u, t in enumerate(trees) for b, end in enumerate(t.branches)}
-    assert len(list(itertools.groupby(split))) == len(set(split))  # one tree's packs follow one another
+    assert found == {
+        (u, b): t.prefix + end for u, t in enumerate(trees) for b, end in enumerate(t.branches)
+    }
+    assert len(list(itertools.groupby(split))) == len(
+        set(split)
+    )  # one tree's packs follow one another
 
 
 def ids(rng, most):

@@ -14,7 +14,7 @@ from conftest import run, write_dataset
 
 import trsr
 from experiments import paper, runs
-from prepare.dataset import read_json, read_jsonl
+from files.jsonl import read_json, read_jsonl
 from runfolder import plots
 
 ROWS = ("hierarchical", "whole-history", "core", "sasrec")
@@ -57,7 +57,14 @@ def world(tmp_path_factory, model_folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "launch", in_process)
         done = experiment("table2", *table)
-    return Namespace(folder=folder, out=folder / "out", flags=flags, models=models, table=table, first=done.stdout)
+    return Namespace(
+        folder=folder,
+        out=folder / "out",
+        flags=flags,
+        models=models,
+        table=table,
+        first=done.stdout,
+    )
 
 
 def scores(folder):
@@ -67,47 +74,69 @@ def scores(folder):
 def test_the_table_is_that_of_the_runs_scores(world):
     rows = {row["name"]: row for row in read_json(world.out / "results.json")["table2"]["rows"]}
     text = (world.out / "table2.md").read_text()
-    assert list(rows) == ["random", "popularity", "LLM-TRSR hierarchical", "TALLRec (whole history)", "CORE", "SASRec"]
+    assert list(rows) == [
+        "random",
+        "popularity",
+        "LLM-TRSR hierarchical",
+        "TALLRec (whole history)",
+        "CORE",
+        "SASRec",
+    ]
     for name in list(rows)[2:]:
         values = []
         for folder in rows[name]["runs"]:
             for line in scores(Path(folder)):
-                positive = line["candidates"].index(line.get("positive") or positives(world)[line["user"]])
+                positive = line["candidates"].index(
+                    line.get("positive") or positives(world)[line["user"]]
+                )
                 rank = trsr.rank_of_positive(line["scores"], positive)
                 values.append((rank <= 3, (rank <= 5) / rank))
         assert len(values) == 2 * 4
         measured = rows[name]["measured"]
-        assert [measured["Recall@3"]["mean"], measured["MRR@5"]["mean"]] == pytest.approx(np.mean(values, axis=0))
+        assert [measured["Recall@3"]["mean"], measured["MRR@5"]["mean"]] == pytest.approx(
+            np.mean(values, axis=0)
+        )
         line = next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
         found = [float(x) for x in re.findall(r"(?<![(–.\d])\d\.\d{4}", line)]
-        assert found == [round(measured[f"{m}@{k}"]["mean"], 4) for m in ("Recall", "MRR") for k in (3, 5, 10)]
+        assert found == [
+            round(measured[f"{m}@{k}"]["mean"], 4) for m in ("Recall", "MRR") for k in (3, 5, 10)
+        ]
         low, high = measured["MRR@10"]["interval"]
         assert f"({low:.3f}–{high:.3f})" in line
         assert low <= measured["MRR@10"]["mean"] <= high
 
 
 def positives(world):
-    return {r["user"]: r["positive"] for _, r in read_jsonl(world.folder / "data" / "test.jsonl", {})}
+    return {
+        r["user"]: r["positive"] for _, r in read_jsonl(world.folder / "data" / "test.jsonl", {})
+    }
 
 
 def test_the_table_marks_the_best_and_what_is_the_paper_s(world):
     text = (world.out / "table2.md").read_text()
-    own = [line for line in text.splitlines() if line.startswith("| ") and "the paper" not in line][1:]
+    own = [line for line in text.splitlines() if line.startswith("| ") and "the paper" not in line][
+        1:
+    ]
     columns = [[cell.strip() for cell in line.split("|")[2:-1]] for line in own]
     for cells in zip(*columns, strict=True):
         values = [float(re.search(r"\d\.\d+", cell).group()) for cell in cells]
-        assert [v for v, cell in zip(values, cells, strict=True) if "**" in cell] == [max(values)] * values.count(
+        assert [v for v, cell in zip(values, cells, strict=True) if "**" in cell] == [
             max(values)
-        )
+        ] * values.count(max(values))
     assert "| *CORE: the paper, Amazon-M2* | *0.5230* | *0.4632*† | *0.6450* |" in text
-    assert "| *LLM-TRSR hierarchical: the paper, Amazon-M2* | *0.8910* | *0.9120* | *0.9490* | *0.8597* |" in text
+    assert (
+        "| *LLM-TRSR hierarchical: the paper, Amazon-M2* | *0.8910* | *0.9120* | *0.9490* | *0.8597* |"
+        in text
+    )
     assert "misprint" in text
     assert paper.NOTES["table2"] in text
     assert text in world.first
 
 
 def test_seeds_share_summaries_and_differ_in_what_they_train(world):
-    first, second = (world.out / f"{name_of(world, 'hierarchical')}-items3-seed{seed}" for seed in (0, 1))
+    first, second = (
+        world.out / f"{name_of(world, 'hierarchical')}-items3-seed{seed}" for seed in (0, 1)
+    )
     summaries = list(world.out.glob("summaries-*/summaries.jsonl"))
     assert len(summaries) == 1
     for folder in (first, second):
@@ -125,7 +154,10 @@ def test_a_second_call_runs_nothing(world, launched):
     done = experiment("table2", *world.table)
     assert launched == []
     assert "13 done before, nothing to run" in done.stdout
-    assert ((world.out / "table2.md").read_bytes(), (world.out / "table2.svg").read_bytes()) == before
+    assert (
+        (world.out / "table2.md").read_bytes(),
+        (world.out / "table2.svg").read_bytes(),
+    ) == before
 
 
 def test_a_stage_whose_result_is_gone_is_run_again_alone(world, launched):
@@ -144,11 +176,17 @@ def test_a_stage_whose_result_is_gone_is_run_again_alone(world, launched):
     assert (world.out / "table2.md").read_text() == expected
 
 
-def test_a_failing_stage_is_named_and_the_next_call_goes_on_there(world, launched, monkeypatch, tmp_path):
+def test_a_failing_stage_is_named_and_the_next_call_goes_on_there(
+    world, launched, monkeypatch, tmp_path
+):
     counted = runs.launch
 
     def failing(script, flags, processes, log):
-        return (1, "step 1\ntrain: out of everything\nbye") if script == "train.py" else counted(script, flags, 1, log)
+        return (
+            (1, "step 1\ntrain: out of everything\nbye")
+            if script == "train.py"
+            else counted(script, flags, 1, log)
+        )
 
     flags = [*world.table, "--rows", "hierarchical", "--out", tmp_path, "--seeds", 4]
     monkeypatch.setattr(runs, "launch", failing)
@@ -173,7 +211,9 @@ def test_figure9_takes_over_the_table_s_summaries_and_equal_runs(world, launched
     flags = [*world.flags, *world.models, "--paradigms", "hierarchical", "--history-items"]
     experiment("figure9", *flags, 0, 3)
     name = f"{name_of(world, 'hierarchical')}-items0-seed"
-    assert launched == [(f"{name}{seed}", script) for seed in (0, 1) for script in ("train.py", "evaluate.py")]
+    assert launched == [
+        (f"{name}{seed}", script) for seed in (0, 1) for script in ("train.py", "evaluate.py")
+    ]
     results = read_json(world.out / "results.json")
     assert list(results) == ["table2", "figure9"]
     rows = {row["name"]: row for row in results["figure9"]["rows"]}
@@ -181,7 +221,12 @@ def test_figure9_takes_over_the_table_s_summaries_and_equal_runs(world, launched
     text = (world.out / "figure9.md").read_text()
     assert "| *hierarchical, 3 items: the paper, Amazon-M2* | *0.8910* |" in text
     assert "hierarchical, 0 items: the paper" not in text
-    assert read_json(world.out / name.replace("seed", "seed0") / "config.json")["train"]["history_items"] == 0
+    assert (
+        read_json(world.out / name.replace("seed", "seed0") / "config.json")["train"][
+            "history_items"
+        ]
+        == 0
+    )
     experiment("figure9", *flags, 0)  # without 3 items of its own the paper's stand alone
     text = (world.out / "figure9.md").read_text()
     assert "| *hierarchical, 3 items: the paper, Amazon-M2* | *0.8910* |" in text
@@ -192,14 +237,33 @@ def test_figure9_takes_over_the_table_s_summaries_and_equal_runs(world, launched
 def test_models_of_any_name_beside_each_other(world, launched, model_folder, tmp_path, name):
     other = tmp_path / "a<b & 'c'|d"
     shutil.copytree(model_folder, other)
-    several, one = ("--recommenders", "--summarizer") if name == "figure10" else ("--summarizers", "--recommender")
-    flags = [*world.flags, "--seeds", 0, "--paradigms", "hierarchical", several, model_folder, other, one, model_folder]
+    several, one = (
+        ("--recommenders", "--summarizer")
+        if name == "figure10"
+        else ("--summarizers", "--recommender")
+    )
+    flags = [
+        *world.flags,
+        "--seeds",
+        0,
+        "--paradigms",
+        "hierarchical",
+        several,
+        model_folder,
+        other,
+        one,
+        model_folder,
+    ]
     experiment(name, *flags)
     rows = read_json(world.out / "results.json")[name]["rows"]
     first, second = rows[:2]
     assert first["measured"] == second["measured"]  # it is the same model under two names
     assert first["runs"] != second["runs"]
-    items = {read_json(Path(r["runs"][0]) / "config.json")["train"]["history_items"] for r in rows if r["runs"]}
+    items = {
+        read_json(Path(r["runs"][0]) / "config.json")["train"]["history_items"]
+        for r in rows
+        if r["runs"]
+    }
     assert items == {3 if name == "figure10" else 0}
     summarized = [script for _, script in launched if script == "summarize.py"]
     assert len(summarized) == (0 if name == "figure10" else 1)
@@ -221,7 +285,10 @@ def test_the_figure_is_sound_and_shows_the_values(world):
 
 
 def test_panels_put_values_intervals_and_the_paper_s_marks_on_one_scale():
-    values, marks = {("x", "a"): (0.5, 0.25, 1.0), ("y", "b"): (0.25, 0.25, 0.25)}, {("x", "a"): 0.5, ("z", "a"): 0.75}
+    values, marks = (
+        {("x", "a"): (0.5, 0.25, 1.0), ("y", "b"): (0.25, 0.25, 0.25)},
+        {("x", "a"): 0.5, ("z", "a"): 0.75},
+    )
     root = ET.fromstring(f"<g>{plots.bar_panel(['a', 'b'], values, marks)[0]}</g>")
     widths = [float(bar.get("width")) for bar in root.iter("rect")]
     starts = [float(bar.get("x")) for bar in root.iter("rect")]
@@ -259,7 +326,10 @@ def test_a_model_made_for_each_seed_has_summaries_of_its_own(world, model_folder
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--data", "/nowhere"), "/nowhere: no dataset (no meta.json); make one with python -m prepare.demo"),
+        (
+            ("--data", "/nowhere"),
+            "/nowhere: no dataset (no meta.json); make one with python -m prepare.demo",
+        ),
         (("--recommender", "/nowhere"), "/nowhere: no such model folder"),
         (("--train", "--seed 5"), "--train: the experiment sets --seed itself; leave it out"),
         (("--summarize", "--int8 'x"), "--summarize: No closing quotation"),
@@ -278,7 +348,10 @@ def test_runs_on_other_data_are_not_mixed_in(world, launched, tmp_path):
     write_dataset(tmp_path / "other", seed=1)
     done = experiment("table2", *world.table, "--data", tmp_path / "other", check=False)
     assert (done.returncode, launched) == (2, [])
-    assert f"made with {world.folder / 'data'}, not with {tmp_path / 'other'}; choose another --out" in done.stderr
+    assert (
+        f"made with {world.folder / 'data'}, not with {tmp_path / 'other'}; choose another --out"
+        in done.stderr
+    )
 
 
 def test_the_paper_s_recalls_and_mrrs_grow_with_k_but_for_the_misprint():

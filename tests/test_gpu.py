@@ -7,11 +7,14 @@ import torch
 from conftest import run
 from test_llama import random_ids, random_trees, separate_loss, sequences
 
-from llama import Generator, additive, attend, compile_layers, generate, load_model, score_packs
+from evaluate import score_packs
+from llama import attend, compile_layers, load_model
 from lora import LoRAConfig, adapter_tensors, apply_lora
 from models import hub
-from models.int8 import WAYS, few_rows_product, quantize
-from models.packs import pack_trees, tree_rule
+from ops.int8 import WAYS, few_rows_product, quantize
+from ops.masks import additive, tree_rule
+from ops.packs import pack_trees
+from summarize import Generator, generate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 GPU = torch.device("cuda", 0)
@@ -22,11 +25,16 @@ def _exact_matrix_products():
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
-@pytest.mark.parametrize(("dtype", "head"), [(torch.float32, 256), (torch.float32, 192), (torch.bfloat16, 256)])
+@pytest.mark.parametrize(
+    ("dtype", "head"), [(torch.float32, 256), (torch.float32, 192), (torch.bfloat16, 256)]
+)
 def test_small_blocks_with_wide_heads(dtype, head):
     (pack,) = pack_trees(random_trees(12, 6), 99999, pad_to=256)
     pack, n = pack.to(GPU), torch.Generator(GPU).manual_seed(0)
-    q, k, v = (torch.randn(1, 2, len(pack.ids), head, device=GPU, dtype=dtype, generator=n) for _ in range(3))
+    q, k, v = (
+        torch.randn(1, 2, len(pack.ids), head, device=GPU, dtype=dtype, generator=n)
+        for _ in range(3)
+    )
     rows = torch.arange(len(pack.ids), device=GPU)
     seen = tree_rule(pack.ends)(None, None, rows[:, None], rows)
     with torch.no_grad():
@@ -71,7 +79,9 @@ def test_flex_attention_gives_the_loss_and_gradients_of_separate_examples(wide):
     trees = random_trees(12, 2)
     slow = apply_lora(load_model(wide, torch.device("cpu"), torch.float32), LoRAConfig(dropout=0.0))
     fast = apply_lora(load_model(wide, GPU, torch.float32), LoRAConfig(dropout=0.0))
-    for (name, p), q in zip(adapter_tensors(slow).items(), adapter_tensors(fast).values(), strict=True):
+    for (name, p), q in zip(
+        adapter_tensors(slow).items(), adapter_tensors(fast).values(), strict=True
+    ):
         torch.nn.init.normal_(p, std=0.1)
         q.data.copy_(p)
         assert name
@@ -80,12 +90,17 @@ def test_flex_attention_gives_the_loss_and_gradients_of_separate_examples(wide):
     total = sum(fast.loss(pack.to(GPU)) for pack in pack_trees(trees, 256, pad_to=256))
     (total / count).backward()
     assert abs(total.item() - expected.item()) / expected.item() < 1e-5
-    for (name, p), q in zip(adapter_tensors(slow).items(), adapter_tensors(fast).values(), strict=True):
+    for (name, p), q in zip(
+        adapter_tensors(slow).items(), adapter_tensors(fast).values(), strict=True
+    ):
         assert (p.grad - q.grad.cpu()).abs().max() < 1e-5, name
 
 
 def test_generation_on_the_gpu_equals_the_cpu(wide):
-    prompts = [torch.randint(3, 640, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (5, 40, 17)]
+    prompts = [
+        torch.randint(3, 640, (n,), generator=torch.Generator().manual_seed(n)).tolist()
+        for n in (5, 40, 17)
+    ]
     expected = generate(load_model(wide, torch.device("cpu"), torch.float32), prompts, 32, [2])
     assert generate(load_model(wide, GPU, torch.float32), prompts, 32, [2]) == expected
 
@@ -106,8 +121,12 @@ def test_compiled_and_captured_generation_equals_the_cpu(wide):
 @pytest.mark.parametrize("rows", [1, 16, 24, 100, 128])
 @pytest.mark.parametrize(("out", "width"), [(4096, 4096), (11008, 4096), (4096, 11008), (200, 136)])
 def test_the_int8_product_for_few_rows(rows, out, width):
-    x = torch.randn(rows, width, device=GPU, generator=torch.Generator(GPU).manual_seed(0)).bfloat16()
-    weight, _ = quantize(torch.randn(out, width, device=GPU, generator=torch.Generator(GPU).manual_seed(1)))
+    x = torch.randn(
+        rows, width, device=GPU, generator=torch.Generator(GPU).manual_seed(0)
+    ).bfloat16()
+    weight, _ = quantize(
+        torch.randn(out, width, device=GPU, generator=torch.Generator(GPU).manual_seed(1))
+    )
     found, expected = few_rows_product(x, weight), x.double() @ weight.double().T
     assert (found - expected).norm() / expected.norm() < 1e-5
     assert torch.equal(found, few_rows_product(x, weight))
@@ -126,8 +145,20 @@ def test_int8_on_the_gpu(wide, way):
 
 def test_the_chain_in_bf16(tmp_path, data_folder, wide, tokenizer_model):
     (wide / "tokenizer.model").write_bytes(tokenizer_model.read_bytes())
-    run("summarize.py", "--data", data_folder, "--model", wide, "--run", tmp_path, "--max-new-tokens", 8)
-    done = run("train.py", "--run", tmp_path, "--epochs", 2, "--batch-size", 8, "--pack-tokens", 1024)
+    run(
+        "summarize.py",
+        "--data",
+        data_folder,
+        "--model",
+        wide,
+        "--run",
+        tmp_path,
+        "--max-new-tokens",
+        8,
+    )
+    done = run(
+        "train.py", "--run", tmp_path, "--epochs", 2, "--batch-size", 8, "--pack-tokens", 1024
+    )
     assert "GPU memory" in done.stdout
     run("evaluate.py", "--run", tmp_path)
     report = json.loads((tmp_path / "results.json").read_text())
@@ -138,9 +169,14 @@ def test_a_pythia_on_the_gpu_equals_the_cpu(tmp_path):
     from test_neox import write_neox
 
     write_neox(tmp_path, hidden_size=128)
-    slow, fast = (hub.load_model(tmp_path, device, torch.float32) for device in (torch.device("cpu"), GPU))
+    slow, fast = (
+        hub.load_model(tmp_path, device, torch.float32) for device in (torch.device("cpu"), GPU)
+    )
     compile_layers(fast)
-    trees, prompts = random_trees(12, 6), [random_ids(n, seed=n).tolist() for n in range(4, 250, 17)]
+    trees, prompts = (
+        random_trees(12, 6),
+        [random_ids(n, seed=n).tolist() for n in range(4, 250, 17)],
+    )
     wanted = score_packs(slow, pack_trees(trees, 256), [17, 400])
     for leaf, found in score_packs(fast, pack_trees(trees, 256, pad_to=256), [17, 400]).items():
         assert found == pytest.approx(wanted[leaf], abs=1e-4)
@@ -158,8 +194,28 @@ def test_a_pythia_in_bf16(tmp_path, data_folder, tokenizer_model, rank):
 
     write_neox(tmp_path / "pythia", hidden_size=128)
     (tmp_path / "pythia" / "tokenizer.model").write_bytes(tokenizer_model.read_bytes())
-    flags = ("--data", data_folder, "--model", tmp_path / "pythia", "--paradigm", "recent-only", "--lora-r", rank)
-    run("train.py", *flags, "--run", tmp_path, "--epochs", 1, "--batch-size", 8, "--pack-tokens", 1024)
+    flags = (
+        "--data",
+        data_folder,
+        "--model",
+        tmp_path / "pythia",
+        "--paradigm",
+        "recent-only",
+        "--lora-r",
+        rank,
+    )
+    run(
+        "train.py",
+        *flags,
+        "--run",
+        tmp_path,
+        "--epochs",
+        1,
+        "--batch-size",
+        8,
+        "--pack-tokens",
+        1024,
+    )
     run("evaluate.py", "--run", tmp_path)
     report = json.loads((tmp_path / "results.json").read_text())
     assert report["table"]["trained"]["Recall@10"]["mean"] == 1.0

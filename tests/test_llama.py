@@ -12,15 +12,24 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 import llama
-from llama import CheckpointError, KVCache, generate, load_model, score_packs
+from evaluate import score_packs
+from llama import CheckpointError, load_model
 from models.hub import find_model
-from models.int8 import WAYS
-from models.packs import Tree, block_mask, grow_trees, make_tree, pack_trees
 from models.tokenizer import Tokenizer
-from runfolder.state import fingerprint
+from ops.cache import KVCache
+from ops.checkpoint import fingerprint
+from ops.int8 import WAYS
+from ops.masks import block_mask
+from ops.packs import Tree, grow_trees, make_tree, pack_trees
+from summarize import generate
 
 CPU = torch.device("cpu")
-LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 FAMILIES = {
     "multi-head": {"num_key_value_heads": 4},
     "grouped-query": {},
@@ -31,9 +40,16 @@ FAMILIES = {
     "wide-heads": {"head_dim": 24},
     "narrow-heads": {"head_dim": 8, "tie_word_embeddings": True},
     "rope-theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
-    "rope-linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+    "rope-linear": {
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+    },
     "rope-llama3": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0, **LLAMA3}},
-    "deep-eps": {"num_hidden_layers": 4, "rms_norm_eps": 1e-3, "num_attention_heads": 6, "num_key_value_heads": 3},
+    "deep-eps": {
+        "num_hidden_layers": 4,
+        "rms_norm_eps": 1e-3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+    },
     "all-at-once": {
         "head_dim": 16,
         "attention_bias": True,
@@ -95,8 +111,15 @@ def test_rotary_tables_equal_transformers_far_out():
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    rope = {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3, "original_max_position_embeddings": 8192}
-    theirs = LlamaRotaryEmbedding(LlamaConfig(hidden_size=64, num_attention_heads=2, rope_parameters=rope))
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        **LLAMA3,
+        "original_max_position_embeddings": 8192,
+    }
+    theirs = LlamaRotaryEmbedding(
+        LlamaConfig(hidden_size=64, num_attention_heads=2, rope_parameters=rope)
+    )
     positions = torch.tensor([[0, 1, 17, 4095, 100000]])
     config = llama.Config(1, 64, 1, 1, 2, 2, 32, 1e-6, 1, False, False, False, 5e5, rope, ())
     cos, sin = llama.rotary_tables(config, positions, torch.float32)
@@ -110,7 +133,9 @@ def test_rotary_tables_equal_transformers_far_out():
 def test_weights_are_the_mapped_file_and_not_a_copy(model_folder):
     model = load_model(model_folder, CPU, torch.float32)
     maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
-    spans = [line[0].split("-") for line in maps if line[-1] == str(model_folder / "model.safetensors")]
+    spans = [
+        line[0].split("-") for line in maps if line[-1] == str(model_folder / "model.safetensors")
+    ]
     spans = [(int(a, 16), int(b, 16)) for a, b in spans]
     for name, parameter in model.named_parameters():
         assert any(a <= parameter.data_ptr() < b for a, b in spans), name
@@ -128,7 +153,9 @@ def random_trees(n, branches, seed=0):
     (trunk,) = chain(7, seed=seed + 100)
     trees = []
     for i in range(n):
-        stem, *tails = chain(5 + 3 * i % 11, *[3 + (i + b) % 5 for b in range(branches)], seed=seed + i)
+        stem, *tails = chain(
+            5 + 3 * i % 11, *[3 + (i + b) % 5 for b in range(branches)], seed=seed + i
+        )
         trees.append(make_tree([trunk + stem + tail for tail in tails]))
     return trees
 
@@ -144,7 +171,9 @@ def test_make_tree_finds_the_longest_common_prefix():
     assert make_tree([[1], [2]]) == Tree([], [[1], [2]])
 
 
-@pytest.mark.parametrize(("n", "branches", "max_tokens"), [(1, 2, 999), (6, 3, 999), (9, 4, 90), (5, 21, 60)])
+@pytest.mark.parametrize(
+    ("n", "branches", "max_tokens"), [(1, 2, 999), (6, 3, 999), (9, 4, 90), (5, 21, 60)]
+)
 def test_packed_logits_equal_separate_texts(tiny, n, branches, max_tokens):
     trees = random_trees(n, branches)
     packs = pack_trees(trees, max_tokens, pad_to=16)
@@ -193,11 +222,17 @@ def test_the_mask_is_the_rule_spelled_out():
     for (t, b), last in pack.leaves.items():
         stem, branches = len(trees[t].prefix) - trunk, [len(branch) for branch in trees[t].branches]
         begin = last + 1 - sum(branches[: b + 1]) - stem  # of the tree
-        path = [*range(trunk), *range(begin, begin + stem), *range(last + 1 - branches[b], last + 1)]
+        path = [
+            *range(trunk),
+            *range(begin, begin + stem),
+            *range(last + 1 - branches[b], last + 1),
+        ]
         for i, query in enumerate(path):
             expected[query, path[: i + 1]] = True
     assert (mask[: pack.tokens] == expected[: pack.tokens]).all()
-    assert mask.diagonal().all()  # also where padding is, since a softmax over nothing is not a number
+    assert (
+        mask.diagonal().all()
+    )  # also where padding is, since a softmax over nothing is not a number
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -222,9 +257,13 @@ def test_a_tree_larger_than_a_pack_is_split_and_its_prefix_computed_once(tiny, m
     assert {len({t for t, _ in p.leaves}) for p in packs if p.known} == {1}
     read = []
     forward = tiny.forward
-    monkeypatch.setattr(tiny, "forward", lambda ids, *a, **k: read.append(ids.shape[1]) or forward(ids, *a, **k))
+    monkeypatch.setattr(
+        tiny, "forward", lambda ids, *a, **k: read.append(ids.shape[1]) or forward(ids, *a, **k)
+    )
     scores = score_packs(tiny, packs, [17, 400])
-    split = [tree for t, tree in enumerate(trees) if any(p.known and (t, 0) in p.leaves for p in packs)]
+    split = [
+        tree for t, tree in enumerate(trees) if any(p.known and (t, 0) in p.leaves for p in packs)
+    ]
     assert len(split) == 2
     repeated = sum(len(p.ids) for p in packs) - sum(read)
     assert repeated == sum(p.known for p in packs) - sum(len(tree.prefix) for tree in split)
@@ -270,11 +309,18 @@ def test_cached_decoding_equals_uncached(tiny):
     with torch.no_grad():
         whole = tiny(ids)
         slots = torch.arange(30)
-        prefix = tiny(ids[:, :20], slots[:20].expand(2, 20), (slots[:20] <= slots[:20, None])[None, None], cache.layers)
+        prefix = tiny(
+            ids[:, :20],
+            slots[:20].expand(2, 20),
+            (slots[:20] <= slots[:20, None])[None, None],
+            cache.layers,
+        )
         assert (prefix - whole[:, :20]).abs().max() < 1e-4
         for t in range(20, 30):
             position = torch.full((2, 1), t)
-            step = tiny(ids[:, t : t + 1], position, (slots[: t + 1] <= t)[None, None, None], cache.layers)
+            step = tiny(
+                ids[:, t : t + 1], position, (slots[: t + 1] <= t)[None, None, None], cache.layers
+            )
             assert (step[:, 0] - whole[:, t]).abs().max() < 1e-4
 
 
@@ -284,7 +330,9 @@ def test_greedy_ids_equal_transformers_generate(model_folder, tiny):
     width = max(map(len, prompts))
     padded = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    out = reference.generate(padded, attention_mask=mask, max_new_tokens=64, do_sample=False, pad_token_id=0)
+    out = reference.generate(
+        padded, attention_mask=mask, max_new_tokens=64, do_sample=False, pad_token_id=0
+    )
     expected = []
     for row in out[:, width:].tolist():
         expected.append(row[: row.index(2)] if 2 in row else row)
@@ -370,7 +418,10 @@ def change_json(path, **changes):
         ({"rope_parameters": {"rope_type": "linear"}}, "field 'factor' is missing"),
         ({"hidden_size": None}, "field 'hidden_size' is missing"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"intermediate_size": 100}, "mlp.down_proj.weight has shape (48, 96), expected shape (48, 100)"),
+        (
+            {"intermediate_size": 100},
+            "mlp.down_proj.weight has shape (48, 96), expected shape (48, 100)",
+        ),
         ({"num_hidden_layers": 3}, "lack 9 tensors, the first is model.layers.2."),
         ({"num_hidden_layers": 1}, "config.json has no place for it"),
     ],
@@ -391,7 +442,9 @@ def test_only_the_rotary_frequencies_may_be_left_over(tmp_path):
     save_file(whole | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}, path)
     assert torch.equal(load_model(tmp_path, CPU, torch.float32)(ids), expected)
     save_file(whole | {"model.layers.0.self_attn.q_norm.weight": torch.ones(6)}, path)
-    with pytest.raises(CheckpointError, match=r"tensor .*q_norm.weight has shape \(6,\), config.json has no place"):
+    with pytest.raises(
+        CheckpointError, match=r"tensor .*q_norm.weight has shape \(6,\), config.json has no place"
+    ):
         load_model(tmp_path, CPU, torch.float32)
 
 
@@ -407,7 +460,9 @@ def test_bad_weight_files_are_named(tmp_path):
     with pytest.raises(CheckpointError, match=f"missing {shards[0].name}, {shards[1].name}"):
         load_model(tmp_path, CPU, torch.float32)
     for unsafe in ("../x.safetensors", "/tmp/x.safetensors", "pytorch_model.bin"):
-        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": unsafe}}))
+        (tmp_path / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {"a": unsafe}})
+        )
         with pytest.raises(CheckpointError, match="not the plain name"):
             load_model(tmp_path, CPU, torch.float32)
 
@@ -439,7 +494,9 @@ def test_sentencepiece_and_fast_tokenizer_give_the_same_ids(tmp_path, model_fold
     texts = ["Title: blue lamp", "### User:\nHello\n\n### Assistant:\nYes", "naïve £5 ☃", ""]
     slow = Tokenizer(model_folder, 640)
     (tmp_path / "fast").mkdir()
-    LlamaTokenizerFast.from_pretrained(model_folder, legacy=True, add_bos_token=True).save_pretrained(tmp_path / "fast")
+    LlamaTokenizerFast.from_pretrained(
+        model_folder, legacy=True, add_bos_token=True
+    ).save_pretrained(tmp_path / "fast")
     (tmp_path / "fast" / "tokenizer.model").unlink(missing_ok=True)
     fast = Tokenizer(tmp_path / "fast", 640)
     assert fast.encode(texts) == slow.encode(texts)
@@ -459,7 +516,9 @@ def test_bad_tokenizers_are_named(tmp_path, model_folder):
     with pytest.raises(CheckpointError, match="not a tokenizer"):
         Tokenizer(tmp_path, 640)
     for size in (639, 1152):
-        with pytest.raises(CheckpointError, match=f"640 pieces, but the model's embedding has {size} rows"):
+        with pytest.raises(
+            CheckpointError, match=f"640 pieces, but the model's embedding has {size} rows"
+        ):
             Tokenizer(model_folder, size)
 
 
@@ -471,5 +530,8 @@ def test_the_real_llama2_tokenizer_equals_transformers():
     ours = Tokenizer(folder, 32000)
     theirs = LlamaTokenizer.from_pretrained(folder, legacy=True, add_bos_token=True)
     rows = (SHARED / "data" / "mind" / "news.tsv").read_text().splitlines()[:300]
-    texts = [row.split("\t")[3] for row in rows] + ["### User:\nx\n\n### Assistant:\nYes", "é ☃ \t tab"]
+    texts = [row.split("\t")[3] for row in rows] + [
+        "### User:\nx\n\n### Assistant:\nYes",
+        "é ☃ \t tab",
+    ]
     assert ours.encode(texts) == [theirs(text)["input_ids"] for text in texts]

@@ -11,15 +11,28 @@ from transformers import LlamaForCausalLM
 
 import lora
 from llama import load_model
-from lora import AdapterError, LoRAConfig, adapter_tensors, apply_lora, load_adapter, merge, save_adapter, unmerge
-from models.int8 import WAYS
+from lora import (
+    AdapterError,
+    LoRAConfig,
+    adapter_tensors,
+    apply_lora,
+    load_adapter,
+    merge,
+    save_adapter,
+    unmerge,
+)
+from ops.int8 import WAYS
 
 CPU = torch.device("cpu")
 IDS = torch.randint(3, 640, (2, 25), generator=torch.Generator().manual_seed(0))
 CONFIGS = [
     LoRAConfig(),
     LoRAConfig(r=3, alpha=32, dropout=0.0, targets=("gate_proj", "v_proj")),
-    LoRAConfig(r=16, alpha=8, targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")),
+    LoRAConfig(
+        r=16,
+        alpha=8,
+        targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    ),
 ]
 
 
@@ -57,7 +70,10 @@ def test_our_adapter_gives_the_same_logits_in_peft(tmp_path, folder, config):
 @pytest.mark.parametrize("config", CONFIGS)
 def test_a_peft_adapter_gives_the_same_logits_here(tmp_path, folder, config):
     options = LoraConfig(
-        r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=list(config.targets)
+        r=config.r,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=list(config.targets),
     )
     theirs = get_peft_model(LlamaForCausalLM.from_pretrained(folder), options).eval()
     for name, parameter in theirs.named_parameters():
@@ -66,7 +82,9 @@ def test_a_peft_adapter_gives_the_same_logits_here(tmp_path, folder, config):
     theirs.save_pretrained(tmp_path)
     model = load_model(folder, CPU, torch.float32)
     found = load_adapter(model, tmp_path)
-    assert found == LoRAConfig(config.r, config.alpha, config.dropout, tuple(sorted(config.targets)))
+    assert found == LoRAConfig(
+        config.r, config.alpha, config.dropout, tuple(sorted(config.targets))
+    )
     with torch.no_grad():
         assert (model.eval()(IDS) - theirs(IDS).logits).abs().max() < 1e-5
 
@@ -75,14 +93,18 @@ def test_gradients_equal_peft(tmp_path, folder):
     config = LoRAConfig(dropout=0.0)
     model = adapted(folder, config)
     save(model, tmp_path, config)
-    theirs = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(folder), tmp_path, is_trainable=True)
+    theirs = PeftModel.from_pretrained(
+        LlamaForCausalLM.from_pretrained(folder), tmp_path, is_trainable=True
+    )
     model(IDS).square().mean().backward()
     theirs(IDS).logits.square().mean().backward()
     wanted = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
     assert len(wanted) == 2 * 2 * 4
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            key = lora.PREFIX + name.replace("lora_A.", "lora_A.default.").replace("lora_B.", "lora_B.default.")
+            key = lora.PREFIX + name.replace("lora_A.", "lora_A.default.").replace(
+                "lora_B.", "lora_B.default."
+            )
             assert (parameter.grad - wanted[key]).abs().max() < 1e-5
         else:
             assert parameter.grad is None
@@ -175,7 +197,10 @@ NAME = lora.PREFIX + "model.layers.1.self_attn.q_proj.lora_B.weight"
         (lambda t: t.pop(NAME), f"tensor {NAME} is missing"),
         (lambda t: t.update(extra=torch.ones(2)), "tensor extra has no place"),
         (lambda t: t.update({NAME: torch.ones(48, 4)}), r"shape \(48, 4\), expected \(48, 8\)"),
-        (lambda t: t.update({n: torch.zeros_like(v) for n, v in t.items() if "lora_B" in n}), "every lora_B is zero"),
+        (
+            lambda t: t.update({n: torch.zeros_like(v) for n, v in t.items() if "lora_B" in n}),
+            "every lora_B is zero",
+        ),
     ],
 )
 def test_adapter_files_that_do_not_fit_are_refused(tmp_path, folder, change, message):
@@ -188,16 +213,34 @@ def test_adapter_files_that_do_not_fit_are_refused(tmp_path, folder, change, mes
 @pytest.mark.parametrize(
     ("base", "changes", "message"),
     [
-        ({"num_hidden_layers": 1}, {}, r"layers\.1\..* has no place in this model; was the adapter trained on another"),
-        ({"num_hidden_layers": 3}, {}, r"layers\.2\..* is missing; was the adapter trained on another model"),
-        ({"hidden_size": 64}, {}, r"has shape \(8, 48\), expected \(8, 64\); is it for another model or rank"),
+        (
+            {"num_hidden_layers": 1},
+            {},
+            r"layers\.1\..* has no place in this model; was the adapter trained on another",
+        ),
+        (
+            {"num_hidden_layers": 3},
+            {},
+            r"layers\.2\..* is missing; was the adapter trained on another model",
+        ),
+        (
+            {"hidden_size": 64},
+            {},
+            r"has shape \(8, 48\), expected \(8, 64\); is it for another model or rank",
+        ),
         ({}, {"r": 4}, r"has shape \(8, 48\), expected \(4, 48\); is it for another model or rank"),
         ({}, {"target_modules": ["q_proj"]}, r"k_proj.* has no place"),
-        ({}, {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"]}, r"up_proj.* is missing"),
+        (
+            {},
+            {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"]},
+            r"up_proj.* is missing",
+        ),
         ({}, {"target_modules": ["query_key_value"]}, r"'query_key_value' names no linear layer"),
     ],
 )
-def test_an_adapter_for_another_base_rank_or_targets_is_refused(tmp_path, folder, base, changes, message):
+def test_an_adapter_for_another_base_rank_or_targets_is_refused(
+    tmp_path, folder, base, changes, message
+):
     save(adapted(folder), tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))

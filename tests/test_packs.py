@@ -8,19 +8,11 @@ import torch
 from test_llama import random_ids
 from torch.nn.attention.flex_attention import flex_attention
 
-from llama import KVCache, decode, length_mask, load_model
-from models.packs import (
-    BLOCK,
-    SMALL_BLOCK,
-    Tree,
-    block_mask,
-    common_prefix,
-    fill_bins,
-    kernel_tiles,
-    pack_length,
-    pack_trees,
-    tree_rule,
-)
+from llama import load_model
+from ops.cache import KVCache
+from ops.masks import BLOCK, SMALL_BLOCK, block_mask, kernel_tiles, length_mask, tree_rule
+from ops.packs import Tree, common_prefix, fill_bins, pack_length, pack_trees
+from summarize import decode
 
 CPU = torch.device("cpu")
 
@@ -46,7 +38,9 @@ CASES = [(1, 1, 0), (1, 21, 300), (4, 2, 0), (6, 5, 100), (9, 2, 700), (30, 1, 4
 @pytest.mark.parametrize(("n", "branches", "trunk"), CASES)
 @pytest.mark.parametrize("first", [0, 70])
 @pytest.mark.parametrize(("training", "size"), [(True, BLOCK), (False, SMALL_BLOCK)])
-def test_the_block_mask_covers_the_rule_and_asks_it_where_it_must(n, branches, trunk, first, training, size):
+def test_the_block_mask_covers_the_rule_and_asks_it_where_it_must(
+    n, branches, trunk, first, training, size
+):
     (pack,) = pack_trees(long_trees(n, branches, trunk), 99999, pad_to=256)
     rows = torch.arange(len(pack.ids))
     seen = tree_rule(pack.ends)(None, None, rows[first:, None], rows[None])
@@ -54,7 +48,9 @@ def test_the_block_mask_covers_the_rule_and_asks_it_where_it_must(n, branches, t
         mask = block_mask(pack.ends, first)
     assert set(mask.BLOCK_SIZE) == {size}
     dense = torch.nn.functional.pad(seen, (0, 0, 0, -len(seen) % size))
-    tiles = dense.view(-1, size, len(rows) // size, size).transpose(1, 2)  # (blocks of queries, of keys, size, size)
+    tiles = dense.view(-1, size, len(rows) // size, size).transpose(
+        1, 2
+    )  # (blocks of queries, of keys, size, size)
     real = torch.nn.functional.pad(torch.ones_like(seen), (0, 0, 0, -len(seen) % size))
     real = real.view(-1, size, len(rows) // size, size).transpose(1, 2)
     asked, whole = torch.zeros(2, *tiles.shape[:2], dtype=torch.bool)
@@ -63,9 +59,15 @@ def test_the_block_mask_covers_the_rule_and_asks_it_where_it_must(n, branches, t
         for i in range(len(found)):
             found[i, order[0, 0, i, : number[0, 0, i]].long()] = True
     assert not (asked & whole).any()
-    assert (tiles.flatten(2).any(2) <= (asked | whole)).all()  # nothing is hidden that the rule shows
-    assert (asked | whole).sum() == tiles.flatten(2).any(2).sum()  # and nothing is looked at in vain
-    assert (whole == (tiles | ~real).flatten(2).all(2)).all()  # and the rule is asked only where it must be
+    assert (
+        tiles.flatten(2).any(2) <= (asked | whole)
+    ).all()  # nothing is hidden that the rule shows
+    assert (asked | whole).sum() == tiles.flatten(2).any(
+        2
+    ).sum()  # and nothing is looked at in vain
+    assert (
+        whole == (tiles | ~real).flatten(2).all(2)
+    ).all()  # and the rule is asked only where it must be
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -80,7 +82,9 @@ def test_flex_attention_with_the_block_mask_equals_the_dense_mask(training):
     assert (found - expected).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize(("dtype", "head", "keys"), [(torch.bfloat16, 128, 64), (torch.float32, 192, 16)])
+@pytest.mark.parametrize(
+    ("dtype", "head", "keys"), [(torch.bfloat16, 128, 64), (torch.float32, 192, 16)]
+)
 def test_tiles_of_small_blocks_take_the_memory_that_cards_have(dtype, head, keys):
     values = torch.empty(1, 2, 512, head, dtype=dtype)
     ends = torch.full((512,), 512)
@@ -117,7 +121,11 @@ def test_bins_are_as_full_as_any_choice_makes_them(seed):
     assert sorted(i for b in bins for i in b) == list(range(9))
     left = set(range(9))
     for b in bins:
-        sums = (sum(sizes[i] for i in c) for n in range(1, len(left) + 1) for c in itertools.combinations(left, n))
+        sums = (
+            sum(sizes[i] for i in c)
+            for n in range(1, len(left) + 1)
+            for c in itertools.combinations(left, n)
+        )
         assert sum(sizes[i] for i in b) == max(s for s in sums if s <= room)
         left -= set(b)
 

@@ -29,9 +29,15 @@ def write_rows(path, rows):
 
 
 def write_mind(folder, behaviors, n_news=12, news=()):
-    rows = [[f"N{n}", "news", "local", f"Title {n}", f"About {n}", "", "[]", "[]"] for n in range(n_news)]
+    rows = [
+        [f"N{n}", "news", "local", f"Title {n}", f"About {n}", "", "[]", "[]"]
+        for n in range(n_news)
+    ]
     write_rows(folder / "news.tsv", [*rows, *news])
-    rows = [[str(n), user, "11/12/2019 2:14:46 PM", *rest] for n, (user, *rest) in enumerate(behaviors, 1)]
+    rows = [
+        [str(n), user, "11/12/2019 2:14:46 PM", *rest]
+        for n, (user, *rest) in enumerate(behaviors, 1)
+    ]
     write_rows(folder / "behaviors.tsv", rows)
     return folder
 
@@ -40,7 +46,14 @@ def write_games(folder, inter, item=None):
     write_rows(folder / "g.inter", inter)
     rows = [["item_id:token", "title:token_seq"], *([str(n), f"Game {n}"] for n in range(12))]
     write_rows(folder / "g.item", item or rows)
-    return ["--inter", str(folder / "g.inter"), "--item", str(folder / "g.item"), "--domain", "products"]
+    return [
+        "--inter",
+        str(folder / "g.inter"),
+        "--item",
+        str(folder / "g.item"),
+        "--domain",
+        "products",
+    ]
 
 
 def write_amazon(folder, n_products, n_sessions, locales=("UK", "DE"), description=40, seed=0):
@@ -52,7 +65,18 @@ def write_amazon(folder, n_products, n_sessions, locales=("UK", "DE"), descripti
         write(amazon_m2.PRODUCTS)
         for n in range(n_products):
             text = "Holds &amp; pours, " * (description // 18)
-            row = [f"B{n:09}", locales[n % len(locales)], f'Jug "{n}"\nlarge', 9.5, "Acme", "", "1 l", "", "Tin", ""]
+            row = [
+                f"B{n:09}",
+                locales[n % len(locales)],
+                f'Jug "{n}"\nlarge',
+                9.5,
+                "Acme",
+                "",
+                "1 l",
+                "",
+                "Tin",
+                "",
+            ]
             write([*row, text])
     with open(folder / "sessions_train.csv", "w", newline="", encoding="utf-8") as file:
         write = csv.writer(file).writerow
@@ -61,8 +85,12 @@ def write_amazon(folder, n_products, n_sessions, locales=("UK", "DE"), descripti
             length = rng.randint(10, 25) if rng.random() < 0.2 else rng.randint(1, 4)
             kind = n % len(locales)
             spread = n_products // len(locales)
-            *items, target = (f"B{int(rng.random() * spread) * len(locales) + kind:09}" for _ in range(length + 1))
-            lines = [" ".join(f"'{item}'" for item in items[k : k + 5]) for k in range(0, length, 5)]
+            *items, target = (
+                f"B{int(rng.random() * spread) * len(locales) + kind:09}" for _ in range(length + 1)
+            )
+            lines = [
+                " ".join(f"'{item}'" for item in items[k : k + 5]) for k in range(0, length, 5)
+            ]
             write(["[" + "\n ".join(lines) + "]", target, locales[kind]])
     return folder
 
@@ -117,7 +145,9 @@ def test_mind_takes_a_users_first_row_and_counts_each_filter(tmp_path, capsys):
     assert "Read 12 rows of news.tsv and 8 rows of behaviors.tsv; dropped:" in printed
     assert "          2  history too short" in printed
     assert "1 train, 1 val, 1 test users" in printed
-    assert printed.endswith(f"python summarize.py --data {out} --model DIR_OR_HUB_ID --run runs/out\n")
+    assert printed.endswith(
+        f"python summarize.py --data {out} --model DIR_OR_HUB_ID --run runs/out\n"
+    )
 
 
 def test_mind_items_are_those_mentioned_in_catalogue_order_with_entities_decoded(tmp_path):
@@ -130,10 +160,17 @@ def test_mind_items_are_those_mentioned_in_catalogue_order_with_entities_decoded
     raw = write_mind(tmp_path / "raw", behaviors, n_news=3, news=news)
     out = prepared(mind, "--raw", raw, "--out", tmp_path / "out", *arguments)
     items = read(out, "items")
-    assert [item["id"] for item in items] == [i for i in ("N0", "N1", "N2", "N12", "N13") if i in str(examples(out))]
+    assert [item["id"] for item in items] == [
+        i for i in ("N0", "N1", "N2", "N12", "N13") if i in str(examples(out))
+    ]
     assert items[0] == {
         "id": "N0",
-        "attributes": {"Category": "news", "SubCategory": "local", "Title": "Title 0", "Abstract": "About 0"},
+        "attributes": {
+            "Category": "news",
+            "SubCategory": "local",
+            "Title": "Title 0",
+            "Abstract": "About 0",
+        },
     }
     food = next(item for item in items if item["id"] == "N12")
     assert food["attributes"] == {"Category": "food", "Title": "Fish & chips <3"}
@@ -141,13 +178,25 @@ def test_mind_items_are_those_mentioned_in_catalogue_order_with_entities_decoded
 
 def test_mind_meta_is_whole_and_has_no_paths(tmp_path):
     raw = write_mind(tmp_path / "raw", [(f"u{n}", "N0 N1 N2", "") for n in range(30)])
-    out = prepared(mind, "--raw", raw, "--out", tmp_path / "out", *SMALL, "--users", "24", "--seed", "7")
+    out = prepared(
+        mind, "--raw", raw, "--out", tmp_path / "out", *SMALL, "--users", "24", "--seed", "7"
+    )
     n_items = len(read(out, "items"))
     sources = [
-        {"file": name, "sha256": hashlib.sha256((raw / name).read_bytes()).hexdigest(), "rows": rows}
+        {
+            "file": name,
+            "sha256": hashlib.sha256((raw / name).read_bytes()).hexdigest(),
+            "rows": rows,
+        }
         for name, rows in (("news.tsv", 12), ("behaviors.tsv", 30))
     ]
-    settings = {"users": 24, "min_history": 2, "max_history": 3, "drop_unknown": False, "train_negatives": 1}
+    settings = {
+        "users": 24,
+        "min_history": 2,
+        "max_history": 3,
+        "drop_unknown": False,
+        "train_negatives": 1,
+    }
     settings |= {"eval_negatives": 2, "negatives": "uniform", "target": "history"}
     dropped = dict.fromkeys(meta(out)["dropped"], 0) | {"users beyond --users": 6}
     assert meta(out) == {
@@ -168,18 +217,28 @@ def test_unknown_ids_are_an_error_or_dropped_and_counted(tmp_path):
     news = [["N20", "", "", " ", "", "", "[]", "[]"]]
     behaviors = [(user, "N0 N77 N1 N20 N2 N78", "") for user in "abc"]
     raw = write_mind(tmp_path / "raw", [*behaviors, ("d", "N0 N1 N78", "")], news=news)
-    with pytest.raises(InputError, match=r"behaviors.tsv:1: item 'N77' is not in the catalogue; --drop-unknown drops"):
+    with pytest.raises(
+        InputError,
+        match=r"behaviors.tsv:1: item 'N77' is not in the catalogue; --drop-unknown drops",
+    ):
         prepared(mind, "--raw", raw, "--out", tmp_path / "no", *SMALL)
     assert not (tmp_path / "no").exists()
     out = prepared(mind, "--raw", raw, "--out", tmp_path / "out", *SMALL, "--drop-unknown")
-    assert all(e["history"] == ["N0", "N1"] and e["positive"] == "N2" for e in examples(out).values())
+    assert all(
+        e["history"] == ["N0", "N1"] and e["positive"] == "N2" for e in examples(out).values()
+    )
     dropped = meta(out)["dropped"]
     assert (dropped["unknown ids in histories"], dropped["history too short"]) == (10, 1)
 
 
 def test_an_item_without_text_is_like_an_unknown_one(tmp_path):
-    raw = write_mind(tmp_path / "raw", [("a", "N20 N0 N1", "")], news=[["N20", "", "", " ", "", "", "[]", "[]"]])
-    with pytest.raises(InputError, match=r"behaviors.tsv:1: item 'N20' has no text in the catalogue; --drop-unknown"):
+    raw = write_mind(
+        tmp_path / "raw", [("a", "N20 N0 N1", "")], news=[["N20", "", "", " ", "", "", "[]", "[]"]]
+    )
+    with pytest.raises(
+        InputError,
+        match=r"behaviors.tsv:1: item 'N20' has no text in the catalogue; --drop-unknown",
+    ):
         prepared(mind, "--raw", raw, "--out", tmp_path / "out", *SMALL)
 
 
@@ -194,7 +253,15 @@ def test_mind_impressions_give_target_and_negatives(tmp_path):
         ("d", "N1 N2", "N6-1 N5-0 N7-0 N8-0"),
     ]
     raw = write_mind(tmp_path / "raw", behaviors)
-    arguments = [*SMALL, "--eval-negatives", "3", "--train-negatives", "3", "--target", "impressions"]
+    arguments = [
+        *SMALL,
+        "--eval-negatives",
+        "3",
+        "--train-negatives",
+        "3",
+        "--target",
+        "impressions",
+    ]
     out = prepared(mind, "--raw", raw, "--out", tmp_path / "out", *arguments)
     found = examples(out)
     assert {user: (e["history"], e["positive"]) for user, e in found.items()} == {
@@ -231,7 +298,19 @@ def amazon_rows(folder, products, sessions):
 
 
 def product(item, locale="UK", title="Jug"):
-    return [item, locale, title, "9.99", "Acme", "red", "1 l", "M&quot;1", "tin", "Ann", "Holds, pours\nand stands"]
+    return [
+        item,
+        locale,
+        title,
+        "9.99",
+        "Acme",
+        "red",
+        "1 l",
+        "M&quot;1",
+        "tin",
+        "Ann",
+        "Holds, pours\nand stands",
+    ]
 
 
 def test_amazon_examples_exact(tmp_path):
@@ -265,7 +344,9 @@ def test_amazon_examples_exact(tmp_path):
 def test_amazon_unknown_target_drops_the_user(tmp_path):
     sessions = [["['B0' 'B1']", target, "UK"] for target in ("B2", "B3", "B4", "B99")]
     raw = amazon_rows(tmp_path / "raw", [product(f"B{n}") for n in range(8)], sessions)
-    with pytest.raises(InputError, match=r"sessions_train.csv:5: item 'B99' is not in the catalogue"):
+    with pytest.raises(
+        InputError, match=r"sessions_train.csv:5: item 'B99' is not in the catalogue"
+    ):
         prepared(amazon_m2, "--raw", raw, "--out", tmp_path / "out", *SMALL)
     out = prepared(amazon_m2, "--raw", raw, "--out", tmp_path / "out", *SMALL, "--drop-unknown")
     assert sorted(examples(out)) == ["UK-1", "UK-2", "UK-3"]
@@ -277,7 +358,9 @@ def test_amazon_holds_no_texts_but_those_it_writes(tmp_path):
     for description in (40, 4000):
         raw = write_amazon(tmp_path / f"raw{description}", 2000, 500, description=description)
         tracemalloc.start()
-        out = prepared(amazon_m2, "--raw", raw, "--out", tmp_path / f"out{description}", "--users", "12")
+        out = prepared(
+            amazon_m2, "--raw", raw, "--out", tmp_path / f"out{description}", "--users", "12"
+        )
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         sizes.append((raw / "products_train.csv").stat().st_size)
@@ -295,24 +378,45 @@ EVENT_HEADER = ["user_id:token", "item_id:token", "timestamp:float"]
 
 
 def test_recbole_sessions_exact(tmp_path, capsys):
-    inter = [SESSION_HEADER, ["0", "1 2", "3"], ["7", "4 5 6", "7"], ["0", "8 9", "7"], ["8", "1 2", "9"]]
-    item = [["item_id:token", "title:token_seq", "release_year:float", "brand:token", "v:float_seq"]]
-    item += [[str(n), f"Game &#39;{n}&#39;", "1999", "" if n == 1 else "Acme", "0.1 0.2"] for n in range(10)]
+    inter = [
+        SESSION_HEADER,
+        ["0", "1 2", "3"],
+        ["7", "4 5 6", "7"],
+        ["0", "8 9", "7"],
+        ["8", "1 2", "9"],
+    ]
+    item = [
+        ["item_id:token", "title:token_seq", "release_year:float", "brand:token", "v:float_seq"]
+    ]
+    item += [
+        [str(n), f"Game &#39;{n}&#39;", "1999", "" if n == 1 else "Acme", "0.1 0.2"]
+        for n in range(10)
+    ]
     out = prepared(recbole, *write_games(tmp_path, inter, item), "--out", tmp_path / "out", *SMALL)
     found = {user: (e["history"], e["positive"]) for user, e in examples(out).items()}
     assert found == {"0": (["1", "2"], "3"), "7": (["4", "5", "6"], "7"), "8": (["1", "2"], "9")}
     assert meta(out)["dropped"]["rows of a user already taken"] == 1
     items = {item["id"]: item["attributes"] for item in read(out, "items")}
     assert items["1"] == {"Title": "Game '1'", "Release year": "1999"}
-    assert list(items["2"].items()) == [("Title", "Game '2'"), ("Release year", "1999"), ("Brand", "Acme")]
+    assert list(items["2"].items()) == [
+        ("Title", "Game '2'"),
+        ("Release year", "1999"),
+        ("Brand", "Acme"),
+    ]
     assert (meta(out)["domain"], meta(out)["attributes"]) == ("products", 3)
-    assert capsys.readouterr().out.startswith("Left out of the items' texts: v:float_seq\nItems from ")
+    assert capsys.readouterr().out.startswith(
+        "Left out of the items' texts: v:float_seq\nItems from "
+    )
 
 
 def test_recbole_events_are_sorted_by_time_and_the_last_is_the_target(tmp_path):
     times = {"a": "5 1 3", "b": "2 2 2", "c": "1e3 -4 7.5"}
-    rows = [[user, str(n), time] for user, text in times.items() for n, time in enumerate(text.split())]
-    out = prepared(recbole, *write_games(tmp_path, [EVENT_HEADER, *rows]), "--out", tmp_path / "out", *SMALL)
+    rows = [
+        [user, str(n), time] for user, text in times.items() for n, time in enumerate(text.split())
+    ]
+    out = prepared(
+        recbole, *write_games(tmp_path, [EVENT_HEADER, *rows]), "--out", tmp_path / "out", *SMALL
+    )
     found = {user: (e["history"], e["positive"]) for user, e in examples(out).items()}
     assert found == {"a": (["1", "2"], "0"), "b": (["0", "1"], "2"), "c": (["1", "2"], "0")}
 
@@ -320,7 +424,13 @@ def test_recbole_events_are_sorted_by_time_and_the_last_is_the_target(tmp_path):
 def test_recbole_unknown_event_names_its_own_line(tmp_path):
     rows = [["a", "1", "3"], ["b", "2", "1"], ["a", "99", "1"], ["a", "2", "2"]]
     with pytest.raises(InputError, match=r"g.inter:4: item '99' is not in the catalogue"):
-        prepared(recbole, *write_games(tmp_path, [EVENT_HEADER, *rows]), "--out", tmp_path / "out", *SMALL)
+        prepared(
+            recbole,
+            *write_games(tmp_path, [EVENT_HEADER, *rows]),
+            "--out",
+            tmp_path / "out",
+            *SMALL,
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -356,7 +466,9 @@ def test_negatives_are_new_distinct_and_uniform():
     assert set(counts) == set(items[3:])
     assert all(abs(n / 12000 - 1 / 7) < 0.015 for n in counts.values())
     session = Session([""], "u", ["i0"], "i2")
-    assert draw_negatives(0, session, items, range(1, 11), 3) == draw_negatives(0, session, items, range(1, 11), 3)
+    assert draw_negatives(0, session, items, range(1, 11), 3) == draw_negatives(
+        0, session, items, range(1, 11), 3
+    )
     assert sorted(draw_negatives(0, session, items, range(1, 11), 8)) == ["i1", *items[3:]]
     with pytest.raises(InputError, match=r"user 'u': only 8 items can be negatives, 9 are needed"):
         draw_negatives(0, session, items, range(1, 11), 9)
@@ -366,7 +478,9 @@ def test_popular_negatives_follow_how_often_items_were_chosen():
     # Of 6000 users 3600 chose w, 1200 x and 1200 y; nobody chose z.
     chosen = ["w"] * 6 + ["x", "x", "y", "y"]
     sessions = [Session([""], f"u{n}", [chosen[n % 10], f"h{n}"], f"t{n}") for n in range(6000)]
-    known = dict.fromkeys(["z", "w", "x", "y", *(f"{kind}{n}" for n in range(6000) for kind in "ht")], True)
+    known = dict.fromkeys(
+        ["z", "w", "x", "y", *(f"{kind}{n}" for n in range(6000) for kind in "ht")], True
+    )
     args = Namespace(seed=0, negatives="popular", train_negatives=1, eval_negatives=1)
     splits = make_splits(sessions, known, args)
     of_y = Counter(e["negatives"][0] for e in splits["train"] if e["history"][0] == "y")
@@ -377,16 +491,25 @@ def test_popular_negatives_follow_how_often_items_were_chosen():
     assert of_y["y"] == of_y["z"] == 0
     weights = list(accumulate([1, 8, 1]))
     first = Counter(
-        draw_negatives(0, Session([""], str(n), [], "a"), ["a", "b", "c"], weights, 1)[0] for n in range(3000)
+        draw_negatives(0, Session([""], str(n), [], "a"), ["a", "b", "c"], weights, 1)[0]
+        for n in range(3000)
     )
     assert abs(first["b"] / 3000 - 8 / 9) < 0.02
 
 
 def test_popular_negatives_from_the_command(tmp_path):
-    raw = write_mind(tmp_path / "raw", [(f"u{n}", f"N{n % 3} N3 N{4 + n % 2}", "") for n in range(24)], n_news=30)
+    raw = write_mind(
+        tmp_path / "raw", [(f"u{n}", f"N{n % 3} N3 N{4 + n % 2}", "") for n in range(24)], n_news=30
+    )
     arguments = [*SMALL, "--negatives", "popular"]
     out = prepared(mind, "--raw", raw, "--out", tmp_path / "out", *arguments)
-    assert {i for e in examples(out).values() for i in e["negatives"]} == {"N0", "N1", "N2", "N4", "N5"}
+    assert {i for e in examples(out).values() for i in e["negatives"]} == {
+        "N0",
+        "N1",
+        "N2",
+        "N4",
+        "N5",
+    }
     assert [item["id"] for item in read(out, "items")] == ["N0", "N1", "N2", "N3", "N4", "N5"]
 
 
@@ -398,7 +521,13 @@ def test_reruns_are_byte_identical_and_seeds_differ(tmp_path, negatives):
         arguments = ["--users", "24", "--negatives", negatives, "--seed", seed]
         out = prepared(amazon_m2, "--raw", raw, "--out", tmp_path / name, *arguments)
         contents.append({path.name: path.read_bytes() for path in sorted(out.iterdir())})
-    assert sorted(contents[0]) == ["items.jsonl", "meta.json", "test.jsonl", "train.jsonl", "val.jsonl"]
+    assert sorted(contents[0]) == [
+        "items.jsonl",
+        "meta.json",
+        "test.jsonl",
+        "train.jsonl",
+        "val.jsonl",
+    ]
     assert contents[0] == contents[1]
     assert contents[0]["train.jsonl"] != contents[2]["train.jsonl"]
     assert str(tmp_path) not in contents[0]["meta.json"].decode()
@@ -429,7 +558,9 @@ def test_save_dataset_writes_meta_last(tmp_path):
         yield {"id": "a", "attributes": {"Title": "é\n"}}
         yield {"id": "b", "attributes": {"Title": "x", "Brand": "y"}}
 
-    saved = save_dataset(tmp_path, {"train": [example], "val": [], "test": []}, items(), {"domain": "news"})
+    saved = save_dataset(
+        tmp_path, {"train": [example], "val": [], "test": []}, items(), {"domain": "news"}
+    )
     assert saved == {
         "domain": "news",
         "examples": {"train": 1, "val": 0, "test": 0},
@@ -441,7 +572,11 @@ def test_save_dataset_writes_meta_last(tmp_path):
     assert saved == meta(tmp_path)
     line = '{"user": "ü", "history": ["a", "b"], "positive": "c", "negatives": ["d"]}\n'
     assert (tmp_path / "train.jsonl").read_text("utf-8") == line
-    assert (tmp_path / "items.jsonl").read_text("utf-8").startswith('{"id": "a", "attributes": {"Title": "é\\n"}}\n')
+    assert (
+        (tmp_path / "items.jsonl")
+        .read_text("utf-8")
+        .startswith('{"id": "a", "attributes": {"Title": "é\\n"}}\n')
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -456,14 +591,34 @@ GOOD = [(user, "N0 N1 N2", "N3-1 N4-0 N5-0") for user in "abc"]
         ("news.tsv", None, r"news.tsv: no such file"),
         ("behaviors.tsv", None, r"behaviors.tsv: no such file"),
         ("news.tsv", lambda b: b"", r"news.tsv: no item with a text in it"),
-        ("news.tsv", lambda b: b + b"N99\tnews\tlo", r"news.tsv:13: 3 columns, expected 8 \(id, category, .*whole\?"),
+        (
+            "news.tsv",
+            lambda b: b + b"N99\tnews\tlo",
+            r"news.tsv:13: 3 columns, expected 8 \(id, category, .*whole\?",
+        ),
         ("news.tsv", lambda b: b + b.splitlines(True)[1], r"news.tsv:13: item 'N1' is there twice"),
         ("news.tsv", lambda b: b + b[2:].splitlines(True)[0], r"news.tsv:13: item '' is no id"),
         ("news.tsv", lambda b: b.replace(b"Title 3", b"Caf\xe9"), r"news.tsv:4: not UTF-8 text"),
-        ("behaviors.tsv", lambda b: b[:-40], r"behaviors.tsv:3: 3 columns, expected 5 \(impression id, user, "),
-        ("behaviors.tsv", lambda b: b"", r"behaviors.tsv: 0 users left, at least 3 are needed \(nothing dropped\)"),
-        ("behaviors.tsv", lambda b: b.replace(b"N0 N1", b"N0"), r"0 users left, .*\(history too short 3\); loosen"),
-        ("behaviors.tsv", lambda b: b"".join(b.splitlines(True)[:2]), r"2 users left, at least 3 are needed"),
+        (
+            "behaviors.tsv",
+            lambda b: b[:-40],
+            r"behaviors.tsv:3: 3 columns, expected 5 \(impression id, user, ",
+        ),
+        (
+            "behaviors.tsv",
+            lambda b: b"",
+            r"behaviors.tsv: 0 users left, at least 3 are needed \(nothing dropped\)",
+        ),
+        (
+            "behaviors.tsv",
+            lambda b: b.replace(b"N0 N1", b"N0"),
+            r"0 users left, .*\(history too short 3\); loosen",
+        ),
+        (
+            "behaviors.tsv",
+            lambda b: b"".join(b.splitlines(True)[:2]),
+            r"2 users left, at least 3 are needed",
+        ),
     ],
 )
 def test_mind_bad_input(tmp_path, name, change, message):
@@ -479,7 +634,10 @@ def test_mind_bad_input(tmp_path, name, change, message):
 @pytest.mark.parametrize("token", ["N5", "N5-2", "-1", "N5-"])
 def test_mind_bad_impression(tmp_path, token):
     raw = write_mind(tmp_path / "raw", [*GOOD, ("d", "N0 N1", f"N1-0 {token}")])
-    with pytest.raises(InputError, match=rf"behaviors.tsv:4: column 'impressions': '{token}' does not end in -0 or -1"):
+    with pytest.raises(
+        InputError,
+        match=rf"behaviors.tsv:4: column 'impressions': '{token}' does not end in -0 or -1",
+    ):
         prepared(mind, "--raw", raw, "--out", tmp_path / "out", "--target", "impressions", *SMALL)
 
 
@@ -487,8 +645,14 @@ def test_mind_bad_impression(tmp_path, token):
     ("flags", "message"),
     [
         (["--min-history", "4"], r"--min-history 4 is above --max-history 3"),
-        (["--eval-negatives", "10"], r"user '.': only 9 items can be negatives, 10 are needed; lower --train"),
-        (["--target", "impressions", "--negatives", "popular"], r"--negatives popular has no use with --target impr"),
+        (
+            ["--eval-negatives", "10"],
+            r"user '.': only 9 items can be negatives, 10 are needed; lower --train",
+        ),
+        (
+            ["--target", "impressions", "--negatives", "popular"],
+            r"--negatives popular has no use with --target impr",
+        ),
         (["--users", "2"], r"2 users left, at least 3 are needed \(users beyond --users 1\)"),
     ],
 )
@@ -504,15 +668,60 @@ def test_flags_that_cannot_be(tmp_path, flags, message):
 @pytest.mark.parametrize(
     ("name", "old", "new", "message"),
     [
-        ("products", "locale,title", "locale,name", r"products_train.csv:1: no column 'title'; expected id, locale, "),
-        ("sessions", "next_item", "next", r"sessions_train.csv:1: no column 'next_item'; .*found prev_items, next, lo"),
-        ("products", "UK", "JP", r"products_train.csv: no row of locale 'UK'; found DE, JP; choose another --locale"),
-        ("sessions", "UK", "FR", r"sessions_train.csv: no row of locale 'UK'; found DE, FR; choose another --locale"),
-        ("sessions", "'B0' 'B1'", "'B0' B1", r"sessions_train.csv:4: column 'prev_items': \"\['B0' B1\]\" is no list"),
-        ("sessions", "['B0' 'B1']", "B0 B1", r"sessions_train.csv:4: column 'prev_items': 'B0 B1' is no list like"),
-        ("sessions", "['B0' 'B1']", "\"['B0', 'B1']\"", r"sessions_train.csv:4: column 'prev_items': .* is no list"),
-        ("sessions", "'B1'],B2", "'B1']", r"sessions_train.csv:4: 2 columns, expected 3 \(prev_items, next_item, "),
-        ("products", 'stands"', "", r"products_train.csv:\d+: not comma-separated text \(.*\); is the file whole\?"),
+        (
+            "products",
+            "locale,title",
+            "locale,name",
+            r"products_train.csv:1: no column 'title'; expected id, locale, ",
+        ),
+        (
+            "sessions",
+            "next_item",
+            "next",
+            r"sessions_train.csv:1: no column 'next_item'; .*found prev_items, next, lo",
+        ),
+        (
+            "products",
+            "UK",
+            "JP",
+            r"products_train.csv: no row of locale 'UK'; found DE, JP; choose another --locale",
+        ),
+        (
+            "sessions",
+            "UK",
+            "FR",
+            r"sessions_train.csv: no row of locale 'UK'; found DE, FR; choose another --locale",
+        ),
+        (
+            "sessions",
+            "'B0' 'B1'",
+            "'B0' B1",
+            r"sessions_train.csv:4: column 'prev_items': \"\['B0' B1\]\" is no list",
+        ),
+        (
+            "sessions",
+            "['B0' 'B1']",
+            "B0 B1",
+            r"sessions_train.csv:4: column 'prev_items': 'B0 B1' is no list like",
+        ),
+        (
+            "sessions",
+            "['B0' 'B1']",
+            "\"['B0', 'B1']\"",
+            r"sessions_train.csv:4: column 'prev_items': .* is no list",
+        ),
+        (
+            "sessions",
+            "'B1'],B2",
+            "'B1']",
+            r"sessions_train.csv:4: 2 columns, expected 3 \(prev_items, next_item, ",
+        ),
+        (
+            "products",
+            'stands"',
+            "",
+            r"products_train.csv:\d+: not comma-separated text \(.*\); is the file whole\?",
+        ),
         ("products", "B1,UK", "B0,UK", r"products_train.csv:4: item 'B0' is there twice"),
     ],
 )
@@ -531,26 +740,66 @@ def test_amazon_bad_input(tmp_path, name, old, new, message):
 
 def test_amazon_without_rows(tmp_path):
     raw = amazon_rows(tmp_path / "raw", [], [])
-    with pytest.raises(InputError, match=r"products_train.csv: no row of locale 'UK'; found no row at all"):
+    with pytest.raises(
+        InputError, match=r"products_train.csv: no row of locale 'UK'; found no row at all"
+    ):
         prepared(amazon_m2, "--raw", raw, "--out", tmp_path / "out")
     (raw / "products_train.csv").write_text("")
-    with pytest.raises(InputError, match=r"products_train.csv:1: no column 'id'; expected .*, found an empty file"):
+    with pytest.raises(
+        InputError, match=r"products_train.csv:1: no column 'id'; expected .*, found an empty file"
+    ):
         prepared(amazon_m2, "--raw", raw, "--out", tmp_path / "out")
 
 
 @pytest.mark.parametrize(
     ("inter", "item", "message"),
     [
-        ([["user_id", "item_id:token"]], None, r"g.inter:1: column 'user_id' is not name:type with a type of token, "),
-        ([["user_id:token", "item_id:token"]], None, r"g.inter:1: no column 'timestamp'; found user_id:token, item_id"),
+        (
+            [["user_id", "item_id:token"]],
+            None,
+            r"g.inter:1: column 'user_id' is not name:type with a type of token, ",
+        ),
+        (
+            [["user_id:token", "item_id:token"]],
+            None,
+            r"g.inter:1: no column 'timestamp'; found user_id:token, item_id",
+        ),
         ([["item_id_list:token_seq", "item_id:token"]], None, r"g.inter:1: no column 'user_id'"),
-        ([SESSION_HEADER, ["0", "1 2"]], None, r"g.inter:2: 2 columns, expected 3 \(user_id:token, item_id_list:"),
-        ([EVENT_HEADER, ["0", "1", "noon"]], None, r"g.inter:2: column 'timestamp': 'noon' is no number"),
-        ([EVENT_HEADER, ["0", "1", "nan"]], None, r"g.inter:2: column 'timestamp': 'nan' is no number"),
-        ([SESSION_HEADER], [["title:token_seq"]], r"g.item:1: no column 'item_id'; found title:token_seq"),
-        ([SESSION_HEADER + SESSION_HEADER[:1]], None, r"g.inter:1: two columns of one name among user_id:token, item_"),
-        ([SESSION_HEADER], [["item_id:token", "title:text"]], r"g.item:1: column 'title:text' is not name:type"),
-        ([SESSION_HEADER], [["item_id:token", "title:token_seq"]], r"g.item: no item with a text in it"),
+        (
+            [SESSION_HEADER, ["0", "1 2"]],
+            None,
+            r"g.inter:2: 2 columns, expected 3 \(user_id:token, item_id_list:",
+        ),
+        (
+            [EVENT_HEADER, ["0", "1", "noon"]],
+            None,
+            r"g.inter:2: column 'timestamp': 'noon' is no number",
+        ),
+        (
+            [EVENT_HEADER, ["0", "1", "nan"]],
+            None,
+            r"g.inter:2: column 'timestamp': 'nan' is no number",
+        ),
+        (
+            [SESSION_HEADER],
+            [["title:token_seq"]],
+            r"g.item:1: no column 'item_id'; found title:token_seq",
+        ),
+        (
+            [SESSION_HEADER + SESSION_HEADER[:1]],
+            None,
+            r"g.inter:1: two columns of one name among user_id:token, item_",
+        ),
+        (
+            [SESSION_HEADER],
+            [["item_id:token", "title:text"]],
+            r"g.item:1: column 'title:text' is not name:type",
+        ),
+        (
+            [SESSION_HEADER],
+            [["item_id:token", "title:token_seq"]],
+            r"g.item: no item with a text in it",
+        ),
     ],
 )
 def test_recbole_bad_input(tmp_path, inter, item, message):
@@ -559,7 +808,15 @@ def test_recbole_bad_input(tmp_path, inter, item, message):
 
 
 def test_a_mistake_is_one_line_and_status_2(tmp_path):
-    command = [sys.executable, "-m", "prepare.mind", "--raw", str(tmp_path), "--out", str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        "-m",
+        "prepare.mind",
+        "--raw",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert done.stderr == f"mind: {tmp_path}/news.tsv: no such file\n"
@@ -583,13 +840,22 @@ def test_real_mind(tmp_path):
 @needs_shared
 def test_real_games(tmp_path):
     folder = SHARED / "data/games"
-    arguments = ["--inter", folder / "games.inter", "--item", folder / "games.item", "--domain", "products"]
+    arguments = [
+        "--inter",
+        folder / "games.inter",
+        "--item",
+        folder / "games.item",
+        "--domain",
+        "products",
+    ]
     out = prepared(recbole, *arguments, "--out", tmp_path / "out")
     assert meta(out)["examples"] == {"train": 3490, "val": 349, "test": 349}
     assert list(meta(out)["dropped"].values()) == [0, 0, 0, 20381, 704, 0, 0]
     items = (out / "items.jsonl").read_text("utf-8")
     assert "&amp;" not in items
-    assert '{"id": "11", "attributes": {"Title": "Phantasy Star Online, Episode I & II"}}\n' in items
+    assert (
+        '{"id": "11", "attributes": {"Title": "Phantasy Star Online, Episode I & II"}}\n' in items
+    )
     _, texts, loaded = load_dataset(out, SPLITS)
     assert len(texts) == meta(out)["items"] == 15678
     assert all(10 <= len(e.history) <= 25 for split in SPLITS for e in loaded[split])

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 from conftest import run, write_dataset
 
-from prepare.dataset import read_json, write_json
+from files.jsonl import read_json, write_json
 from runfolder import compare, page, plots, show
 from trsr import InputError
 
@@ -25,13 +25,28 @@ def runs(tmp_path_factory, model_folder):
         item["attributes"]["Title"] += f" {NASTY}"
     (data / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     common = ("--data", data, "--model", model_folder)
-    run("summarize.py", *common, "--run", parent / "one", "--max-new-tokens", 12, "--paradigm", "recurrent")
+    run(
+        "summarize.py",
+        *common,
+        "--run",
+        parent / "one",
+        "--max-new-tokens",
+        12,
+        "--paradigm",
+        "recurrent",
+    )
     shutil.copytree(parent / "one", parent / "two")
-    for name, more in (("one", ()), ("two", ("--history-items", 1)), ("three", ("--paradigm", "recent-only"))):
+    for name, more in (
+        ("one", ()),
+        ("two", ("--history-items", 1)),
+        ("three", ("--paradigm", "recent-only")),
+    ):
         run("train.py", *common, "--run", parent / name, "--epochs", 2, "--batch-size", 8, *more)
         run("evaluate.py", "--run", parent / name, "--k", 1, 3)
     run("evaluate.py", "--run", parent / "one", "--k", 1, 3, "--untrained")
-    assert "report.html" in run("evaluate.py", "--run", parent / "one", "--k", 1, 3, "--report").stdout
+    assert (
+        "report.html" in run("evaluate.py", "--run", parent / "one", "--k", 1, 3, "--report").stdout
+    )
     return parent
 
 
@@ -57,7 +72,12 @@ def test_the_page_is_one_sound_file_and_escapes_all_texts(runs):
     parsed = Page(text)
     assert parsed.open == []
     assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in parsed.tags}
-    assert not any(value.startswith(("http", "//")) for _, attrs in parsed.tags for value in attrs.values() if value)
+    assert not any(
+        value.startswith(("http", "//"))
+        for _, attrs in parsed.tags
+        for value in attrs.values()
+        if value
+    )
     assert NASTY not in text
     assert html.escape(NASTY) in text
 
@@ -105,7 +125,12 @@ def test_the_page_shows_results_curves_and_users(runs):
     results = read_json(runs / "one/results.json")
     for row in ("random", "popularity", "trained"):
         assert f"{results['table'][row]['Recall@3']['mean']:.4f}" in text
-    for title in ("Training loss", "Validation", "By recent items in the prompt", "Longest prompt of each user"):
+    for title in (
+        "Training loss",
+        "Validation",
+        "By recent items in the prompt",
+        "Longest prompt of each user",
+    ):
         assert title in text, title
     for name in ("untrained", "two: recurrent, trained", "three: recent-only, trained"):
         assert name in text
@@ -148,20 +173,35 @@ def test_show_prints_blocks_and_summaries_in_order(runs, capsys, monkeypatch):
 
 
 def test_compare_prints_a_row_a_run(runs, capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["compare", *(str(runs / name) for name in ("three", "one", "two"))])
+    monkeypatch.setattr(
+        "sys.argv", ["compare", *(str(runs / name) for name in ("three", "one", "two"))]
+    )
     compare.main()
     out = capsys.readouterr().out
     assert "4 users of" in out
-    titles = ["random", "popularity", "untrained (recurrent)", "recent-only", "recurrent (one)", "recurrent (two)"]
+    titles = [
+        "random",
+        "popularity",
+        "untrained (recurrent)",
+        "recent-only",
+        "recurrent (one)",
+        "recurrent (two)",
+    ]
     assert [line.split("  ")[0] for line in out.splitlines()[2:] if line[0] != " "] == titles
 
 
 def test_what_is_missing_or_differs_is_named(runs, tmp_path):
-    with pytest.raises(InputError, match=r"results\.json: no such file; first run python evaluate\.py"):
+    with pytest.raises(
+        InputError, match=r"results\.json: no such file; first run python evaluate\.py"
+    ):
         page.write_report(tmp_path)
-    with pytest.raises(InputError, match=r"summaries\.jsonl: no summaries; first run python summarize\.py"):
+    with pytest.raises(
+        InputError, match=r"summaries\.jsonl: no summaries; first run python summarize\.py"
+    ):
         show.records_of(tmp_path)
-    with pytest.raises(InputError, match=r"results\.json: no results; first run python evaluate\.py"):
+    with pytest.raises(
+        InputError, match=r"results\.json: no results; first run python evaluate\.py"
+    ):
         compare.rows_of([tmp_path])
     write_json(tmp_path / "results.json", read_json(runs / "one/results.json") | {"users": 3})
     with pytest.raises(InputError, match="other users"):

@@ -13,19 +13,34 @@ import torch
 from conftest import ROOT, run, write_dataset, write_model
 
 import trsr
-from llama import Generator, load_model
+from files.jsonl import read_jsonl, write_json
+from llama import load_model
 from models.tokenizer import Tokenizer
-from prepare.dataset import load_dataset, read_jsonl, write_json
-from runfolder.state import FIELDS, claim_config, locked, read_config
+from prepare.dataset import load_dataset
+from state.settings import claim_config, locked, read_config
+from state.summaries import FIELDS
+from summarize import Generator
 
 
 def summarize(run_folder, data, model, *more, **options):
-    flags = ("--data", data, "--model", model, "--run-dir", run_folder, "--max-new-tokens", 12, *more)
+    flags = (
+        "--data",
+        data,
+        "--model",
+        model,
+        "--run-dir",
+        run_folder,
+        "--max-new-tokens",
+        12,
+        *more,
+    )
     return run("summarize.py", *flags, **options)
 
 
 def records(run_folder):
-    return {record["user"]: record for _, record in read_jsonl(run_folder / "summaries.jsonl", FIELDS)}
+    return {
+        record["user"]: record for _, record in read_jsonl(run_folder / "summaries.jsonl", FIELDS)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +53,9 @@ def finished(tmp_path_factory, data_folder, model_folder):
 
 
 @pytest.mark.parametrize("paradigm", trsr.SUMMARIZED)
-def test_summaries_are_what_the_method_says_one_user_at_a_time(finished, data_folder, model_folder, paradigm):
+def test_summaries_are_what_the_method_says_one_user_at_a_time(
+    finished, data_folder, model_folder, paradigm
+):
     domain, items, splits = load_dataset(data_folder, ("train", "val", "test"))
     model = load_model(model_folder, torch.device("cpu"), torch.float32)
     tokenizer = Tokenizer(model_folder, 640)
@@ -60,7 +77,9 @@ def test_summaries_are_what_the_method_says_one_user_at_a_time(finished, data_fo
     for example in examples[:6]:
         texts = [items[i] for i in example.history]
         budget = trsr.Budget(1024 - 12, tokenizer.encode, trsr.Counter())
-        task = {"hierarchical": trsr.hierarchical, "recurrent": trsr.recurrent}[paradigm](texts, domain, budget, 5)
+        task = {"hierarchical": trsr.hierarchical, "recurrent": trsr.recurrent}[paradigm](
+            texts, domain, budget, 5
+        )
         answers = None
         try:
             while True:
@@ -77,8 +96,13 @@ def test_summaries_are_what_the_method_says_one_user_at_a_time(finished, data_fo
 def test_the_target_is_not_in_the_text_that_is_summarized(tmp_path, model_folder):
     data = write_dataset(tmp_path / "data")
     before = [json.loads(line) for line in (data / "items.jsonl").read_text().splitlines()]
-    examples = [json.loads(line) for s in ("train", "val", "test") for line in (data / f"{s}.jsonl").open()]
-    targets, histories = {e["positive"] for e in examples}, {i for e in examples for i in e["history"]}
+    examples = [
+        json.loads(line) for s in ("train", "val", "test") for line in (data / f"{s}.jsonl").open()
+    ]
+    targets, histories = (
+        {e["positive"] for e in examples},
+        {i for e in examples for i in e["history"]},
+    )
     summarize(tmp_path / "a", data, model_folder)
     alone = targets - histories
     assert alone
@@ -87,7 +111,9 @@ def test_the_target_is_not_in_the_text_that_is_summarized(tmp_path, model_folder
             item["attributes"] = {"Title": "changed"} if item["id"] in alone else item["attributes"]
             file.write(json.dumps(item) + "\n")
     summarize(tmp_path / "b", data, model_folder)
-    assert (tmp_path / "a" / "summaries.jsonl").read_bytes() == (tmp_path / "b" / "summaries.jsonl").read_bytes()
+    assert (tmp_path / "a" / "summaries.jsonl").read_bytes() == (
+        tmp_path / "b" / "summaries.jsonl"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize("more", [("--batch-size", 3), ("--batch-size", 1)])
@@ -111,7 +137,16 @@ def test_interruptions_at_random_moments_lose_no_finished_user(tmp_path, model_f
     data = write_dataset(tmp_path / "data", users=(150, 4, 4))
     summarize(tmp_path / "whole", data, model_folder)
     folder, rng = tmp_path / "run", random.Random(0)
-    command = [sys.executable, ROOT / "summarize.py", "--data", data, "--model", model_folder, "--run", folder]
+    command = [
+        sys.executable,
+        ROOT / "summarize.py",
+        "--data",
+        data,
+        "--model",
+        model_folder,
+        "--run",
+        folder,
+    ]
     command = list(map(str, [*command, "--max-new-tokens", "12", "--batch-size", "1"]))
 
     def finished_users():
@@ -123,7 +158,9 @@ def test_interruptions_at_random_moments_lose_no_finished_user(tmp_path, model_f
 
     for kind in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
         before = finished_users()
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         while process.poll() is None and finished_users() <= before:
             time.sleep(0.005)
         time.sleep(rng.random() * 0.1)
@@ -131,7 +168,10 @@ def test_interruptions_at_random_moments_lose_no_finished_user(tmp_path, model_f
         _, errors = process.communicate()
         assert process.returncode == (-kind if kind == signal.SIGKILL else 130), errors
         if kind != signal.SIGKILL:
-            assert errors.splitlines()[-1] == "summarize: interrupted; what is done is kept, use the same command"
+            assert (
+                errors.splitlines()[-1]
+                == "summarize: interrupted; what is done is kept, use the same command"
+            )
             assert "Traceback" not in errors
         assert before < finished_users() < 158
     with open(folder / "summaries.part0.jsonl", "ab") as file:
@@ -139,10 +179,14 @@ def test_interruptions_at_random_moments_lose_no_finished_user(tmp_path, model_f
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0
     assert "an interruption cut this line short" in done.stderr
-    assert (folder / "summaries.jsonl").read_bytes() == (tmp_path / "whole/summaries.jsonl").read_bytes()
+    assert (folder / "summaries.jsonl").read_bytes() == (
+        tmp_path / "whole/summaries.jsonl"
+    ).read_bytes()
 
 
-def test_a_second_call_does_nothing_and_a_changed_history_is_summarized_again(tmp_path, model_folder):
+def test_a_second_call_does_nothing_and_a_changed_history_is_summarized_again(
+    tmp_path, model_folder
+):
     data = write_dataset(tmp_path / "data")
     summarize(tmp_path / "run", data, model_folder)
     assert "20 of them summarized before" in summarize(tmp_path / "run", data, model_folder).stdout
@@ -163,7 +207,9 @@ def test_a_second_call_does_nothing_and_a_changed_history_is_summarized_again(tm
         (("--block-size", "3"), "block_size 5 (now 3)"),
     ],
 )
-def test_other_settings_in_the_same_run_are_refused(finished, data_folder, model_folder, more, message):
+def test_other_settings_in_the_same_run_are_refused(
+    finished, data_folder, model_folder, more, message
+):
     done = summarize(finished["hierarchical"], data_folder, model_folder, *more, check=False)
     assert done.returncode == 2
     assert message in done.stderr
@@ -173,7 +219,9 @@ def test_other_settings_in_the_same_run_are_refused(finished, data_folder, model
 
 def test_another_model_in_the_same_run_is_refused(tmp_path, finished, data_folder, model_folder):
     write_model(tmp_path / "model", seed=5)
-    (tmp_path / "model" / "tokenizer.model").write_bytes((model_folder / "tokenizer.model").read_bytes())
+    (tmp_path / "model" / "tokenizer.model").write_bytes(
+        (model_folder / "tokenizer.model").read_bytes()
+    )
     done = summarize(finished["hierarchical"], data_folder, tmp_path / "model", check=False)
     assert done.returncode == 2
     assert "fingerprint" in done.stderr
@@ -191,12 +239,21 @@ def test_bad_input_is_answered_in_one_line(tmp_path, data_folder, model_folder):
     assert "no such model folder" in message(data_folder, tmp_path / "nowhere")
     write_model(tmp_path / "model")
     assert "copy the model's own there" in message(data_folder, tmp_path / "model")
-    assert "expected a whole number from 1" in message(data_folder, model_folder, "--block-size", "0")
+    assert "expected a whole number from 1" in message(
+        data_folder, model_folder, "--block-size", "0"
+    )
     assert "no room for the instruction" in message(data_folder, model_folder, "--max-length", "40")
 
 
 def test_settings_of_a_run_stay_once_work_has_started(tmp_path):
-    common = {"data": "d", "model": "m", "paradigm": "none", "dtype": "fp32", "fingerprint": "f", "max_length": 9}
+    common = {
+        "data": "d",
+        "model": "m",
+        "paradigm": "none",
+        "dtype": "fp32",
+        "fingerprint": "f",
+        "max_length": 9,
+    }
     common |= {"history_items": 3, "lora_r": 8}
     claim_config(tmp_path, "train", common | {"lr": 7}, started=False)
     claim_config(
@@ -209,8 +266,14 @@ def test_settings_of_a_run_stay_once_work_has_started(tmp_path):
     found = read_config(tmp_path)
     assert found == {"train": common | {"lr": 0.1, "k": [1, 2]}, "summarize": common | {"lr": 3}}
     for section, message in (
-        ({"train": common | {"max_length": "9"}}, "in 'train': field 'max_length' is a str, expected int"),
-        ({"train": common | {"paradigm": "nine"}}, "in 'train': no settings that a script here would write"),
+        (
+            {"train": common | {"max_length": "9"}},
+            "in 'train': field 'max_length' is a str, expected int",
+        ),
+        (
+            {"train": common | {"paradigm": "nine"}},
+            "in 'train': no settings that a script here would write",
+        ),
         ({"tarin": common}, "in 'tarin': no settings that a script here would write"),
         ({"summarize": []}, "in 'summarize': field 'data' is missing"),
     ):
@@ -229,7 +292,9 @@ def test_a_second_process_in_a_run_folder_is_refused(tmp_path):
         pass
 
 
-def test_out_of_memory_goes_on_with_fewer_prompts_a_batch(tmp_path, data_folder, model_folder, monkeypatch, capfd):
+def test_out_of_memory_goes_on_with_fewer_prompts_a_batch(
+    tmp_path, data_folder, model_folder, monkeypatch, capfd
+):
     flags = ("--data", data_folder, "--model", model_folder, "--max-new-tokens", 12)
     run("summarize.py", *flags, "--run", tmp_path / "a")
     real = Generator._decode
@@ -244,8 +309,12 @@ def test_out_of_memory_goes_on_with_fewer_prompts_a_batch(tmp_path, data_folder,
     told = done.stdout + done.stderr
     assert "out of memory: going on with 8 prompts a batch" in told
     assert "out of memory: going on with 4 prompts a batch" in told
-    assert (tmp_path / "a" / "summaries.jsonl").read_bytes() == (tmp_path / "b" / "summaries.jsonl").read_bytes()
-    monkeypatch.setattr(Generator, "_decode", lambda self: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
+    assert (tmp_path / "a" / "summaries.jsonl").read_bytes() == (
+        tmp_path / "b" / "summaries.jsonl"
+    ).read_bytes()
+    monkeypatch.setattr(
+        Generator, "_decode", lambda self: (_ for _ in ()).throw(torch.OutOfMemoryError("no room"))
+    )
     done = run("summarize.py", *flags, "--run", tmp_path / "c", check=False)
     assert done.returncode == 2
     assert "out of memory with one prompt a batch" in done.stderr

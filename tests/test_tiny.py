@@ -10,8 +10,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 import trsr
+from experiments.tiny import corpus, make, measure
 from llama import load_config, load_model
-from models.tiny import corpus, make, measure
 from models.tokenizer import Tokenizer
 from prepare import demo
 
@@ -35,7 +35,9 @@ def texts():
 def test_logits_equal_transformers(tokenizer):
     theirs = LlamaForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
     ours = load_model(FOLDER, CPU, torch.float32)
-    text = trsr.recommendation_prompts("none", corpus.DOMAIN, "", [], ["Title: a lamp; Color: blue"])[0]
+    text = trsr.recommendation_prompts(
+        "none", corpus.DOMAIN, "", [], ["Title: a lamp; Color: blue"]
+    )[0]
     ids = torch.tensor(tokenizer.encode([text]))
     with torch.no_grad():
         assert (ours(ids) - theirs(ids).logits).abs().max() < 1e-4
@@ -92,14 +94,24 @@ def test_a_summary_counts_and_tells_what_stands_out():
     memory = corpus.Memory.of(block)
     again = corpus.Memory.joined([memory, memory])
     assert sum(memory.counts["color"].values()) == 5
-    assert all(again.counts[fact][w] == 2 * n for fact in corpus.FACTS for w, n in memory.counts[fact].items())
+    assert all(
+        again.counts[fact][w] == 2 * n
+        for fact in corpus.FACTS
+        for w, n in memory.counts[fact].items()
+    )
     assert str(memory).endswith(f"now {block[-1].category}.")
-    assert measure.named(str(memory)) == {w for words in memory.liked().values() for w in words} | {memory.now}
+    assert measure.named(str(memory)) == {w for words in memory.liked().values() for w in words} | {
+        memory.now
+    }
 
 
 def test_weights_of_a_text(tokenizer):
-    ids, weights = make.encode([("### User:\nx\n\n### Assistant:\n", "Yes"), ("\n\nmore\n", "a lamp")], tokenizer)
-    told = [tokenizer.decode([i]) for i, w in zip(ids, weights, strict=True) if w > make.PROMPT_WEIGHT]
+    ids, weights = make.encode(
+        [("### User:\nx\n\n### Assistant:\n", "Yes"), ("\n\nmore\n", "a lamp")], tokenizer
+    )
+    told = [
+        tokenizer.decode([i]) for i, w in zip(ids, weights, strict=True) if w > make.PROMPT_WEIGHT
+    ]
     assert "".join(told).replace(" ", "") == "Yesalamp"  # a piece decoded alone loses its blank
     assert (ids[-1], weights[-1]) == (2, 1.0)
     assert [w for w in weights if w == make.VERDICT_WEIGHT] == [make.VERDICT_WEIGHT]

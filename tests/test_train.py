@@ -24,16 +24,27 @@ from safetensors.torch import load_file
 
 import train
 import trsr
+from launch.processes import share_out
 from llama import load_model
 from lora import LoRAConfig, adapter_tensors, apply_lora, load_adapter
-from models.packs import Tree, pack_trees
 from models.tokenizer import Tokenizer
+from ops.packs import Tree, pack_trees
 from prepare.dataset import load_dataset
-from runfolder.processes import share_out
 
 
 def fit(run_folder, data, model, *more, **options):
-    flags = ("--data", data, "--model", model, "--run-dir", run_folder, "--batch-size", 8, "--paradigm", "recent-only")
+    flags = (
+        "--data",
+        data,
+        "--model",
+        model,
+        "--run-dir",
+        run_folder,
+        "--batch-size",
+        8,
+        "--paradigm",
+        "recent-only",
+    )
     return run("train.py", *flags, "--lr", 0.01, *more, **options)
 
 
@@ -70,7 +81,19 @@ def separate_examples(model_folder, data_folder):
 
 @pytest.mark.parametrize("loss", ["prompt", "answer"])
 def test_a_step_equals_separate_examples(tmp_path, data_folder, model_folder, loss):
-    fit(tmp_path, data_folder, model_folder, "--epochs", 1, "--lora-dropout", 0, "--loss", loss, "--batch-size", 24)
+    fit(
+        tmp_path,
+        data_folder,
+        model_folder,
+        "--epochs",
+        1,
+        "--lora-dropout",
+        0,
+        "--loss",
+        loss,
+        "--batch-size",
+        24,
+    )
     torch.manual_seed(0)
     model = apply_lora(load_model(model_folder, torch.device("cpu"), torch.float32), LoRAConfig())
     total, count = 0.0, 0
@@ -88,32 +111,46 @@ def test_a_step_equals_separate_examples(tmp_path, data_folder, model_folder, lo
     assert abs(found_norm - norm.item()) < 1e-5
     # The update itself: AdamW's first step from the oracle's gradients gives the adapter that was saved.
     torch.nn.utils.clip_grad_norm_(adapter_tensors(model).values(), 1.0)
-    torch.optim.AdamW(adapter_tensors(model).values(), lr=0.01, betas=(0.9, 0.95), weight_decay=5e-4).step()
+    torch.optim.AdamW(
+        adapter_tensors(model).values(), lr=0.01, betas=(0.9, 0.95), weight_decay=5e-4
+    ).step()
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     for name, parameter in adapter_tensors(model).items():
         if "lora_B" in name:  # A has no gradient in the first step, B being zero
             moved = (parameter - saved["base_model.model." + name]).abs()
-            assert (moved < 1e-5).float().mean() > 0.97, name  # Adam's sign is noise where the gradient is near zero
+            assert (moved < 1e-5).float().mean() > 0.97, (
+                name
+            )  # Adam's sign is noise where the gradient is near zero
 
 
 @pytest.mark.parametrize(("processes", "shard"), [(2, "zero2"), (3, "zero3"), (2, "replicate")])
-def test_more_processes_train_the_same_model(tmp_path, alone, data_folder, model_folder, processes, shard):
+def test_more_processes_train_the_same_model(
+    tmp_path, alone, data_folder, model_folder, processes, shard
+):
     flags = ("--epochs", 3, "--lora-dropout", 0, "--shard", shard)
     fit(tmp_path, data_folder, model_folder, *flags, processes=processes)
-    for (step, loss, norm), (step1, loss1, norm1) in zip(losses(tmp_path), losses(alone), strict=True):
+    for (step, loss, norm), (step1, loss1, norm1) in zip(
+        losses(tmp_path), losses(alone), strict=True
+    ):
         assert step == step1
         assert abs(loss - loss1) < 1e-5
         assert abs(norm - norm1) < 1e-4
-    validations = [[r["validation"] for r in metrics(f) if "validation" in r] for f in (tmp_path, alone)]
+    validations = [
+        [r["validation"] for r in metrics(f) if "validation" in r] for f in (tmp_path, alone)
+    ]
     assert validations[0] == validations[1]
-    ours, theirs = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (tmp_path, alone))
+    ours, theirs = (
+        load_file(f / "adapter" / "adapter_model.safetensors") for f in (tmp_path, alone)
+    )
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():  # whole tensors, not one process's slice
         assert tensor.shape == theirs[name].shape
         # Adam makes a whole step of a gradient that is rounding noise, so a few values may differ by that.
         assert ((tensor - theirs[name]).abs() < 1e-4).float().mean() > 0.97
         assert tensor.abs().sum() > 0
-    ours, theirs = (load_file(next((f / "checkpoint").glob("*.safetensors"))) for f in (tmp_path, alone))
+    ours, theirs = (
+        load_file(next((f / "checkpoint").glob("*.safetensors"))) for f in (tmp_path, alone)
+    )
     assert ours.keys() == theirs.keys()
     assert {name.split("/")[0] for name in ours} == {"parameter", "step", "exp_avg", "exp_avg_sq"}
     for name, tensor in ours.items():
@@ -124,7 +161,17 @@ def test_more_processes_train_the_same_model(tmp_path, alone, data_folder, model
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shop")
-    made = [sys.executable, "-m", "prepare.demo", "--out", str(folder), "--users", "30", "--items", "1500"]
+    made = [
+        sys.executable,
+        "-m",
+        "prepare.demo",
+        "--out",
+        str(folder),
+        "--users",
+        "30",
+        "--items",
+        "1500",
+    ]
     assert subprocess.run(made, cwd=ROOT, capture_output=True).returncode == 0
     return folder
 
@@ -134,7 +181,9 @@ def test_threads_change_no_bit(tmp_path, shop, request):
     torch.set_num_threads(2)
     for name in ("a", "b", "c"):  # packs so large that several threads add up one row's gradients
         fit(tmp_path / name, shop, ROOT / "models/tiny", "--epochs", 1, "--batch-size", 52)
-    a, b, c = ((tmp_path / name / "adapter/adapter_model.safetensors").read_bytes() for name in "abc")
+    a, b, c = (
+        (tmp_path / name / "adapter/adapter_model.safetensors").read_bytes() for name in "abc"
+    )
     assert a == b == c
     assert losses(tmp_path / "a") == losses(tmp_path / "b") == losses(tmp_path / "c")
 
@@ -142,7 +191,10 @@ def test_threads_change_no_bit(tmp_path, shop, request):
 def test_eight_processes_train_the_embedded_model_as_one_does(tmp_path, shop, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     flags = ("--lora-dropout", 0, "--epochs", 1, "--shard", "zero2", "--batch-size", 16)
-    for processes in (1, 8):  # 26 users in 4 steps, the last of which leaves six processes without a user
+    for processes in (
+        1,
+        8,
+    ):  # 26 users in 4 steps, the last of which leaves six processes without a user
         fit(tmp_path / str(processes), shop, ROOT / "models/tiny", *flags, processes=processes)
     one, eight = (losses(tmp_path / name) for name in ("1", "8"))
     assert [step for step, _, _ in one] == [step for step, _, _ in eight] == [1, 2, 3, 4]
@@ -153,7 +205,9 @@ def test_eight_processes_train_the_embedded_model_as_one_does(tmp_path, shop, mo
     assert metrics(tmp_path / "1")[-1] == metrics(tmp_path / "8")[-1]  # the validation
 
 
-def test_every_layer_s_adapter_receives_a_gradient_under_fsdp(alone, tmp_path, data_folder, model_folder):
+def test_every_layer_s_adapter_receives_a_gradient_under_fsdp(
+    alone, tmp_path, data_folder, model_folder
+):
     fit(tmp_path, data_folder, model_folder, "--epochs", 1, "--lora-dropout", 0, processes=2)
     torch.manual_seed(0)
     start = apply_lora(load_model(model_folder, torch.device("cpu"), torch.float32), LoRAConfig())
@@ -167,7 +221,9 @@ def test_full_fine_tuning_trains_and_saves_the_whole_model(tmp_path, data_folder
     flags = ("--epochs", 2, "--lora-r", 0)
     fit(tmp_path / "one", data_folder, model_folder, *flags)
     fit(tmp_path / "two", data_folder, model_folder, *flags, processes=2)
-    for (_, loss, _), (_, loss2, _) in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
+    for (_, loss, _), (_, loss2, _) in zip(
+        losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True
+    ):
         assert abs(loss - loss2) < 1e-4
     before = load_model(model_folder, torch.device("cpu"), torch.float32)
     after = load_model(tmp_path / "one" / "model", torch.device("cpu"), torch.float32)
@@ -175,7 +231,9 @@ def test_full_fine_tuning_trains_and_saves_the_whole_model(tmp_path, data_folder
         assert not torch.equal(p, q), name
 
 
-def test_full_fine_tuning_does_not_write_over_the_model_it_starts_from(tmp_path, data_folder, model_folder):
+def test_full_fine_tuning_does_not_write_over_the_model_it_starts_from(
+    tmp_path, data_folder, model_folder
+):
     shutil.copytree(model_folder, tmp_path / "model")
     before = (tmp_path / "model" / "model.safetensors").read_bytes()
     done = fit(tmp_path, data_folder, tmp_path / "model", "--epochs", 1, "--lora-r", 0, check=False)
@@ -191,7 +249,9 @@ def test_the_best_epoch_is_the_one_kept(tmp_path, data_folder, model_folder):
     best = recalls.index(max(recalls))
     other = tmp_path.parent / "until-best"
     fit(other, data_folder, model_folder, "--epochs", best + 1, "--k", 1, 2)
-    kept, expected = ((f / "adapter" / "adapter_model.safetensors").read_bytes() for f in (tmp_path, other))
+    kept, expected = (
+        (f / "adapter" / "adapter_model.safetensors").read_bytes() for f in (tmp_path, other)
+    )
     assert kept == expected
 
 
@@ -199,20 +259,39 @@ def test_the_best_epoch_is_the_one_kept(tmp_path, data_folder, model_folder):
 
 
 def command(folder, data, model, *more):
-    flags = ["--data", data, "--model", model, "--run", folder, "--batch-size", 4, "--paradigm", "recent-only"]
+    flags = [
+        "--data",
+        data,
+        "--model",
+        model,
+        "--run",
+        folder,
+        "--batch-size",
+        4,
+        "--paradigm",
+        "recent-only",
+    ]
     return [
         sys.executable,
-        *map(str, [ROOT / "train.py", *flags, "--lr", 0.01, "--epochs", 10, "--save-every", 3, *more]),
+        *map(
+            str, [ROOT / "train.py", *flags, "--lr", 0.01, "--epochs", 10, "--save-every", 3, *more]
+        ),
     ]
 
 
 def lines(folder):
-    return len((folder / "metrics.jsonl").read_text().splitlines()) if (folder / "metrics.jsonl").exists() else 0
+    return (
+        len((folder / "metrics.jsonl").read_text().splitlines())
+        if (folder / "metrics.jsonl").exists()
+        else 0
+    )
 
 
 def same_end(folder, other):
     assert losses(folder) == losses(other)
-    assert [r for r in metrics(folder) if "validation" in r] == [r for r in metrics(other) if "validation" in r]
+    assert [r for r in metrics(folder) if "validation" in r] == [
+        r for r in metrics(other) if "validation" in r
+    ]
     for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
         assert (folder / name).read_bytes() == (other / name).read_bytes()
 
@@ -220,11 +299,17 @@ def same_end(folder, other):
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(tmp_path, data_folder, model_folder):
     rng = random.Random(1)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert subprocess.run(command(whole, data_folder, model_folder), capture_output=True).returncode == 0
+    assert (
+        subprocess.run(command(whole, data_folder, model_folder), capture_output=True).returncode
+        == 0
+    )
     for kind in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT):  # dropout on
         begun = lines(killed)
         process = subprocess.Popen(
-            command(killed, data_folder, model_folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command(killed, data_folder, model_folder),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         while process.poll() is None and lines(killed) < begun + 5:
             time.sleep(0.005)
@@ -236,7 +321,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(tmp_path, data_fol
             assert "the same command goes on from there" in errors
             assert "Traceback" not in errors
     (killed / "checkpoint" / "step-99999999.safetensors").write_bytes(b"torn")
-    done = subprocess.run(command(killed, data_folder, model_folder), capture_output=True, text=True)
+    done = subprocess.run(
+        command(killed, data_folder, model_folder), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "step-99999999.safetensors: ignored" in done.stdout
     same_end(whole, killed)
@@ -270,7 +357,14 @@ def test_a_run_resumes_on_another_number_of_processes(tmp_path, alone, data_fold
 
 
 def launch(processes, *more):
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), *map(str, more)]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        str(processes),
+        *map(str, more),
+    ]
 
 
 def test_two_nodes_train_the_same_model(tmp_path, alone, data_folder, model_folder):
@@ -281,7 +375,10 @@ def test_two_nodes_train_the_same_model(tmp_path, alone, data_folder, model_fold
     _, *script = command(tmp_path, data_folder, model_folder, "--lora-dropout", 0)
     script[script.index("--run")] = "--run-dir"
     script[script.index("--batch-size") + 1], script[script.index("--epochs") + 1] = "8", "3"
-    agents = [subprocess.Popen([*launch(1, "--nnodes", 2, *meet), *script], stderr=subprocess.PIPE) for _ in range(2)]
+    agents = [
+        subprocess.Popen([*launch(1, "--nnodes", 2, *meet), *script], stderr=subprocess.PIPE)
+        for _ in range(2)
+    ]
     for agent in agents:
         _, errors = agent.communicate(timeout=200)
         assert agent.returncode == 0, errors
@@ -293,7 +390,9 @@ def children(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def test_a_killed_process_is_restarted_and_all_go_on_from_the_checkpoint(tmp_path, data_folder, model_folder):
+def test_a_killed_process_is_restarted_and_all_go_on_from_the_checkpoint(
+    tmp_path, data_folder, model_folder
+):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     runs = []
     for folder in (whole, killed):
@@ -316,18 +415,28 @@ def test_a_killed_process_is_restarted_and_all_go_on_from_the_checkpoint(tmp_pat
 def test_activation_checkpointing_changes_nothing(tmp_path, data_folder, model_folder):
     fit(tmp_path / "kept", data_folder, model_folder, "--epochs", 1)  # dropout on
     fit(tmp_path / "again", data_folder, model_folder, "--epochs", 1, "--activation-checkpointing")
-    for (_, loss, norm), (_, loss1, norm1) in zip(losses(tmp_path / "kept"), losses(tmp_path / "again"), strict=True):
+    for (_, loss, norm), (_, loss1, norm1) in zip(
+        losses(tmp_path / "kept"), losses(tmp_path / "again"), strict=True
+    ):
         assert abs(loss - loss1) < 1e-6
         assert abs(norm - norm1) < 1e-5
 
 
-def test_a_dry_run_tells_what_the_run_will_take_and_leaves_nothing(tmp_path, data_folder, model_folder):
+def test_a_dry_run_tells_what_the_run_will_take_and_leaves_nothing(
+    tmp_path, data_folder, model_folder
+):
     done = fit(tmp_path, data_folder, model_folder, "--dry-run")
-    found = re.search(r"work    (\d+) tokens an epoch, (\S+) FLOP; each example apart: (\d+)", done.stdout)
+    found = re.search(
+        r"work    (\d+) tokens an epoch, (\S+) FLOP; each example apart: (\d+)", done.stdout
+    )
     model = load_model(model_folder, torch.device("cpu"), torch.float32)
     weights = sum(p.numel() for n, p in model.named_parameters() if ".layers." in n and p.dim() > 1)
-    assert float(found[2]) == pytest.approx(4 * weights * int(found[1]), rel=0.2)  # and the adapter's
-    assert int(found[1]) < int(found[3]) == sum(map(len, separate_examples(model_folder, data_folder)))
+    assert float(found[2]) == pytest.approx(
+        4 * weights * int(found[1]), rel=0.2
+    )  # and the adapter's
+    assert (
+        int(found[1]) < int(found[3]) == sum(map(len, separate_examples(model_folder, data_folder)))
+    )
     assert re.search(r"memory  about [\d.]+ GiB a device", done.stdout)
     assert re.search(r"time    [\d.]+ minutes an epoch", done.stdout)
     assert not (tmp_path / "config.json").exists()
@@ -335,7 +444,18 @@ def test_a_dry_run_tells_what_the_run_will_take_and_leaves_nothing(tmp_path, dat
 
 
 def test_other_settings_in_the_same_run_are_refused(alone, data_folder, model_folder):
-    done = fit(alone, data_folder, model_folder, "--epochs", 3, "--lora-dropout", 0, "--seed", 1, check=False)
+    done = fit(
+        alone,
+        data_folder,
+        model_folder,
+        "--epochs",
+        3,
+        "--lora-dropout",
+        0,
+        "--seed",
+        1,
+        check=False,
+    )
     assert done.returncode == 2
     assert "seed 0 (now 1)" in done.stderr
 
@@ -348,9 +468,16 @@ def test_a_dataset_that_changed_under_the_same_name_is_refused(tmp_path, model_f
     (data / "train.jsonl").write_text("".join([*rest, first]))  # the same users in another order
     done = fit(tmp_path / "run", data, model_folder, "--epochs", 1, check=False)
     assert done.returncode == 2
-    assert re.search(r"train\.py worked here with content '(\w+)' \(now '(?!\1)\w+'\); use", done.stderr)
+    assert re.search(
+        r"train\.py worked here with content '(\w+)' \(now '(?!\1)\w+'\); use", done.stderr
+    )
     shutil.rmtree(tmp_path / "run/checkpoint")  # the adapter alone is reason enough
-    assert fit(tmp_path / "run", data, model_folder, "--epochs", 1, "--lora-alpha", 4, check=False).returncode == 2
+    assert (
+        fit(
+            tmp_path / "run", data, model_folder, "--epochs", 1, "--lora-alpha", 4, check=False
+        ).returncode
+        == 2
+    )
     assert (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes() == before
 
 
@@ -365,7 +492,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, data_folder
     assert [step for step, _, _ in losses(tmp_path)] == [1]
 
 
-def test_out_of_memory_names_the_batch_the_pack_and_the_flags(tmp_path, data_folder, model_folder, monkeypatch):
+def test_out_of_memory_names_the_batch_the_pack_and_the_flags(
+    tmp_path, data_folder, model_folder, monkeypatch
+):
     def full(self, pack):
         raise torch.OutOfMemoryError("no room")
 
@@ -373,7 +502,10 @@ def test_out_of_memory_names_the_batch_the_pack_and_the_flags(tmp_path, data_fol
     done = fit(tmp_path, data_folder, model_folder, "--pack-tokens", 300, check=False)
     assert done.returncode == 2
     (told,) = [line for line in done.stderr.splitlines() if line.startswith("train: ")]
-    found = re.search(r"a pack of (\d+) tokens, (\d+) of them in a batch of 8; lower --pack-tokens, or add --act", told)
+    found = re.search(
+        r"a pack of (\d+) tokens, (\d+) of them in a batch of 8; lower --pack-tokens, or add --act",
+        told,
+    )
     assert 0 < int(found[1]) <= 300
     assert int(found[2]) >= 2
     assert not losses(tmp_path)
@@ -393,7 +525,17 @@ def test_what_train_needs_is_named(tmp_path, data_folder, model_folder):
 
 def test_summaries_of_another_history_are_refused(tmp_path, model_folder):
     data = write_dataset(tmp_path / "data")
-    run("summarize.py", "--data", data, "--model", model_folder, "--run", tmp_path / "run", "--max-new-tokens", 8)
+    run(
+        "summarize.py",
+        "--data",
+        data,
+        "--model",
+        model_folder,
+        "--run",
+        tmp_path / "run",
+        "--max-new-tokens",
+        8,
+    )
     done = run("train.py", "--run", tmp_path / "run", "--epochs", 1)
     assert "hierarchical, 3 recent items" in done.stdout
     line, *rest = (data / "train.jsonl").read_text().splitlines()
@@ -439,7 +581,9 @@ def test_the_adapter_of_a_run_loads_in_peft(tmp_path, alone, model_folder):
     from peft import PeftModel
     from transformers import LlamaForCausalLM
 
-    theirs = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(model_folder), alone / "adapter").eval()
+    theirs = PeftModel.from_pretrained(
+        LlamaForCausalLM.from_pretrained(model_folder), alone / "adapter"
+    ).eval()
     model = load_model(model_folder, torch.device("cpu"), torch.float32)
     load_adapter(model, alone / "adapter")
     ids = torch.arange(3, 60)[None]
@@ -455,11 +599,15 @@ def test_bf16_trains_close_to_fp32(tmp_path, alone, data_folder, model_folder):
 
 def test_a_tied_model_trains_on_two_processes(tmp_path, data_folder, model_folder):
     write_model(tmp_path / "model", tie_word_embeddings=True)
-    (tmp_path / "model" / "tokenizer.model").write_bytes((model_folder / "tokenizer.model").read_bytes())
+    (tmp_path / "model" / "tokenizer.model").write_bytes(
+        (model_folder / "tokenizer.model").read_bytes()
+    )
     flags = ("--epochs", 1, "--lora-r", 0)
     fit(tmp_path / "one", data_folder, tmp_path / "model", *flags)
     fit(tmp_path / "two", data_folder, tmp_path / "model", *flags, processes=2)
-    for (_, loss, _), (_, loss2, _) in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
+    for (_, loss, _), (_, loss2, _) in zip(
+        losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True
+    ):
         assert abs(loss - loss2) < 1e-4
     load_model(tmp_path / "two" / "model", torch.device("cpu"), torch.float32)
 
@@ -474,9 +622,13 @@ def test_what_was_trimmed_adds_up_over_users_and_splits(workers, data_folder, mo
     for split in ("train", "val"):
         users = [(e, [e.positive, *e.negatives]) for e in splits[split]]
         for example, candidates in users:
-            alone = trsr.Recommender("whole-history", domain, items, {}, 3, replace(budget, trimmed=Counter()))
+            alone = trsr.Recommender(
+                "whole-history", domain, items, {}, 3, replace(budget, trimmed=Counter())
+            )
             alone.prompt_ids(example, candidates)
             expected += alone.budget.trimmed
-        assert len(list(train.tokenized(train.Prompts(recommender, users), args, show=False))) == len(users)
+        assert len(
+            list(train.tokenized(train.Prompts(recommender, users), args, show=False))
+        ) == len(users)
     assert expected
     assert budget.trimmed == expected

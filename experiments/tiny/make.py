@@ -1,7 +1,7 @@
-"""Make the embedded default: a small Llama from scratch, trained on models.tiny.corpus, in Hugging Face layout.
+"""Make the embedded default: a small Llama from scratch, trained on experiments.tiny.corpus, in Hugging Face layout.
 
-    python -m models.tiny.make --workers 8                      # meant for a GPU: hours on a CPU
-    python -m models.tiny.make --steps 200 --out runs/models/tiny
+    python -m experiments.tiny.make --workers 8                      # meant for a GPU: hours on a CPU
+    python -m experiments.tiny.make --steps 200 --out runs/models/tiny
 
 Writes config.json, generation_config.json, model.safetensors (bf16), tokenizer.model and tokenizer_config.json. A
 step's texts depend on the seed and the step alone, however many processes share them. --weights and --first-step go on
@@ -25,11 +25,11 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from experiments.tiny import corpus
+from files.jsonl import write_json
+from launch.command import natural, positive, run_main
 from llama import Llama, load_config, load_model
-from models.tiny import corpus
 from models.tokenizer import Tokenizer
-from prepare.dataset import write_json
-from runfolder.command import natural, positive, run_main
 from trsr import ANSWERS, answer_ids
 
 CONFIG = {
@@ -55,7 +55,10 @@ CONFIG = {
 }
 TOKENIZER_TEXTS = 2500
 BRIEF_SHARE = 0.75  # of the steps, in which products become longer texts
-PROMPT_WEIGHT, VERDICT_WEIGHT = 0.1, 2.0  # of a prompt's tokens and of Yes and No; other answers' tokens count 1
+PROMPT_WEIGHT, VERDICT_WEIGHT = (
+    0.1,
+    2.0,
+)  # of a prompt's tokens and of Yes and No; other answers' tokens count 1
 
 
 def write_tokenizer(folder: Path, lines: list[str], vocab_size: int) -> Tokenizer:
@@ -65,7 +68,9 @@ def write_tokenizer(folder: Path, lines: list[str], vocab_size: int) -> Tokenize
     Raises RuntimeError, by the trainer, for a vocabulary too large or too small for the lines.
     """
     # The trainer takes a blank before every line. Where no blank stands, at a line's start, words need pieces too.
-    starts = sorted({line.split(" ")[0] for line in lines if line and not line.startswith(("#", "["))})
+    starts = sorted(
+        {line.split(" ")[0] for line in lines if line and not line.startswith(("#", "["))}
+    )
     lines = lines + [f"({word}" for word in starts for _ in range(20)]
     lines += [f"({answer} {answer}" for answer in ("Yes", "No") for _ in range(2000)]
     model = io.BytesIO()
@@ -86,7 +91,12 @@ def write_tokenizer(folder: Path, lines: list[str], vocab_size: int) -> Tokenize
         minloglevel=2,
     )
     (folder / "tokenizer.model").write_bytes(model.getvalue())
-    options = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": True}
+    options = {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "legacy": True,
+    }
     options |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     write_json(folder / "tokenizer_config.json", options)
     return Tokenizer(folder, vocab_size)
@@ -100,7 +110,11 @@ def train_tokenizer(folder: Path, seed: int) -> None:
     tokenizer = write_tokenizer(folder, lines, CONFIG["vocab_size"])
     answer_ids(tokenizer.encode, corpus.DOMAIN)
     words = [word for options in corpus.WORDS.values() for word in options]
-    broken = [word for word, ids in zip(words, tokenizer.pieces.encode(words), strict=True) if len(ids) > 1]
+    broken = [
+        word
+        for word, ids in zip(words, tokenizer.pieces.encode(words), strict=True)
+        if len(ids) > 1
+    ]
     assert not broken, f"no single pieces: {broken}"
 
 
@@ -168,13 +182,19 @@ def initialize(model: Llama, seed: int) -> None:
     deep = 1 / math.sqrt(2 * model.config.num_hidden_layers)
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
-            std = 0.02 if "embed" in name else 0.06 * (deep if "o_proj" in name or "down_proj" in name else 1)
+            std = (
+                0.02
+                if "embed" in name
+                else 0.06 * (deep if "o_proj" in name or "down_proj" in name else 1)
+            )
             nn.init.normal_(parameter, std=std)
 
 
 def learning_rate(step: int, args) -> float:
     """Return the rate of a step: up over the first 2 %, level, and down to zero over the last 40 %."""
-    return args.lr * min(1.0, (step + 1) / (0.02 * args.steps + 1), (args.steps - step) / (0.4 * args.steps))
+    return args.lr * min(
+        1.0, (step + 1) / (0.02 * args.steps + 1), (args.steps - step) / (0.4 * args.steps)
+    )
 
 
 def make_optimizers(model: Llama, lr: float) -> list[torch.optim.Optimizer]:
@@ -224,7 +244,10 @@ def train(model: Llama, args, device: torch.device) -> None:
         losses.append(loss)
         if rank == 0 and ((step + 1) % args.log_every == 0 or step + 1 == args.steps):
             mean, seconds = torch.stack(losses).mean().item(), time.perf_counter() - began
-            print(f"step {step + 1} loss {mean:.4f} {tokens / 1e6:.2f}M tokens {tokens / seconds:.0f}/s", flush=True)
+            print(
+                f"step {step + 1} loss {mean:.4f} {tokens / 1e6:.2f}M tokens {tokens / seconds:.0f}/s",
+                flush=True,
+            )
             losses = []
         if rank == 0 and (step + 1) % args.save_every == 0:
             save(model, args.out)
@@ -232,24 +255,40 @@ def train(model: Llama, args, device: torch.device) -> None:
 
 def save(model: Llama, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write the weights in dtype; tied ones once, as transformers does."""
-    tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in model.named_parameters()}
+    tensors = {
+        name: p.detach().to("cpu", dtype).contiguous() for name, p in model.named_parameters()
+    }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def main() -> None:
     """Make the model that the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("models/tiny"), help="folder to write to")
     parser.add_argument("--steps", type=positive, default=1397, help="optimizer steps")
-    parser.add_argument("--step-tokens", type=positive, default=32768, help="tokens a step, over all processes")
-    parser.add_argument("--batch-tokens", type=positive, default=65536, help="tokens in a forward pass, padding too")
+    parser.add_argument(
+        "--step-tokens", type=positive, default=32768, help="tokens a step, over all processes"
+    )
+    parser.add_argument(
+        "--batch-tokens", type=positive, default=65536, help="tokens in a forward pass, padding too"
+    )
     parser.add_argument("--lr", type=float, default=4e-3, help="highest learning rate")
     parser.add_argument("--seed", type=natural, default=0, help="of weights and text")
     parser.add_argument("--workers", type=natural, default=0, help="processes that write text")
-    parser.add_argument("--log-every", type=positive, default=100, help="steps between printed lines")
-    parser.add_argument("--save-every", type=positive, default=500, help="steps between saved weights")
-    parser.add_argument("--weights", type=Path, help="with --first-step: folder of saved weights to go on from")
-    parser.add_argument("--first-step", type=natural, default=0, help="steps that --weights has behind it")
+    parser.add_argument(
+        "--log-every", type=positive, default=100, help="steps between printed lines"
+    )
+    parser.add_argument(
+        "--save-every", type=positive, default=500, help="steps between saved weights"
+    )
+    parser.add_argument(
+        "--weights", type=Path, help="with --first-step: folder of saved weights to go on from"
+    )
+    parser.add_argument(
+        "--first-step", type=natural, default=0, help="steps that --weights has behind it"
+    )
     args = parser.parse_args()
     if bool(args.weights) != bool(args.first_step):
         parser.error("--weights and --first-step go together")
@@ -267,7 +306,9 @@ def main() -> None:
     model = Llama(load_config(args.out))
     initialize(model, args.seed)
     if args.first_step:
-        model.load_state_dict(load_model(args.weights, torch.device("cpu"), torch.float32).state_dict())
+        model.load_state_dict(
+            load_model(args.weights, torch.device("cpu"), torch.float32).state_dict()
+        )
     model.to(device)
     n = sum(p.numel() for p in model.parameters())
     if rank == 0:

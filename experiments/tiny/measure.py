@@ -1,11 +1,11 @@
 """Measure models/tiny's summaries of users whom it never saw: how much of their taste they name, and how much is wrong.
 
-    python -m models.tiny.measure [--model models/tiny] [--users 300]
+    python -m experiments.tiny.measure [--model models/tiny] [--users 300]
 
 The users follow prepare.demo's rule, in a shop that neither the demo nor the training text uses. A user has seven
 tastes: two categories, two brands, one color and one material that last, and the category that the last three
 purchases are of. Named is what a summary puts after `likes` and `now`. Every named word that is no taste of the user
-is wrong, whatever the history looks like. `rule` is what models.tiny.corpus would have written for the same blocks:
+is wrong, whatever the history looks like. `rule` is what experiments.tiny.corpus would have written for the same blocks:
 the tastes that a count of the purchases can tell. Then the share of yes/no questions answered right, by what they are
 about, beside the share of the more frequent answer.
 """
@@ -21,8 +21,7 @@ from pathlib import Path
 import torch
 
 import trsr
-from llama import Generator, load_model
-from models.tiny.corpus import (
+from experiments.tiny.corpus import (
     DOMAIN,
     Condition,
     Memory,
@@ -35,9 +34,11 @@ from models.tiny.corpus import (
     taste_claim,
     text_of,
 )
+from launch.command import positive, run_main
+from llama import load_model
 from models.tokenizer import Tokenizer
 from prepare.demo import User, make_shop, make_user
-from runfolder.command import positive, run_main
+from summarize import Generator
 
 SHOP, BLOCK = 2001, 5
 PARADIGMS = {"hierarchical": trsr.hierarchical, "recurrent": trsr.recurrent}
@@ -51,18 +52,29 @@ def make_users(n: int) -> list[User]:
 
 def tastes(user: User) -> set[str]:
     """Return the user's seven tastes (six, where the need had one's words already: it never does)."""
-    return {*user.taste.categories, *user.taste.brands, user.taste.color, user.taste.material, user.need}
+    return {
+        *user.taste.categories,
+        *user.taste.brands,
+        user.taste.color,
+        user.taste.material,
+        user.need,
+    }
 
 
 def named(summary: str) -> set[str]:
     """Return the words after `likes` and after `now`."""
-    words = summary.partition(", likes ")[2].replace(", now ", " ").rstrip(".").replace(",", "").split()
+    words = (
+        summary.partition(", likes ")[2].replace(", now ", " ").rstrip(".").replace(",", "").split()
+    )
     return set(words) - {"nothing", "yet"}
 
 
 def rule(user: User, paradigm: str) -> str:
     """Return the summary by the corpus's rule."""
-    parts = [Memory.of(user.history[start:end]) for start, end in trsr.split_blocks(len(user.history), BLOCK)]
+    parts = [
+        Memory.of(user.history[start:end])
+        for start, end in trsr.split_blocks(len(user.history), BLOCK)
+    ]
     if paradigm == "hierarchical":
         return str(Memory.joined(parts) if len(parts) > 1 else parts[0])
     memory = parts[0]
@@ -86,7 +98,9 @@ def summarize(folder: Path, users: list[User], paradigm: str, device: torch.devi
         return [(key, tokenizer.decode(ids)) for key, ids in generator.step()]
 
     histories = ([text_of(product) for product in user.history] for user in users)
-    tasks = [(i, PARADIGMS[paradigm](texts, DOMAIN, budget, BLOCK)) for i, texts in enumerate(histories)]
+    tasks = [
+        (i, PARADIGMS[paradigm](texts, DOMAIN, budget, BLOCK)) for i, texts in enumerate(histories)
+    ]
     roots = dict(trsr.run_tasks(tasks, lambda: len(generator.waiting) < 64, submit, finished))
     return [roots[i]["summary"] for i in range(len(users))]
 
@@ -95,11 +109,15 @@ def shares(users: list[User], summaries: list[str]) -> tuple[float, float]:
     """Return the share of the users' tastes that their summaries name, and the share of the named that are wrong."""
     pairs = [(tastes(user), named(summary)) for user, summary in zip(users, summaries, strict=True)]
     right = sum(len(true & told) for true, told in pairs)
-    return right / sum(len(true) for true, _ in pairs), 1 - right / max(1, sum(len(told) for _, told in pairs))
+    return right / sum(len(true) for true, _ in pairs), 1 - right / max(
+        1, sum(len(told) for _, told in pairs)
+    )
 
 
 @torch.inference_mode()
-def answered(folder: Path, make: Callable[..., Condition], n: int, device: torch.device) -> tuple[float, float]:
+def answered(
+    folder: Path, make: Callable[..., Condition], n: int, device: torch.device
+) -> tuple[float, float]:
     """Return the share of right answers to n texts' questions by `make`, and the more frequent answer's share."""
     model = load_model(folder, device, torch.float32)
     tokenizer = Tokenizer(folder, model.config.vocab_size)
@@ -109,7 +127,9 @@ def answered(folder: Path, make: Callable[..., Condition], n: int, device: torch
         text = offers_text(random.Random(f"tiny question {i}"), shop_of(SHOP), False, make)
         pieces = [piece for turn in text for piece in turn]
         *parts, ids = tokenizer.encode(["".join(pieces[: j + 1]) for j in range(len(pieces))])
-        logits = model(torch.tensor([ids], device=device))[0, [len(part) - 1 for part in parts[::2]]]
+        logits = model(torch.tensor([ids], device=device))[
+            0, [len(part) - 1 for part in parts[::2]]
+        ]
         said = logits[:, pair].argmax(-1).tolist()
         yes += [answer == trsr.ANSWERS[0] for _, answer in text]
         right += [trsr.ANSWERS[k] == answer for k, (_, answer) in zip(said, text, strict=True)]
@@ -119,7 +139,9 @@ def answered(folder: Path, make: Callable[..., Condition], n: int, device: torch
 
 def main() -> None:
     """Print the two shares for both paradigms, and that of right answers."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, default=Path("models/tiny"))
     parser.add_argument("--users", type=positive, default=300)
     parser.add_argument("--questions", type=positive, default=200, help="texts a kind of question")
@@ -128,7 +150,10 @@ def main() -> None:
     users = make_users(args.users)
     for paradigm in PARADIGMS:
         began = time.perf_counter()
-        summaries, expected = summarize(args.model, users, paradigm, device), [rule(user, paradigm) for user in users]
+        summaries, expected = (
+            summarize(args.model, users, paradigm, device),
+            [rule(user, paradigm) for user in users],
+        )
         found, wrong = shares(users, summaries)
         best, least = shares(users, expected)
         same = sum(a == b for a, b in zip(summaries, expected, strict=True)) / len(users)

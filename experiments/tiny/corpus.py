@@ -36,10 +36,11 @@ from prepare.demo import (
     one_of,
     some_of,
 )
+from prepare.domains import DOMAINS
 
 SHOPS = range(1001, 1009)  # seeds of the shops; the demo's is 0
 ITEMS = 6000  # products a shop
-DOMAIN = trsr.DOMAINS["products"]
+DOMAIN = DOMAINS["products"]
 FACTS = ("category", "brand", "color", "material")
 OFFERS, QUESTIONS = 16, 14  # that a scene has, and that are asked at most
 WORDS = dict(zip(FACTS, (CATEGORIES, BRANDS, COLORS, MATERIALS), strict=True))
@@ -81,7 +82,9 @@ class Memory:
     @classmethod
     def of(cls, products: Sequence[Product]) -> "Memory":
         """Return what there is to remember of products, oldest first."""
-        return cls({f: Counter(getattr(p, f) for p in products) for f in FACTS}, products[-1].category)
+        return cls(
+            {f: Counter(getattr(p, f) for p in products) for f in FACTS}, products[-1].category
+        )
 
     @classmethod
     def joined(cls, parts: Sequence["Memory"]) -> "Memory":
@@ -89,7 +92,9 @@ class Memory:
         counts = {}
         for fact in FACTS:
             total = sum((part.counts[fact] for part in parts), Counter())
-            counts[fact] = Counter({w: n for w, n in total.items() if n > 1 or w in parts[-1].counts[fact]})
+            counts[fact] = Counter(
+                {w: n for w, n in total.items() if n > 1 or w in parts[-1].counts[fact]}
+            )
         return cls(counts, parts[-1].now)
 
     def liked(self) -> dict[str, list[str]]:
@@ -99,27 +104,45 @@ class Memory:
         """
         liked = {}
         for fact, most in LIKED.items():
-            ranked = [(w, n) for w, n in self.counts[fact].most_common() if fact != "category" or w != self.now]
+            ranked = [
+                (w, n)
+                for w, n in self.counts[fact].most_common()
+                if fact != "category" or w != self.now
+            ]
             bar = max(1, ranked[most][1] if len(ranked) > most else 0)
             liked[fact] = sorted(w for w, n in ranked[:most] if n > bar)
         return liked
 
     def __str__(self) -> str:
         lists = [sorted(counts.items()) for counts in self.counts.values()]
-        bought = ", ".join(" ".join(w if n == 1 else f"{w} {n}" for w, n in pairs) for pairs in lists)
-        liked = ", ".join(" ".join(words) for words in self.liked().values() if words) or "nothing yet"
+        bought = ", ".join(
+            " ".join(w if n == 1 else f"{w} {n}" for w, n in pairs) for pairs in lists
+        )
+        liked = (
+            ", ".join(" ".join(words) for words in self.liked().values() if words) or "nothing yet"
+        )
         return f"Bought {bought}, likes {liked}, now {self.now}."
 
 
 def make_history(rng: random.Random, shop: Shop) -> list[Product]:
     """Return what an imagined user bought: some loyal to a taste, some not, most with something new at the end."""
-    taste, length, loyalty = make_taste(rng), 10 + int(rng.random() * 16), one_of(rng, (0.5, 0.8, 0.9, 0.9))
-    favorites = [product for category in taste.categories for product in shop.fitting(category, taste)]
+    taste, length, loyalty = (
+        make_taste(rng),
+        10 + int(rng.random() * 16),
+        one_of(rng, (0.5, 0.8, 0.9, 0.9)),
+    )
+    favorites = [
+        product for category in taste.categories for product in shop.fitting(category, taste)
+    ]
     recent, need = one_of(rng, (0, RECENT, RECENT, RECENT)), one_of(rng, CATEGORIES)
     history = []
     for i in range(length):
         loyal = i < length - recent and favorites and rng.random() < loyalty
-        shelf = favorites if loyal else shop.shelves[(need if i >= length - recent else one_of(rng, CATEGORIES),)]
+        shelf = (
+            favorites
+            if loyal
+            else shop.shelves[(need if i >= length - recent else one_of(rng, CATEGORIES),)]
+        )
         history.append(one_of(rng, shelf))
     return history
 
@@ -127,13 +150,21 @@ def make_history(rng: random.Random, shop: Shop) -> list[Product]:
 def some_blocks(rng: random.Random, shop: Shop) -> list[list[Product]]:
     """Return the blocks of a history that ends anywhere; most blocks have five products."""
     history, size = make_history(rng, shop), one_of(rng, (5, 5, 5, 5, 5, 5, 2, 3, 4, 6, 8))
-    return [history[start:end] for start, end in trsr.split_blocks(1 + int(rng.random() * len(history)), size)]
+    return [
+        history[start:end]
+        for start, end in trsr.split_blocks(1 + int(rng.random() * len(history)), size)
+    ]
 
 
 def block_text(rng: random.Random, shop: Shop, brief: bool) -> Text:
     """Return a block to summarize, with its summary."""
     block = some_blocks(rng, shop)[-1 if rng.random() < 0.5 else 0]
-    return [(trsr.block_prompt([text_of(p, brief) for p in block], DOMAIN, _unlimited()), str(Memory.of(block)))]
+    return [
+        (
+            trsr.block_prompt([text_of(p, brief) for p in block], DOMAIN, _unlimited()),
+            str(Memory.of(block)),
+        )
+    ]
 
 
 def merge_text(rng: random.Random, shop: Shop, brief: bool) -> Text:
@@ -142,7 +173,12 @@ def merge_text(rng: random.Random, shop: Shop, brief: bool) -> Text:
         pass
     if len(parts) > 3 and rng.random() < 0.15:  # a merge of merges
         parts = [Memory.joined(parts[i : i + 2]) for i in range(0, len(parts), 2)]
-    return [(trsr.merge_prompt([str(p) for p in parts], DOMAIN, _unlimited()), str(Memory.joined(parts)))]
+    return [
+        (
+            trsr.merge_prompt([str(p) for p in parts], DOMAIN, _unlimited()),
+            str(Memory.joined(parts)),
+        )
+    ]
 
 
 def update_text(rng: random.Random, shop: Shop, brief: bool) -> Text:
@@ -152,7 +188,9 @@ def update_text(rng: random.Random, shop: Shop, brief: bool) -> Text:
     memory = Memory.of(blocks[0])
     for block in blocks[1:-1]:
         memory = Memory.joined([memory, Memory.of(block)])
-    prompt = trsr.update_prompt(str(memory), [text_of(p, brief) for p in blocks[-1]], DOMAIN, _unlimited())
+    prompt = trsr.update_prompt(
+        str(memory), [text_of(p, brief) for p in blocks[-1]], DOMAIN, _unlimited()
+    )
     return [(prompt, str(Memory.joined([memory, Memory.of(blocks[-1])])))]
 
 
@@ -188,24 +226,43 @@ def make_scene(rng: random.Random, shop: Shop) -> Scene:
     memory = Memory.of(history[:-1])
     liked, now, profile = memory.liked(), memory.now, str(memory)
     if rng.random() < 0.3:
-        liked, now = {f: sorted(some_of(rng, WORDS[f], 1 + int(rng.random() * n))) for f, n in LIKED.items()}, None
+        liked, now = (
+            {
+                f: sorted(some_of(rng, WORDS[f], 1 + int(rng.random() * n)))
+                for f, n in LIKED.items()
+            },
+            None,
+        )
         words = [word for words in liked.values() for word in words]
-        profile = one_of(rng, ("Likes {}.", "{}", "Looks for {}.", "Would like {}.")).format(", ".join(words))
+        profile = one_of(rng, ("Likes {}.", "{}", "Looks for {}.", "Would like {}.")).format(
+            ", ".join(words)
+        )
     shelf = history[-1 - int(rng.random() * 4) :]
     wanted = [{f: one_of(rng, liked[f] or WORDS[f]) for f in FACTS} for _ in range(OFFERS)]
-    kinds = [p.category for p in (*shelf, shelf[-1], shelf[-1])] + [w["category"] for w in wanted[:3]]
+    kinds = [p.category for p in (*shelf, shelf[-1], shelf[-1])] + [
+        w["category"] for w in wanted[:3]
+    ]
     offers = []
     for want in wanted:  # half of the offers have two or three facts of the profile's
         category = one_of(rng, kinds) if rng.random() < 0.75 else one_of(rng, CATEGORIES)
         pair = some_of(rng, FACTS[1:], 2)
-        key = (category, *(want[f] for f in FACTS if f in pair)) if rng.random() < 0.5 else (category,)
+        key = (
+            (category, *(want[f] for f in FACTS if f in pair))
+            if rng.random() < 0.5
+            else (category,)
+        )
         offers.append(one_of(rng, shop.shelves.get(key) or shop.shelves[(category,)]))
     names = (("Profile", "Customer", "Wish List", "Memo"), ("Shelf", "Basket", "List", "Cart"))
-    names = (*(one_of(rng, options) for options in names), one_of(rng, ("Product", "Offer", "Article")))
+    names = (
+        *(one_of(rng, options) for options in names),
+        one_of(rng, ("Product", "Offer", "Article")),
+    )
     return Scene(profile, liked, now, shelf, offers, names)
 
 
-Condition = tuple[str, str, Callable[[Product], bool]]  # a claim about the offer, the sections it needs, its truth
+Condition = tuple[
+    str, str, Callable[[Product], bool]
+]  # a claim about the offer, the sections it needs, its truth
 
 
 def profile_claim(rng: random.Random, scene: Scene) -> Condition:
@@ -214,7 +271,11 @@ def profile_claim(rng: random.Random, scene: Scene) -> Condition:
     if scene.now and rng.random() < 0.3:
         return f"it is what the {who} tells of now", "profile", lambda p: p.category == scene.now
     words = "its kind is" if fact == "category" else f"its {fact} is"
-    return f"{words} one that the {who} likes", "profile", lambda p: getattr(p, fact) in scene.liked[fact]
+    return (
+        f"{words} one that the {who} likes",
+        "profile",
+        lambda p: getattr(p, fact) in scene.liked[fact],
+    )
 
 
 def taste_claim(rng: random.Random, scene: Scene) -> Condition:
@@ -224,7 +285,11 @@ def taste_claim(rng: random.Random, scene: Scene) -> Condition:
         "{} or more of its brand, color and material are to the taste of the {who}",
         "it suits the {who} in {} or more of brand, color, material"))  # fmt: skip
     claim = several.format(("one", "two", "three")[least - 1], who=who)
-    return claim, "profile", lambda p: sum(getattr(p, f) in scene.liked[f] for f in FACTS[1:]) >= least
+    return (
+        claim,
+        "profile",
+        lambda p: sum(getattr(p, f) in scene.liked[f] for f in FACTS[1:]) >= least,
+    )
 
 
 def shelf_claim(rng: random.Random, scene: Scene) -> Condition:
@@ -246,12 +311,21 @@ def product_claim(rng: random.Random, scene: Scene) -> Condition:
     """Return a claim about the offer alone."""
     known = facts(one_of(rng, scene.offers))
     fact, other = some_of(rng, FACTS, 2)
-    says = {"category": "it is a {}", "brand": "it is from {}", "color": "it is {}", "material": "it has some {}"}
+    says = {
+        "category": "it is a {}",
+        "brand": "it is from {}",
+        "color": "it is {}",
+        "material": "it has some {}",
+    }
     if rng.random() < 0.3:
         return f"the text mentions {known[fact]}", "", lambda p: getattr(p, fact) == known[fact]
     if rng.random() < 0.3:
         claim = f"{says[fact].format(known[fact])} and {says[other].format(known[other])}"
-        return claim, "", lambda p: getattr(p, fact) == known[fact] and getattr(p, other) == known[other]
+        return (
+            claim,
+            "",
+            lambda p: getattr(p, fact) == known[fact] and getattr(p, other) == known[other],
+        )
     return says[fact].format(known[fact]), "", lambda p: getattr(p, fact) == known[fact]
 
 
@@ -262,7 +336,9 @@ def make_claim(rng: random.Random, scene: Scene) -> Condition:
     users choose, which is for train.py to find.
     """
     if rng.random() < 0.75:
-        return one_of(rng, (profile_claim, taste_claim, shelf_claim, shelf_claim, product_claim))(rng, scene)
+        return one_of(rng, (profile_claim, taste_claim, shelf_claim, shelf_claim, product_claim))(
+            rng, scene
+        )
     draws = [one_of(rng, (profile_claim, shelf_claim, product_claim)) for _ in range(2)]
     (first, needed, true), (second, also_needed, also) = (draw(rng, scene) for draw in draws)
     if rng.random() < 0.65:
@@ -272,7 +348,10 @@ def make_claim(rng: random.Random, scene: Scene) -> Condition:
 
 def balanced(rng: random.Random, options: list[tuple], n: int) -> list[tuple]:
     """Return up to n of options (..., truth) in random order, half of them true where there are enough."""
-    true, false = ([o for o in some_of(rng, options, len(options)) if o[-1] is truth] for truth in (True, False))
+    true, false = (
+        [o for o in some_of(rng, options, len(options)) if o[-1] is truth]
+        for truth in (True, False)
+    )
     half = [*true[: n // 2], *false[: n - n // 2]]
     return some_of(rng, half, len(half))
 
@@ -281,10 +360,14 @@ def turns(first: str, asked: list[tuple[str, str]], header: str) -> Text:
     """Return a talk: the prompt `first` with a `|` for the text asked about, which each turn has anew under header."""
     beginning, end = first.split("|")
     starts = [beginning, *[f"\n\n[{header}]\n"] * (len(asked) - 1)]
-    return [(start + about + end, answer) for start, (about, answer) in zip(starts, asked, strict=True)]
+    return [
+        (start + about + end, answer) for start, (about, answer) in zip(starts, asked, strict=True)
+    ]
 
 
-def offers_text(rng: random.Random, shop: Shop, brief: bool, make: Callable[..., Condition] = make_claim) -> Text:
+def offers_text(
+    rng: random.Random, shop: Shop, brief: bool, make: Callable[..., Condition] = make_claim
+) -> Text:
     """Return one question, by `make`, about several offers in turn."""
     scene = make_scene(rng, shop)
     claim, needed, true = make(rng, scene)
@@ -293,14 +376,19 @@ def offers_text(rng: random.Random, shop: Shop, brief: bool, make: Callable[...,
     header = scene.names[2]
     first = trsr.build_prompt(ask.format(claim), *scene.sections(rng, needed, brief), (header, "|"))
     chosen = balanced(rng, [(p, true(p)) for p in dict.fromkeys(scene.offers)], 8 if brief else 4)
-    return turns(first, [(text_of(p, brief), trsr.ANSWERS[not truth]) for p, truth in chosen], header)
+    return turns(
+        first, [(text_of(p, brief), trsr.ANSWERS[not truth]) for p, truth in chosen], header
+    )
 
 
 def claims_text(rng: random.Random, shop: Shop, brief: bool) -> Text:
     """Return several questions about one offer, two of them open."""
     scene = make_scene(rng, shop)
     offer, (who, where, header) = scene.offers[0], map(str.lower, scene.names)
-    drawn = {claim: true(offer) for claim, _, true in (make_claim(rng, scene) for _ in range(2 * QUESTIONS))}
+    drawn = {
+        claim: true(offer)
+        for claim, _, true in (make_claim(rng, scene) for _ in range(2 * QUESTIONS))
+    }
     claims = balanced(rng, list(drawn.items()), QUESTIONS)
     asked = [(f"Is it true that {claim}?", trsr.ANSWERS[not truth]) for claim, truth in claims]
     shared = [facts(offer)[f] for f in FACTS if facts(offer)[f] in scene.liked[f]]
@@ -321,15 +409,28 @@ def description_text(rng: random.Random, shop: Shop, brief: bool) -> Text:
     product, *others = (one_of(rng, shop.shelves[(one_of(rng, CATEGORIES),)]) for _ in range(3))
     if rng.random() < 0.4:
         known = {name: value for name, value in product.attributes.items() if name != "Description"}
-        prompt = trsr.build_prompt("Describe this product in a few sentences.", ("Product", trsr.item_text(known)))
+        prompt = trsr.build_prompt(
+            "Describe this product in a few sentences.", ("Product", trsr.item_text(known))
+        )
         return [(prompt, product.attributes["Description"])]
     ask = "Does the description fit the product? Answer 'Yes' or 'No'."
     sections = [("Product", f"Title: {product.attributes['Title']}"), ("Description", "|")]
     about = some_of(rng, [(product, "Yes"), (one_of(rng, others), "No")], 2)
-    return turns(trsr.build_prompt(ask, *sections), [(p.attributes["Description"], a) for p, a in about], "Description")
+    return turns(
+        trsr.build_prompt(ask, *sections),
+        [(p.attributes["Description"], a) for p, a in about],
+        "Description",
+    )
 
 
-SORTS = ((block_text, 4), (merge_text, 3), (update_text, 4), (offers_text, 8), (claims_text, 8), (description_text, 1))
+SORTS = (
+    (block_text, 4),
+    (merge_text, 3),
+    (update_text, 4),
+    (offers_text, 8),
+    (claims_text, 8),
+    (description_text, 1),
+)
 
 
 def texts(seed: int | str, brief: float = 0.0) -> Iterator[Text]:

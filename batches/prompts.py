@@ -1,0 +1,78 @@
+"""A user's prompts as a tree of token ids, made by worker processes while a GPU computes."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from launch.processes import host_workers
+from ops.packs import Tree, make_tree
+from trsr import InputError, Recommender
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How prompts are tokenized and packed: tokens of a pack, padding, and worker processes."""
+
+    pack_tokens: int
+    pad_to: int  # on GPUs all packs have one length, because kernels are compiled for each
+    workers: int
+
+    @classmethod
+    def on(cls, device: torch.device, pack_tokens: int | None, on_gpus: int) -> "Batching":
+        """Return the batching for a device; without pack_tokens, on_gpus or 4096 on CPUs."""
+        gpu = device.type == "cuda"
+        pack_tokens = pack_tokens or (on_gpus if gpu else 4096)
+        return cls(pack_tokens, pack_tokens if gpu else 1, host_workers(device))
+
+
+class Prompts(Dataset):
+    """Each user's prompts for some items, as (tree, counts of what was trimmed).
+
+    answers: the ids of Yes and No; with them, every prompt ends with its own answer.
+    """
+
+    def __init__(self, recommender: Recommender, users: list[tuple], answers=None):
+        self.recommender, self.users, self.answers = recommender, users, answers
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def __getitem__(self, index: int) -> tuple[Tree | InputError, dict]:
+        example, items = self.users[index]
+        # A counter of its own, because a worker process cannot add to the caller's.
+        budget = replace(self.recommender.budget, trimmed=Counter())
+        try:
+            prompts = replace(self.recommender, budget=budget).prompt_ids(example, items)
+        except InputError as error:  # raised in a worker, it would come with a traceback
+            return error, {}
+
+        if self.answers:
+            yes, no = self.answers
+            due = [yes if item == example.positive else no for item in items]
+            prompts = [[*ids, answer] for ids, answer in zip(prompts, due, strict=True)]
+        return make_tree(prompts), dict(budget.trimmed)
+
+
+def tokenize(prompts: Prompts, workers: int, show: bool) -> Iterator[Tree]:
+    """Return the trees in order, made by worker processes, and count what is trimmed.
+
+    The processes start now rather than with the first tree, since they must not be forked from the
+    thread that may ask for it.
+    """
+    ahead = 32 if workers else None
+    loader = DataLoader(prompts, batch_size=None, num_workers=workers, prefetch_factor=ahead)
+    made = iter(loader)
+
+    def trees() -> Iterator[Tree]:
+        for tree, cut in tqdm(made, "prompts", len(prompts), unit="user", disable=not show):
+            if isinstance(tree, InputError):
+                # Raising `tree` itself would tie it to this frame, and keep the workers alive.
+                raise InputError(*tree.args)
+            prompts.recommender.budget.trimmed.update(cut)
+            yield tree
+
+    return trees()

@@ -1,0 +1,143 @@
+"""Attention masks of packs (ops/packs.py) and of the cache, in the form that each device's kernel wants.
+
+A pack's mask follows from one rule. What continues a token comes right after it, so a query sees a
+key if `key <= query < end of the key`, where a key's end is the first row that no longer continues
+it. On a GPU the rule becomes a BlockMask for FlexAttention, on a CPU QueryBlocks for SDPA.
+
+T: tokens of a pack, B: rows of the cache, S: slots of a row.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+BLOCK = 128  # queries and keys per block, FlexAttention's default
+SMALL_BLOCK = 64  # without gradients: fits the rule more tightly; some backward kernels refuse it
+
+
+def tree_rule(ends: Tensor) -> Callable:
+    """Return a pack's attention rule: (batch, head, query, key) -> whether the query sees the key.
+
+    ends: (T,), the first row that no longer continues each token. A kernel asks the rule for every
+    pair in a block that is not visible as a whole. In packs of short texts most blocks are like
+    that, so the rule reads and compares as little as possible.
+    """
+    return lambda _batch, _head, query, key: (key <= query) & (query < ends[key])
+
+
+# ---- GPU
+
+
+def block_mask(ends: Tensor, first: int = 0) -> BlockMask:
+    """Return tree_rule for the queries from row `first` on, as a BlockMask.
+
+    For each block of queries it lists the blocks of keys that are visible in part and as a whole.
+    Comparing the blocks' least and greatest ends is enough to decide that; evaluating the rule for
+    every pair of tokens would take a tenth of the time of scoring. Under no_grad the mask has
+    smaller blocks, which cannot be used where gradients are needed.
+    """
+    size = BLOCK if torch.is_grad_enabled() else SMALL_BLOCK
+    rows = torch.arange(len(ends), device=ends.device)
+    first_query, first_key = rows[first::size, None], rows[::size]
+    last_query = (first_query + size - 1).clamp(max=len(ends) - 1)
+    last_key = first_key + size - 1
+    least_end, greatest_end = F.pad(ends, (0, -len(ends) % size)).view(-1, size).aminmax(dim=1)
+
+    # Some pair is visible unless all keys come later, or all have ended before the first query.
+    some = (first_key <= last_query) & (greatest_end > first_query)
+    # All pairs are, if all keys come before the first query and none ends before the last.
+    whole = (last_key <= first_query) & (least_end > last_query)
+
+    columns = []
+    for blocks in (some & ~whole, whole):
+        columns.append(blocks.sum(1, dtype=torch.int32))
+        columns.append(blocks.int().argsort(dim=1, descending=True, stable=True).int())
+    rule = tree_rule(ends)
+    return BlockMask.from_kv_blocks(
+        *(column[None, None] for column in columns),  # one batch, one head
+        BLOCK_SIZE=size,
+        mask_mod=(lambda b, h, query, key: rule(b, h, query + first, key)) if first else rule,
+        seq_lengths=(len(ends) - first, len(ends)),
+    )
+
+
+def length_mask(positions: Tensor, slots: int) -> BlockMask:
+    """Return the mask by which row b's only query sees the cache's slots 0 to positions[b] (B,).
+
+    Blocks of slots that a row has not reached are not read, so rows of unequal length cost what
+    each of them takes.
+    """
+    whole = (positions // BLOCK).int()[:, None, None]  # (B, 1, 1): blocks that are full
+    blocks = torch.arange(-(-slots // BLOCK), dtype=torch.int32, device=positions.device)
+    return BlockMask.from_kv_blocks(
+        torch.ones_like(whole),  # one block is visible in part: the one where the row ends
+        (whole[..., None] + blocks) % len(blocks),  # it has to be listed first
+        whole,
+        blocks.expand(len(positions), 1, 1, -1).contiguous(),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=lambda row, _head, _query, slot: slot <= positions[row],
+        seq_lengths=(1, slots),
+    )
+
+
+def kernel_tiles(mask: BlockMask, values: Tensor) -> dict | None:
+    """Return FlexAttention's tile sizes for a mask of small blocks over values (B, K, S, D).
+
+    None leaves the choice to FlexAttention. The kernel holds two tiles of keys and two of values;
+    at 16 KiB or less per tile they fit the shared memory of any card.
+    """
+    if mask.BLOCK_SIZE != (SMALL_BLOCK, SMALL_BLOCK):
+        return None
+    row = values.element_size() * values.shape[-1]  # bytes; heads are widened to a power of two
+    keys = SMALL_BLOCK if row <= 256 else 32 if row <= 512 else 16
+    return {"BLOCK_M": SMALL_BLOCK, "BLOCK_N": keys, "num_stages": 2, "num_warps": 4}
+
+
+# ---- CPU
+
+
+@dataclass(frozen=True)
+class QueryBlocks:
+    """Blocks of queries, the keys that any query of a block sees, and which query sees which."""
+
+    keys: Tensor  # (sum of sizes,): the rows of every block's keys, one block after another
+    seen: list[Tensor]  # for each block (queries, keys), boolean
+
+    @property
+    def sizes(self) -> list[int]:
+        """The number of keys of each block."""
+        return [block.shape[1] for block in self.seen]
+
+
+def query_blocks(ends: Tensor, first: int = 0, size: int = 256) -> QueryBlocks:
+    """Return tree_rule for the queries from row `first` on, in blocks of `size` queries."""
+    rule, rows = tree_rule(ends), torch.arange(len(ends))
+    keys, seen = [], []
+    for queries in rows[first:].split(size):
+        visible = rule(None, None, queries[:, None], rows[None, : queries[-1] + 1])
+        keys.append(visible.any(0).nonzero()[:, 0])
+        seen.append(visible[:, keys[-1]])
+    return QueryBlocks(torch.cat(keys), seen)
+
+
+# ---- What SDPA adds to the scores
+
+
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a boolean mask as what attention adds: 0 where True, -inf elsewhere."""
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return mask.masked_fill_(~seen, -math.inf)
+
+
+def as_additive(mask, dtype: torch.dtype):
+    """Return a mask with its boolean parts additive, once for all layers."""
+    if isinstance(mask, Tensor):
+        return additive(mask, dtype)
+    if isinstance(mask, QueryBlocks):
+        return replace(mask, seen=[additive(seen, dtype) for seen in mask.seen])
+    return mask

@@ -1,0 +1,308 @@
+"""Packs: many texts that share prefixes in one row of tokens, so that each token is computed once.
+
+A tree is a prefix and its branches, such as a user's prompts, which differ only in the candidate.
+A pack holds many trees; the tokens that begin all of them, the trunk, appear once. Plain text is a
+tree with one branch.
+
+    row         0  1  2 |  3  4  5  6  7  8  9 | 10 11 12 13 14 15
+    token       i  i  i |  p  p  p  a  a  b  b |  p  p  a  a  b  b   the trunk and two trees
+    position    0  1  2 |  3  4  5  6  7  6  7 |  3  4  5  6  5  6   branches restart after p
+    end        16 16 16 | 10 10 10  8  8 10 10 | 16 16 14 14 16 16   first row not continuing it
+
+The ends are all that the attention mask needs (ops/masks.py). T: tokens of a pack.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from ops.masks import BLOCK, QueryBlocks, block_mask, query_blocks
+from ops.transfer import on_device
+
+WORTH_SHARING = 32  # prompts with a shorter prefix in common are read separately
+
+
+# ---- Trees
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The token sequences prefix + branch, for each branch. No branch is empty."""
+
+    prefix: list[int]
+    branches: list[list[int]]
+
+    @property
+    def size(self) -> int:
+        """The tokens that it takes in a pack without a trunk."""
+        return len(self.prefix) + sum(map(len, self.branches))
+
+
+def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    """Return the number of leading tokens that all sequences share."""
+    # Wherever any two sequences differ first, the least and the greatest do.
+    low, high = min(sequences), max(sequences)
+    pairs = enumerate(zip(low, high, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(low), len(high)))
+
+
+def make_tree(sequences: list[list[int]]) -> Tree:
+    """Return the tree of token sequences that share a prefix; each branch keeps a token or more."""
+    shared = min(common_prefix(sequences), min(map(len, sequences)) - 1)
+    return Tree(sequences[0][:shared], [ids[shared:] for ids in sequences])
+
+
+def group_prompts(prompts: list[list[int]]) -> tuple[list[Tree], dict[tuple[int, int], int]]:
+    """Return trees of prompts that share a prefix, and the prompt of each (tree, branch)."""
+    trees, prompt_of, group = [], {}, []
+    order = sorted(range(len(prompts)), key=lambda i: prompts[i])
+    for i, following in zip(order, [*order[1:], None], strict=True):
+        group.append(i)
+        # In sorted order, prompts that share a prefix are neighbors.
+        last = following is None
+        if last or common_prefix([prompts[i], prompts[following]]) < WORTH_SHARING:
+            prompt_of |= {(len(trees), branch): j for branch, j in enumerate(group)}
+            trees.append(make_tree([prompts[j] for j in group]))
+            group = []
+    return trees, prompt_of
+
+
+# ---- Packs
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A row of T tokens, their places in the trees, and N next-token targets.
+
+    Target i: at row rows[i] the token next_ids[i] is due and counts weights[i] times. A row may
+    have several targets, since the last token of a prefix predicts the first token of every branch.
+    A token that n sequences share has weight n, so the loss is that of separate sequences.
+    """
+
+    ids: Tensor  # (T,), like the next two
+    positions: Tensor
+    ends: Tensor  # the first row that no longer continues the token; int32, as in the kernels
+    rows: Tensor  # (N,), like the next two
+    next_ids: Tensor
+    weights: Tensor
+    leaves: dict[tuple[int, int], int]  # (tree, branch) -> row of the branch's last token
+    tokens: int  # T without padding
+    shared_prefix: int = 0  # leading rows that this pack repeats from the one before: a split tree
+
+    def to(self, device: torch.device) -> "Pack":
+        """Return the pack with its tensors on device."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: on_device(t, device) for name, t in tensors.items()})
+
+    def mask(self, first: int = 0) -> BlockMask | QueryBlocks:
+        """Return the mask of the queries from row `first` on, for the device the pack is on.
+
+        A mask made under no_grad serves only what needs no gradients.
+        """
+        make = block_mask if self.ids.is_cuda else query_blocks
+        return make(self.ends, first)
+
+
+def padded_select(tokens: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the index (rows, tokens) of some tokens of a pack, which is the batch's only row.
+
+    On a GPU the last token is repeated up to a multiple of BLOCK, because the layers are compiled
+    anew for each number of tokens.
+    """
+    more = -len(tokens) % BLOCK if device.type == "cuda" else 0
+    chosen = on_device(torch.tensor(tokens + tokens[-1:] * more), device)
+    return torch.zeros_like(chosen), chosen
+
+
+def pack_trees(
+    trees: list[Tree], max_tokens: int, pad_to: int = 1, last_only: bool = False
+) -> list[Pack]:
+    """Return packs of up to max_tokens tokens that hold all trees, padded to multiples of pad_to.
+
+    Each pack is filled as far as the trees left allow. A tree larger than a pack is split between
+    its branches into packs of its own, which repeat the prefix; a single sequence larger than that
+    makes a larger pack. Every token but a sequence's first is a target; with last_only, only the
+    last token of each branch is.
+    """
+    trunk = common_prefix([tree.prefix for tree in trees]) if trees else 0
+    whole: list[tuple[int, list[int]]] = []  # (tree, all its branches)
+    packs = []
+    for t, tree in enumerate(trees):
+        groups = split_branches(tree, max_tokens)
+        if len(groups) == 1:
+            whole.append((t, groups[0]))
+            continue
+        for group in groups:
+            pack = build_pack(trees, trunk, [(t, group)], pad_to, last_only)
+            packs.append(replace(pack, shared_prefix=len(tree.prefix)))
+
+    sizes = [trees[t].size - trunk for t, _ in whole]
+    for chosen in fill_bins(sizes, max_tokens - trunk):
+        packs.append(build_pack(trees, trunk, [whole[i] for i in chosen], pad_to, last_only))
+    return packs
+
+
+def split_branches(tree: Tree, max_tokens: int) -> list[list[int]]:
+    """Return the tree's branches in groups, each within max_tokens together with the prefix."""
+    groups, size = [[]], len(tree.prefix)
+    for b, branch in enumerate(tree.branches):
+        if groups[-1] and size + len(branch) > max_tokens:
+            groups.append([])
+            size = len(tree.prefix)
+        groups[-1].append(b)
+        size += len(branch)
+    return groups
+
+
+class _Columns:
+    """A pack's columns while they are filled, segment by segment."""
+
+    def __init__(self, last_only: bool):
+        self.last_only = last_only
+        self.ids, self.positions, self.ends = [], [], []  # an entry per token
+        self.rows, self.next_ids, self.weights = [], [], []  # an entry per target
+
+    def append(self, segment: list[int], parent: int | None, continued_by: int, weight: int):
+        """Append tokens that continue row `parent`; return the row of the last one.
+
+        continued_by: how many of the following tokens continue the segment. weight: how many
+        sequences share it.
+        """
+        if not segment:
+            return parent
+        first, n = len(self.ids), len(segment)
+        start = 0 if parent is None else self.positions[parent] + 1
+        self.ids += segment
+        self.positions += range(start, start + n)
+        self.ends += [first + n + continued_by] * n
+
+        # A token is due at the row before it: the segment's first one at the parent's row.
+        before = [*range(first, first + n - 1)]
+        if parent is not None:
+            before.insert(0, parent)
+        if self.last_only:
+            before = [] if continued_by else before[-1:]
+        self.rows += before
+        self.next_ids += segment[n - len(before) :]
+        self.weights += [weight] * len(before)
+        return first + n - 1
+
+    def pad(self, length: int) -> None:
+        """Append tokens up to length that nothing sees but what follows them."""
+        more = length - len(self.ids)
+        self.ids += [0] * more
+        self.positions += [0] * more
+        self.ends += [length] * more
+
+
+def build_pack(
+    trees: list[Tree], trunk: int, held: list[tuple[int, list[int]]], pad_to: int, last_only: bool
+) -> Pack:
+    """Return the pack of the held (tree, its branches): the trunk, then each prefix and branches."""
+    columns, leaves = _Columns(last_only), {}
+    branch_tokens = [sum(len(trees[t].branches[b]) for b in group) for t, group in held]
+    tokens = trunk + sum(len(trees[t].prefix) - trunk for t, _ in held) + sum(branch_tokens)
+    length = -(-tokens // pad_to) * pad_to
+
+    sequences = sum(len(group) for _, group in held)
+    beginning = trees[held[0][0]].prefix[:trunk]
+    # All that follows continues the trunk, padding included.
+    root = columns.append(beginning, None, continued_by=length - trunk, weight=sequences)
+    for (t, group), below in zip(held, branch_tokens, strict=True):
+        prefix = trees[t].prefix[trunk:]
+        stem = columns.append(prefix, root, continued_by=below, weight=len(group))
+        for b in group:
+            leaves[t, b] = columns.append(trees[t].branches[b], stem, continued_by=0, weight=1)
+    columns.pad(length)
+
+    return Pack(
+        ids=torch.tensor(columns.ids),
+        positions=torch.tensor(columns.positions),
+        ends=torch.tensor(columns.ends, dtype=torch.int),
+        rows=torch.tensor(columns.rows, dtype=torch.long),
+        next_ids=torch.tensor(columns.next_ids, dtype=torch.long),
+        weights=torch.tensor(columns.weights, dtype=torch.float32),
+        leaves=leaves,
+        tokens=tokens,
+    )
+
+
+# ---- Filling packs
+
+
+def rounded_up(n: int) -> int:
+    """Return the least of 512, 768, 1024, 1536, 2048, ... that is not below n."""
+    power = max(512, 1 << (n - 1).bit_length())
+    between = power * 3 // 4
+    return between if power > 512 and n <= between else power
+
+
+def fill_bins(sizes: list[int], room: int) -> list[list[int]]:
+    """Return all indices of sizes in bins, each as near to room as the sizes left allow.
+
+    Greedy bin packing: each bin takes the best subset of what is left. A size above room gets a
+    bin of its own.
+    """
+    left = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+    bins = []
+    while left:
+        chosen = best_subset([sizes[i] for i in left], room) or [0]
+        bins.append([left[i] for i in chosen])
+        taken = set(chosen)
+        left = [i for place, i in enumerate(left) if place not in taken]
+    return bins
+
+
+def best_subset(sizes: list[int], room: int) -> list[int]:
+    """Return the indices, last first, of the sizes whose sum comes nearest to room from below.
+
+    The subset sum problem, by dynamic programming over a bitset.
+    """
+    # Bit s of reachable[i] says whether some of the first i sizes sum to s.
+    within_room = (2 << max(room, 0)) - 1
+    reachable = [1]
+    for size in sizes:
+        reachable.append(reachable[-1] | (reachable[-1] << size) & within_room)
+
+    # From the greatest sum back: a size belongs to it if the sizes before cannot make it alone.
+    total, chosen = reachable[-1].bit_length() - 1, []
+    for i in reversed(range(len(sizes))):
+        if not reachable[i] >> total & 1:
+            chosen.append(i)
+            total -= sizes[i]
+    return chosen
+
+
+def pack_length(trees: list[Tree], max_tokens: int) -> int:
+    """Return the length up to max_tokens at which the fewest packs hold all trees with little room.
+
+    Lengths are multiples of 256 (of 128 for short packs), because kernels are compiled for each.
+    """
+    trunk = common_prefix([tree.prefix for tree in trees])
+    sizes = [tree.size - trunk for tree in trees]
+    n = -(-sum(sizes) // max(1, max_tokens - trunk))
+    least = trunk + -(-sum(sizes) // n)
+    multiple = 2 * BLOCK if least > 4096 else BLOCK
+    for length in range(-(-least // multiple) * multiple, max_tokens, multiple):
+        if max(sizes) <= length - trunk and len(fill_bins(sizes, length - trunk)) == n:
+            return length
+    return max_tokens
+
+
+def stream_length(trees: list[Tree], max_tokens: int) -> int:
+    """Return the length up to max_tokens that fills packs best if trees like these keep coming."""
+    trunk = common_prefix([tree.prefix for tree in trees])
+    sizes = [tree.size - trunk for tree in trees]
+
+    def unused(length: int) -> float:
+        bins = fill_bins(sizes, length - trunk)
+        used = [sum(sizes[i] for i in held) + trunk for held in bins]
+        used.remove(min(used))  # the trees to come would fill the emptiest pack
+        return 1 - sum(used) / (length * max(1, len(used)))
+
+    candidates = range(max_tokens, max_tokens // 2, -2 * BLOCK)
+    lengths = [length for length in candidates if length >= max(sizes) + trunk]
+    return min(lengths or [max_tokens], key=unused)

@@ -1,0 +1,66 @@
+"""A run folder's lock, and config.json: the settings that each script worked with."""
+
+import fcntl
+import json
+from contextlib import contextmanager
+from pathlib import Path
+
+from files.jsonl import check_fields, read_json, write_json
+from trsr import PARADIGMS, InputError
+
+# What later scripts need of each section of config.json.
+_SHARED = {
+    "data": str,
+    "model": str,
+    "paradigm": str,
+    "dtype": str,
+    "fingerprint": str,
+    "max_length": int,
+}
+SECTIONS = {"summarize": _SHARED, "train": _SHARED | {"history_items": int, "lora_r": int}}
+
+
+@contextmanager
+def locked(run: Path, hold: bool = True):
+    """Create the run folder and, if hold, keep its lock; InputError if another process has it."""
+    run.mkdir(parents=True, exist_ok=True)
+    if not hold:
+        yield
+        return
+    with open(run / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            what = "another process is working in this run folder"
+            raise InputError(f"{run}: {what}; wait, or choose another --run") from None
+        yield
+
+
+def read_config(run: Path) -> dict:
+    """Return the settings of the scripts that worked in the run folder, by script."""
+    path = run / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    for name, section in config.items():
+        where = f"{path}: in {name!r}"
+        check_fields(where, section, SECTIONS.get(name, {}))
+        if name not in SECTIONS or section["paradigm"] not in PARADIGMS:
+            what = "no settings that a script of this project would write"
+            raise InputError(f"{where}: {what}; choose another --run")
+    return config
+
+
+def claim_config(run: Path, section: str, settings: dict, started: bool) -> None:
+    """Write settings to a section of the run's config.json; InputError if work began with others.
+
+    A run folder has one set of settings per script, so nothing is ever resumed or scored with
+    settings other than those it was made with.
+    """
+    config, settings = read_config(run), json.loads(json.dumps(settings))
+    old = config.get(section, settings)
+    names = sorted({*old, *settings})
+    differing = [name for name in names if old.get(name) != settings.get(name)]
+    if started and differing:
+        values = ", ".join(f"{n} {old.get(n)!r} (now {settings.get(n)!r})" for n in differing)
+        way = "use those, or another --run"
+        raise InputError(f"{run}: {section}.py worked here with {values}; {way}")
+    write_json(run / "config.json", config | {section: settings})

@@ -1,0 +1,63 @@
+"""A run folder's summaries: gathering what processes wrote, reading, and lending to other runs."""
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from files.jsonl import read_jsonl, write_jsonl
+from state.settings import claim_config, read_config
+from trsr import Example, InputError, content_hash
+
+# A line of summaries.jsonl. key: a hash of everything that determines the summary, which is the
+# settings of summarize.py and the history's texts.
+FIELDS = {"user": str, "paradigm": str, "key": str, "summary": str, "tree": dict}
+
+
+def collect_records(run: Path) -> dict[str, dict]:
+    """Return all finished records by user, and merge what each process wrote into one file."""
+    path, parts = run / "summaries.jsonl", sorted(run.glob("summaries.part*.jsonl"))
+    found = {}
+    for source in [path, *parts] if path.is_file() else parts:
+        for _, record in read_jsonl(source, FIELDS, torn=source in parts):
+            found[record["user"]] = record
+    write_jsonl(path, found.values())
+    for part in parts:
+        part.unlink()
+    return found
+
+
+def load_summaries(run: Path, items: dict[str, str], examples: Iterable[Example]) -> dict[str, str]:
+    """Return each user's summary; InputError if one is missing or is of a different history."""
+    path, settings = run / "summaries.jsonl", read_config(run).get("summarize", {})
+    command = f"run python summarize.py --run {run} (with --data and --model)"
+    again = f"{command}, or choose --paradigm recent-only"
+    if not path.is_file():
+        raise InputError(f"{path}: no summaries; {again}")
+
+    found = {record["user"]: record for _, record in read_jsonl(path, FIELDS)}
+    for example in examples:
+        record = found.get(example.user)
+        if record is None:
+            raise InputError(f"{path}: user {example.user!r}: no summary; {again}")
+        if record["key"] != content_hash([settings, [items[i] for i in example.history]]):
+            what = "the summary is of another history"
+            raise InputError(f"{path}: user {example.user!r}: {what}; {again}")
+    return {example.user: found[example.user]["summary"] for example in examples}
+
+
+def share_summaries(source: Path, run: Path) -> None:
+    """Give the run folder the summaries of another, source, and the settings they were made with.
+
+    Raises InputError if the run was trained with other summaries.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    settings = read_config(source).get("summarize", {})
+    claim_config(run, "summarize", settings, started=(run / "checkpoint").is_dir())
+    path = run / "summaries.jsonl"
+    path.unlink(missing_ok=True)
+    # A hard link is safe: summaries are replaced as a whole and never written into.
+    try:
+        os.link(source / path.name, path)
+    except OSError:
+        shutil.copyfile(source / path.name, path)
