@@ -1,6 +1,6 @@
 """Rank every user's candidates by the probability of Yes (section 4.3): RUN/results.json
 
-    python evaluate.py --k 3 5 10                               # the embedded default, after train.py
+    python evaluate.py --k 3 5 10                               # the embedded default
     python evaluate.py --run runs/mind --split test             # data, model and prompt as trained
     torchrun --nproc_per_node 8 evaluate.py --run-dir runs/mind # users are shared out
 
@@ -57,9 +57,7 @@ INHERITED = ("data", "model", "revision", "dtype", "paradigm", "history_items", 
 class Settings(Shared):
     """What is evaluated: the flags, and what the run's training adds to them."""
 
-    split: str = option(
-        "test", "users to rank candidates for", choices=("val", "test"), group="evaluation"
-    )
+    split: str = option("test", "whom to rank for", choices=("val", "test"), group="evaluation")
     k: tuple[int, ...] = option((3, 5, 10), "cut-offs of the metrics", positive, nargs="+")
     untrained: bool = option(False, "the base model, without the run's adapter")
     users: int | None = option(None, "only the first so many users (unset: all)", positive)
@@ -67,9 +65,7 @@ class Settings(Shared):
         None, "tokens in a forward pass (unset: 16384 on GPUs, 4096 on CPUs)", positive
     )
     seed: int = option(0, "of the candidates' order and the resampling of users", natural)
-    scores: Path | None = option(
-        None, "rank by another system's scores, in a file like scores-test.jsonl", Path
-    )
+    scores: Path | None = option(None, "rank by a file's scores, like scores-test.jsonl", Path)
     report: bool = option(False, "write RUN/report.html too, for a browser")
 
     # Resolved from the run's training.
@@ -110,6 +106,21 @@ def prompt_budget(folder: Path, config: Config, max_length: int) -> trsr.Budget:
     tokenizer = Tokenizer(folder, config.vocab_size)
     context = min(max_length, config.max_position_embeddings)
     return trsr.Budget(context - 1, tokenizer.encode, Counter())  # one token is the answer's
+
+
+def make_recommender(
+    settings, folder: Path, domain: trsr.Domain, items: dict[str, str], examples: list[Example]
+) -> tuple[Recommender, tuple[int, int]]:
+    """Return what makes the examples' prompts for the model in folder, and the answers' ids.
+
+    settings: train.py's or this script's, of which it reads run, paradigm, history_items and
+    max_length. InputError if a user's summary is needed and missing.
+    """
+    needed = settings.paradigm in trsr.SUMMARIZED
+    summaries = load_summaries(settings.run, items, examples) if needed else {}
+    budget = prompt_budget(folder, load_config(folder), settings.max_length)
+    prompt = settings.paradigm, domain, items, summaries, settings.history_items
+    return Recommender(*prompt, budget), trsr.answer_ids(budget.encode, domain)
 
 
 def own_packs(
@@ -258,20 +269,16 @@ def main() -> None:
     domain, items, splits = load_dataset(settings.data, ("train", settings.split))
     examples = splits[settings.split][: settings.users]
     candidates = [trsr.shuffled_candidates(example) for example in examples]
-    needed = settings.paradigm in trsr.SUMMARIZED
-    summaries = load_summaries(settings.run, items, examples) if needed else {}
-    budget = prompt_budget(folder, load_config(folder), settings.max_length)
-    prompt = settings.paradigm, domain, items, summaries, settings.history_items
-    recommender = Recommender(*prompt, budget)
-    answers = trsr.answer_ids(budget.encode, domain)
+    recommender, answers = make_recommender(settings, folder, domain, items, examples)
     if rank == 0:
-        announce(settings, len(examples), budget.tokens, f"{world} x {device.type}")
+        tokens = recommender.budget.tokens
+        announce(settings, len(examples), tokens, f"{world} x {device.type}")
 
     # Worker processes tokenize while the weights are loaded.
     packs = own_packs(recommender, examples, candidates, batching, show=rank == 0)
     model = load_weights(settings, folder, device)
     start = time.perf_counter()
-    scores = score_users(model, packs, answers, budget)
+    scores = score_users(model, packs, answers, recommender.budget)
     seconds = time.perf_counter() - start
     if rank > 0:
         return

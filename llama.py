@@ -19,7 +19,7 @@ C hidden size, V vocabulary. Positions count tokens from 0.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
@@ -30,17 +30,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from ops.cache import Cache
-from ops.checkpoint import (
-    ROPE_TYPES,
-    CheckpointError,
-    check_supported,
-    check_values,
-    end_tokens,
-    read_json_file,
-    read_tensors,
-    rope_parameters,
-    weight_files,
-)
+from ops.checkpoint import CheckpointError, config_from, read_json_file, read_tensors, weight_files
 from ops.int8 import Int8Linear, bitsandbytes_linear, quantize, replace_linears
 from ops.masks import QueryBlocks, as_additive, kernel_tiles
 from ops.packs import Pack
@@ -74,37 +64,6 @@ def load_config(folder: Path) -> Config:
     path = folder / "config.json"
     raw = read_json_file(path)
     return config_from(path, raw, Config, model_type="llama", hidden_act="silu")
-
-
-def config_from(path: Path, raw: dict, form: type[Config], **supported) -> Config:
-    """Return raw, the object in the config.json at path, as a configuration of that form.
-
-    supported: fields that may only have this value. Raises CheckpointError, which names the field.
-    """
-    check_supported(path, raw, supported | {"quantization_config": None})
-    rope, kind = rope_parameters(path, raw)
-    try:
-        numbers = {name: float(rope[name]) for name in ROPE_TYPES[kind]}
-        heads = raw["num_attention_heads"]
-        values = raw | {
-            "rope_scaling": {"rope_type": kind} | numbers if numbers else None,
-            "rope_theta": rope.get("rope_theta", raw.get("rope_theta")),
-            "num_key_value_heads": raw.get("num_key_value_heads") or heads,
-            "head_dim": raw.get("head_dim") or raw["hidden_size"] // heads,
-            "eos_token_id": end_tokens(path.parent, raw),
-        }
-
-        # A field that is absent or null takes its default; one without a default has to be there.
-        required = [f.name for f in fields(form) if f.default is MISSING]
-        given = [f.name for f in fields(form) if values.get(f.name) is not None]
-        config = form(**{name: values[name] for name in dict.fromkeys([*required, *given])})
-    except KeyError as missing:
-        raise CheckpointError(f"{path}: field {missing} is missing") from None
-    except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
-        what = f"a field is of another type than expected ({error})"
-        raise CheckpointError(f"{path}: {what}") from None
-    check_values(path, config)
-    return config
 
 
 # ---- Attention

@@ -13,7 +13,7 @@ row's text is done. It writes what the obvious way would write.
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
@@ -33,6 +33,7 @@ from models.hub import find_model, load_model
 from models.tokenizer import Tokenizer
 from ops.cache import KVCache, PackWriter
 from ops.checkpoint import fingerprint
+from ops.graph import StepGraph
 from ops.int8 import WAYS
 from ops.masks import length_mask
 from ops.packs import Pack, common_prefix, group_prompts, pack_trees, padded_select, rounded_up
@@ -48,20 +49,13 @@ class Settings(Shared):
     """What is summarized, and how: the flags."""
 
     paradigm: str = option(
-        "hierarchical",
-        "how the blocks become one summary",
-        choices=trsr.SUMMARIZED,
-        group="summarization",
+        "hierarchical", "how blocks become one", choices=trsr.SUMMARIZED, group="summarization"
     )
     block_size: int = option(5, "items per block", positive)
     max_new_tokens: int = option(150, "longest summary, in tokens", positive)
     max_length: int = option(2048, "longest prompt together with its summary, in tokens", positive)
     int8: str | None = option(
-        None,
-        "8-bit weights; `--int8 bitsandbytes` is LLM.int8, as in the paper (slower)",
-        nargs="?",
-        choices=WAYS,
-        const="weights",
+        None, "8-bit weights, ours or the paper's", nargs="?", choices=WAYS, const="weights"
     )
     batch_size: int | None = option(
         None, "prompts decoded together (unset: 16 on CPUs, what fits on GPUs)", positive
@@ -124,26 +118,6 @@ class Row:
         return len(self.prompt) + len(self.tokens) - 1
 
 
-class DecodingGraph:
-    """A decoding step of all rows, captured as a CUDA graph: one launch instead of hundreds."""
-
-    def __init__(self, step: Callable[[], Tensor]):
-        # What is compiled has to be so before the capture, and run once more to settle.
-        side = torch.cuda.Stream()
-        with torch.cuda.stream(side):
-            step()
-            step()
-        side.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.next_tokens = step()
-
-    def replay(self) -> Tensor:
-        """Run the step on what its inputs hold now; return the next token of each row."""
-        self.graph.replay()
-        return self.next_tokens
-
-
 class Generator:
     """Greedy continuations of prompts that may be submitted at any time, in `rows` at once."""
 
@@ -161,7 +135,7 @@ class Generator:
         self.cache = KVCache(c.num_hidden_layers, shape, weight.device, weight.dtype)
         # The graph reads its tokens and positions from here.
         self.inputs = torch.zeros(2, rows, dtype=torch.long, device=weight.device)
-        self.graph: DecodingGraph | None = None
+        self.graph: StepGraph | None = None
 
     def submit(self, prompts: Iterable[tuple[object, list[int]]], first: bool = False) -> None:
         """Queue (key, token ids) pairs at the end, or with `first` before all others."""
@@ -262,7 +236,7 @@ class Generator:
         if self.model.syncs_host:
             return step()[: len(last)].tolist()
         if self.graph is None:
-            self.graph = DecodingGraph(step)
+            self.graph = StepGraph(step)
         return self.graph.replay()[: len(last)].tolist()
 
     # -- 4. Rows that are done make room
@@ -305,21 +279,6 @@ def decode(model: Llama, tokens: Tensor, positions: Tensor, cache: KVCache, visi
     else:
         mask = torch.arange(visible) <= positions[:, None, None, None]  # (B, 1, 1, S)
     return model(tokens[:, None], positions[:, None], mask, cache.layers)[:, -1].argmax(-1)
-
-
-def generate(
-    model: Llama,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    eos_ids: Sequence[int],
-    batch_size: int = 16,
-) -> list[list[int]]:
-    """Return the greedy continuation of each prompt, up to and without an end token."""
-    generator, outputs = Generator(model, batch_size, max_new_tokens, eos_ids), {}
-    generator.submit(sorted(enumerate(prompts), key=lambda pair: -len(pair[1])))
-    while len(outputs) < len(prompts):
-        outputs |= generator.step()
-    return [outputs[i] for i in range(len(prompts))]
 
 
 # ---- From prompts to summaries
@@ -373,9 +332,8 @@ def main() -> None:
     flags = parse_settings(Settings, __doc__)
     rank, world, device = join_processes()
     settings = resolve(flags, device)
-    run = settings.run
 
-    # The histories as texts, and the model.
+    # The histories as texts, the model, and a generator for it.
     domain, items, splits = load_dataset(settings.data, ("train", "val", "test"))
     examples = [example for split in splits.values() for example in split]
     texts = {example.user: [items[i] for i in example.history] for example in examples}
@@ -383,28 +341,26 @@ def main() -> None:
     recorded = settings.recorded(folder, domain)
     dtype = torch.bfloat16 if settings.dtype == "bf16" else torch.float32
     model = load_model(folder, device, dtype, int8=settings.int8)
-
-    # A prompt and its summary share the context.
     tokenizer = Tokenizer(folder, model.config.vocab_size)
     context = min(settings.max_length, model.config.max_position_embeddings)
     budget = trsr.Budget(context - settings.max_new_tokens, tokenizer.encode, Counter())
     generator = make_generator(model, settings, texts, domain, budget)
 
-    with locked(run, hold=rank == 0):
+    with locked(settings.run, hold=rank == 0):
         if rank == 0:
-            claim_config(run, "summarize", recorded, started=bool(collect_records(run)))
+            started = bool(collect_records(settings.run))
+            claim_config(settings.run, "summarize", recorded, started)
         gather(None)  # nobody reads before the first process has collected
         keys = {u: trsr.content_hash([recorded, history]) for u, history in texts.items()}
-        records = read_jsonl(run / "summaries.jsonl", FIELDS)
-        done = {record["user"]: record["key"] for _, record in records}
-        pending = [user for user in texts if done.get(user) != keys[user]]
+        pending = users_left(settings.run, keys)
         if rank == 0:
             rows, where = generator.n_rows, f"{world} x {device.type}"
             announce(settings, len(texts), len(texts) - len(pending), rows, where)
 
+        # This process's share of the users, each written as soon as it is done.
         sizes = [sum(map(len, texts[user])) for user in pending]
         mine = {pending[i]: texts[pending[i]] for i in share_out(sizes, world)[rank]}
-        part = run / f"summaries.part{rank}.jsonl"
+        part = settings.run / f"summaries.part{rank}.jsonl"
         with tqdm(total=len(mine), unit="user", disable=rank > 0) as bar:
             writer = Writer(generator, tokenizer, bar)
             for user, root in summarize(mine, settings, domain, budget, writer):
@@ -414,9 +370,14 @@ def main() -> None:
 
         trimmed = sum(gather(budget.trimmed), Counter())
         if rank == 0:
-            found = collect_records(run)
-            write_jsonl(run / "summaries.jsonl", [found[user] for user in texts])
-            conclude(settings, len(texts), context, trimmed, peak_memory(device))
+            conclude(settings, list(texts), context, trimmed, peak_memory(device))
+
+
+def users_left(run: Path, keys: dict[str, str]) -> list[str]:
+    """Return the users without a summary that has their key."""
+    records = read_jsonl(run / "summaries.jsonl", FIELDS)
+    done = {record["user"]: record["key"] for _, record in records}
+    return [user for user in keys if done.get(user) != keys[user]]
 
 
 def make_generator(
@@ -463,11 +424,15 @@ def announce(settings: Settings, n_users: int, n_done: int, rows: int, where: st
     print(f"method  {settings.paradigm}, {blocks}, {settings.max_new_tokens} new tokens at most")
 
 
-def conclude(settings: Settings, n_users: int, context: int, trimmed: Counter, peak: str) -> None:
-    """Print what was written, and the next command."""
+def conclude(
+    settings: Settings, users: list[str], context: int, trimmed: Counter, peak: str
+) -> None:
+    """Merge what the processes wrote, in the order of users, and print the next command."""
+    found, path = collect_records(settings.run), settings.run / "summaries.jsonl"
+    write_jsonl(path, [found[user] for user in users])
     for what, count in trimmed.items():
         print(f"trimmed to the context of {context} tokens: {count} {what}")
-    print(f"wrote   {settings.run / 'summaries.jsonl'} ({n_users} users); peak {peak}")
+    print(f"wrote   {path} ({len(users)} users); peak {peak}")
     same = f"--data {settings.data} --model {settings.model} --run {settings.run}"
     print(f"next    python train.py {same}")
 

@@ -2,13 +2,13 @@
 
     python train.py                                             # the embedded default
     python train.py --data data/mind --model owner/llama --run runs/mind
-    torchrun --nproc_per_node 8 train.py --data data/mind --model owner/llama --run-dir runs/mind
+    torchrun --nproc_per_node 8 train.py --model owner/llama --run-dir runs/mind    # FSDP2
 
 The loss is the next-token loss over the whole prompt (equation 1), averaged over the tokens of an
 optimizer step on all processes, so 1 and 8 processes train the same model up to rounding. A user's
 positive and negative are in the same step, where their shared prefix is computed once. The epoch
 with the best validation recall is kept. After an interruption the same command resumes from
-RUN/checkpoint/. Several processes use FSDP2.
+RUN/checkpoint/.
 """
 
 import math
@@ -26,30 +26,29 @@ from tqdm import tqdm
 
 import trsr
 from batches.prompts import Batching, Prompts, tokenize
-from evaluate import Validation, prompt_budget
+from batches.steps import Step, make_step, step_batches
+from evaluate import Validation, make_recommender
 from files.jsonl import append_jsonl
 from launch.command import Shared, natural, option, parse_settings, positive
 from launch.estimate import preflight, training_memory
-from launch.processes import join_processes, peak_memory, prefetch, ranks, run_script, share_out
+from launch.processes import (
+    all_reduce,
+    join_processes,
+    peak_memory,
+    prefetch,
+    ranks,
+    run_script,
+)
 from llama import Llama, compile_layers
 from lora import LoRAConfig, apply_lora
 from models.hub import attention_names, find_model, load_model
 from ops.checkpoint import fingerprint
-from ops.packs import Pack, Tree, pack_length, pack_trees
+from ops.packs import Tree
 from prepare.dataset import load_dataset
-from state.checkpoint import (
-    gather_full,
-    gather_trained,
-    load_checkpoint,
-    save_best_adapter,
-    save_best_model,
-    save_checkpoint,
-    trainable,
-)
+from state.checkpoint import gather_full, load_checkpoint, save_best, save_checkpoint, trainable
 from state.metrics import drop_lines_after
 from state.settings import claim_config, locked, read_config
-from state.summaries import load_summaries
-from trsr import InputError, Recommender
+from trsr import Example, InputError, Recommender
 
 # ---- Settings: the defaults are those of the paper and its authors' code
 
@@ -78,18 +77,12 @@ class Settings(Shared):
     lora_r: int = option(8, "rank; 0 trains the whole model", natural, "adapter")
     lora_alpha: float = option(16.0, "the adapter is scaled by alpha / r", float)
     lora_dropout: float = option(0.05, "on the adapter's input", float)
-    lora_targets: tuple[str, ...] | None = option(
-        None, "linear layers to adapt (unset: attention's)", nargs="+"
-    )
+    lora_targets: tuple | None = option(None, "layers to adapt (unset: attention's)", nargs="+")
 
     pack_tokens: int | None = option(
         None, "tokens in a forward pass (unset: 8192 on GPUs, 4096 on CPUs)", positive, "running"
     )
-    shard: str = option(
-        "zero2",
-        "zero2: gradients and optimizer; zero3: weights too; replicate: none",
-        choices=SHARDS,
-    )
+    shard: str = option("zero2", "gradients, zero3: weights too; or nothing", choices=SHARDS)
     activation_checkpointing: bool = option(False, "less memory, a third more time")
     dry_run: bool = option(False, "report what the run will take, and stop")
     save_every: int = option(50, "steps between checkpoints; an epoch ends with one too", positive)
@@ -131,46 +124,6 @@ def resolve(flags: Settings, device: torch.device) -> Settings:
     )
 
 
-# ---- Which users make a step
-
-
-@dataclass(frozen=True)
-class Step:
-    """One optimizer step: all its users, and this process's packs of them."""
-
-    users: list[int]
-    packs: list[Pack]
-    tokens: int  # of the whole step, on all processes
-    targets: int  # likewise; 0 if this process has no share and its packs are not to count
-
-
-def target_count(tree: Tree, loss: str) -> int:
-    """Return how many next-token targets the tree's examples have, counted separately."""
-    n = len(tree.branches)
-    return n if loss == "answer" else n * (len(tree.prefix) - 1) + sum(map(len, tree.branches))
-
-
-def step_batches(n_users: int, users_per_step: int, seed: int, epoch: int) -> list[list[int]]:
-    """Return the users of each step of an epoch, in an order that seed and epoch determine."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(n_users, generator=generator).tolist()
-    return [order[i : i + users_per_step] for i in range(0, n_users, users_per_step)]
-
-
-def make_step(trees: list[Tree], users: list[int], loss: str, batching: Batching) -> Step:
-    """Return the step of these users, shared out evenly over the processes."""
-    rank, world = ranks()
-    together = [trees[u] for u in users]
-    mine = [together[i] for i in share_out([tree.size for tree in together], world)[rank]]
-    held = mine or together[:1]  # FSDP needs a pack from every process
-    length, pad_to = batching.pack_tokens, batching.pad_to
-    if pad_to > 1:
-        length = pack_length(held, length)
-    packs = pack_trees(held, length, min(length, pad_to), last_only=loss == "answer")
-    targets = sum(target_count(tree, loss) for tree in together) if mine else 0
-    return Step(users, packs, sum(tree.size for tree in together), targets)
-
-
 # ---- One optimizer step: FSDP2 if torchrun started several processes
 
 
@@ -197,15 +150,6 @@ def sum_gradients(model: Llama) -> None:
     parts = flat.split([p.numel() for p in parameters])
     for parameter, grad in zip(parameters, parts, strict=True):
         parameter.grad = grad.view_as(parameter)
-
-
-def all_reduce(value: float, device: torch.device, op=dist.ReduceOp.SUM) -> float:
-    """Return a number reduced over the processes."""
-    if not dist.is_initialized():
-        return value
-    tensor = torch.tensor(value, dtype=torch.float64, device=device)
-    dist.all_reduce(tensor, op)
-    return tensor.item()
 
 
 def backward(model: Llama, step: Step, device: torch.device, mode: str, autocast: bool) -> Tensor:
@@ -285,12 +229,9 @@ class Trainer:
         self.settings, self.model, self.batching = settings, model, batching
         self.trees, self.users, self.validation = trees, users, validation
         self.device, (self.rank, _) = next(model.parameters()).device, ranks()
-        self.optimizer = torch.optim.AdamW(
-            trainable(model).values(),
-            lr=settings.lr,
-            betas=tuple(settings.betas),
-            weight_decay=settings.weight_decay,
-        )
+        options = {"lr": settings.lr, "betas": tuple(settings.betas)}
+        options["weight_decay"] = settings.weight_decay
+        self.optimizer = torch.optim.AdamW(trainable(model).values(), **options)
         show = self.rank == 0
         found = load_checkpoint(settings.run, model, self.optimizer, self.device, show)
         self.progress = Progress(**found or {})
@@ -372,7 +313,9 @@ class Trainer:
         progress.epoch, progress.batch = progress.epoch + 1, 0
         progress.best = max(progress.best, total)
         if best:
-            self.keep()
+            settings, base = self.settings, find_model(self.settings.model, self.settings.revision)
+            adapter = settings.lora if settings.lora_r else None
+            save_best(settings.run, self.model, adapter, settings.model, base, settings.dtype)
         self.save()
         if self.rank == 0:
             values = ", ".join(f"{name} {value:.4f}" for name, value in recall.items())
@@ -402,18 +345,6 @@ class Trainer:
         progress = asdict(self.progress)
         save_checkpoint(self.settings.run, self.model, self.optimizer, progress, self.rank)
 
-    def keep(self) -> None:
-        """Write what evaluate.py needs: the adapter, or with --lora-r 0 the whole model."""
-        settings, tensors = self.settings, gather_trained(self.model)
-        if self.rank > 0:
-            return
-        if settings.lora_r:
-            save_best_adapter(settings.run, tensors, settings.lora, settings.model)
-        else:
-            dtype = torch.bfloat16 if settings.autocast else torch.float32
-            base = find_model(settings.model, settings.revision)
-            save_best_model(settings.run, tensors, base, dtype)
-
 
 # ---- The command
 
@@ -421,28 +352,23 @@ class Trainer:
 def main() -> None:
     """Train on the dataset's training users."""
     flags = parse_settings(Settings, __doc__)
-    rank, world, device = join_processes()
+    rank, _, device = join_processes()
     settings = resolve(flags, device)
     batching = Batching.on(device, settings.pack_tokens, on_gpus=8192)
 
-    # The users, and the model with a new adapter.
+    # The users, the model with a new adapter, and what makes the prompts.
     domain, items, splits = load_dataset(settings.data, ("train", "val"))
     train, val = splits["train"], splits["val"]
-    needed = settings.paradigm in trsr.SUMMARIZED
-    summaries = load_summaries(settings.run, items, train + val) if needed else {}
-    content = trsr.content_hash([items, summaries, [vars(e) for e in train + val]])
+    if settings.batch_size % (n := 1 + len(train[0].negatives)):
+        raise InputError(f"--batch-size is no multiple of the {n} examples of a user")
     folder = find_model(settings.model, settings.revision)
-    check(settings, folder, 1 + len(train[0].negatives))
+    recommender, answers = make_recommender(settings, folder, domain, items, train + val)
     model = load_base(settings, folder)
-    budget = prompt_budget(folder, model.config, settings.max_length)
-    prompt = settings.paradigm, domain, items, summaries, settings.history_items
-    recommender = Recommender(*prompt, budget)
-    answers = trsr.answer_ids(budget.encode, domain)
 
     with locked(settings.run, hold=rank == 0):
         if rank == 0:
-            claim(settings, fingerprint(folder), content)
-            announce(settings, model, len(train), len(val), budget.tokens)
+            claim(settings, folder, recommender, train + val)
+            announce(settings, model, len(train), len(val), recommender.budget.tokens)
 
         # Every prompt as token ids: trees to learn from, packs to validate on.
         users = [(example, [example.positive, *example.negatives]) for example in train]
@@ -450,9 +376,7 @@ def main() -> None:
         trees = list(tokenize(prompts, batching.workers, show=rank == 0))
         validation = Validation.of(recommender, val, answers, batching, show=rank == 0)
         if rank == 0:
-            for what, number in budget.trimmed.items():
-                print(f"trimmed to the context: {number} {what}")
-            preflight(model, trees, expected_memory(settings, model), world, device)
+            foresee(settings, model, trees, recommender.budget, device)
         if settings.dry_run:
             return
 
@@ -465,17 +389,11 @@ def main() -> None:
             print(f"next    python evaluate.py --run {settings.run}")
 
 
-def check(settings: Settings, folder: Path, examples: int) -> None:
-    """Raise InputError for settings that do not fit the model's folder or a user's examples."""
+def load_base(settings: Settings, folder: Path) -> Llama:
+    """Return the model to train, on the CPU, with a new adapter unless --lora-r is 0."""
     if not settings.lora_r and folder.resolve() == (settings.run / "model").resolve():
         what = "the trained model would replace it; move it, or choose another --run"
         raise InputError(f"{folder}: {what}")
-    if settings.batch_size % examples:
-        raise InputError(f"--batch-size is no multiple of the {examples} examples of a user")
-
-
-def load_base(settings: Settings, folder: Path) -> Llama:
-    """Return the model to train, on the CPU, with a new adapter unless --lora-r is 0."""
     # Full fine-tuning keeps fp32 weights; an adapter's frozen base can be in bf16.
     half = settings.dtype == "bf16" and settings.lora_r
     model = load_model(folder, torch.device("cpu"), torch.bfloat16 if half else torch.float32)
@@ -483,12 +401,16 @@ def load_base(settings: Settings, folder: Path) -> Llama:
     return apply_lora(model, settings.lora) if settings.lora_r else model
 
 
-def claim(settings: Settings, model: str, content: str) -> None:
-    """Record the settings and hashes of what is used; InputError if the run began with others."""
-    started = any((settings.run / kind).is_dir() for kind in ("checkpoint", "adapter", "model"))
+def claim(
+    settings: Settings, folder: Path, recommender: Recommender, examples: list[Example]
+) -> None:
+    """Record the settings and hashes of all that is used; InputError if the run has others."""
+    run, texts = settings.run, [recommender.items, recommender.summaries]
+    content = trsr.content_hash([*texts, [vars(example) for example in examples]])
+    recorded = settings.recorded() | {"fingerprint": fingerprint(folder), "content": content}
+    started = any((run / kind).is_dir() for kind in ("checkpoint", "adapter", "model"))
     if not settings.dry_run:
-        recorded = settings.recorded() | {"fingerprint": model, "content": content}
-        claim_config(settings.run, "train", recorded, started)
+        claim_config(run, "train", recorded, started)
 
 
 def announce(settings: Settings, model: Llama, n_train: int, n_val: int, tokens: int) -> None:
@@ -504,11 +426,16 @@ def announce(settings: Settings, model: Llama, n_train: int, n_val: int, tokens:
     print(f"steps   {steps}, on {where}")
 
 
-def expected_memory(settings: Settings, model: Llama) -> dict[str, float]:
-    """Return the bytes that training will take on each device, by what they hold."""
-    itemsize, world = (2 if settings.dtype == "bf16" else 4), ranks()[1]
+def foresee(
+    settings: Settings, model: Llama, trees: list[Tree], budget: trsr.Budget, device: torch.device
+) -> None:
+    """Print what was trimmed, and what training will take."""
+    for what, number in budget.trimmed.items():
+        print(f"trimmed to the context: {number} {what}")
+    itemsize, (_, world) = (2 if settings.dtype == "bf16" else 4), ranks()
     packs = settings.pack_tokens, settings.activation_checkpointing
-    return training_memory(model, world, settings.shard, itemsize, *packs)
+    memory = training_memory(model, world, settings.shard, itemsize, *packs)
+    preflight(model, trees, memory, world, device)
 
 
 def place(model: Llama, settings: Settings, device: torch.device) -> None:

@@ -357,26 +357,6 @@ def metrics_at(ranks: Sequence[int], ks: Sequence[int]) -> dict[str, np.ndarray]
     return {f"{name}@{k}": np.where(ranks <= k, gains[name], 0.0) for name, k in pairs}
 
 
-def random_metrics(n_candidates: int, ks: Sequence[int]) -> dict[str, float]:
-    """Return what a random order scores on average: the mean over all equally likely ranks."""
-    metrics = metrics_at(range(1, n_candidates + 1), ks)
-    return {name: float(values.mean()) for name, values in metrics.items()}
-
-
-def bootstrap_intervals(
-    metrics: dict[str, np.ndarray], resamples: int = 2000, seed: int = 0
-) -> dict[str, tuple[float, float]]:
-    """Return the 95 % percentile interval of each metric's mean, by resampling users."""
-    table = np.stack(list(metrics.values()))  # (metrics, users)
-    n = table.shape[1]
-    rng = np.random.default_rng(seed)
-    # How often each user is drawn is a multinomial sample.
-    draws = (rng.multinomial(n, np.full(n, 1 / n)) / n for _ in range(resamples))
-    means = np.stack([table @ weights for weights in draws])
-    low, high = np.quantile(means, [0.025, 0.975], axis=0)
-    return {name: (float(a), float(b)) for name, a, b in zip(metrics, low, high, strict=True)}
-
-
 # ---- Budgets: what is trimmed from a prompt that is too long
 
 
@@ -419,7 +399,7 @@ class Budget:
 
 
 def greatest(limit: int, fits: Callable[[int], bool]) -> int:
-    """Return the greatest n from 0 to limit that fits, by doubling and bisection; 0 if none does."""
+    """Return the greatest n from 0 to limit that fits, by doubling and bisection; else 0."""
     # Doubling from below makes a history of 10,000 items cost only what is kept of it.
     low, high = 0, 1
     while high <= limit and fits(high):

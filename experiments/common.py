@@ -17,7 +17,7 @@ from launch.command import Help, natural, positive, run_main
 from llama import CheckpointError
 from prepare.dataset import load_dataset, popularity
 from runfolder.plots import bar_panel, line_panel, svg_file
-from runfolder.scores import means_and_intervals, popularity_ranks
+from runfolder.scores import means_and_intervals, popularity_ranks, random_metrics
 from state.settings import locked
 from trsr import SUMMARIZED, InputError
 
@@ -269,7 +269,7 @@ class Experiment:
                 counts = popularity(self.splits["train"])
                 row.measured = means_and_intervals(popularity_ranks(test, counts, 0), ks)
             elif row.name == "random":
-                chance = trsr.random_metrics(1 + len(test[0].negatives), ks)
+                chance = random_metrics(1 + len(test[0].negatives), ks)
                 row.measured = {name: {"mean": mean} for name, mean in chance.items()}
 
     def write_results(self, rows: list[Row]) -> None:

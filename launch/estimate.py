@@ -98,7 +98,7 @@ def expected_slots(
     block_size: int,
     max_new_tokens: int,
 ) -> int:
-    """Return the tokens of the longest prompt and summary to expect: the size to start a cache with.
+    """Return the tokens of the longest prompt and summary to expect, to start a cache with.
 
     It is an estimate; the cache can grow.
     """

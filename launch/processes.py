@@ -22,7 +22,7 @@ from trsr import InputError
 
 
 def join_processes() -> tuple[int, int, torch.device]:
-    """Return (rank, number of processes, device); under torchrun, meet the other processes first."""
+    """Return (rank, number of processes, device); under torchrun, meet the others first."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -60,6 +60,15 @@ def gather(value: object) -> list:
         values = [None] * dist.get_world_size()
         dist.all_gather_object(values, value)
     return values
+
+
+def all_reduce(value: float, device: torch.device, op=dist.ReduceOp.SUM) -> float:
+    """Return a number reduced over the processes."""
+    if not dist.is_initialized():
+        return value
+    tensor = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, op)
+    return tensor.item()
 
 
 def share_out(sizes: list[int], shares: int) -> list[list[int]]:

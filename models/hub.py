@@ -21,7 +21,7 @@ HUB_FILES = (
 
 
 def find_model(name: str, revision: str | None = None) -> Path:
-    """Return a model's folder: a local one as it is, a hub id (`owner/name`) from cache or download.
+    """Return a model's folder: a local one as it is, a hub id (`owner/name`) downloaded once.
 
     Raises CheckpointError, which says why a model cannot be had and what to do.
     """

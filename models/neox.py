@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import llama
 from llama import CheckpointError, attend, rotate
 from ops.cache import Cache
+from ops.checkpoint import config_from
 
 _TANH = partial(F.gelu, approximate="tanh")
 ACTIVATIONS: dict[str, Callable] = {
@@ -60,7 +61,7 @@ def load_config(folder: Path) -> Config:
         "head_dim": None,
     }
     only = {"model_type": "gpt_neox", "tie_word_embeddings": False}
-    config = llama.config_from(path, fields, Config, **only)
+    config = config_from(path, fields, Config, **only)
     if config.hidden_act not in list(ACTIVATIONS):
         known = f"only {', '.join(ACTIVATIONS)} are supported"
         raise CheckpointError(f"{path}: hidden_act is {config.hidden_act!r}, {known}")

@@ -60,7 +60,7 @@ class Tokenizer:
         return self.fast.get_vocab_size(with_added_tokens=True)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Return each text's ids, starting with the beginning-of-text token if the model has one."""
+        """Return each text's ids, after the beginning-of-text token if the model has one."""
         if self.fast is not None:
             return [encoding.ids for encoding in self.fast.encode_batch(texts)]
         return [self.bos + ids for ids in self.pieces.encode(texts)]

@@ -6,10 +6,13 @@ Whatever does not fit is a CheckpointError, which names the file and the field o
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import TypeVar
 
 from safetensors import SafetensorError, safe_open
+
+Config = TypeVar("Config")  # a frozen dataclass of config.json's fields
 
 
 class CheckpointError(ValueError):
@@ -30,6 +33,37 @@ def read_json_file(path: Path) -> dict:
 _TYPES = {int: (int,), float: (int, float), bool: (bool,)}
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 ROPE_TYPES = {"default": (), "linear": ("factor",), "llama3": _LLAMA3}  # and the numbers they need
+
+
+def config_from(path: Path, raw: dict, form: type[Config], **supported) -> Config:
+    """Return raw, the object in the config.json at path, as a configuration of that form.
+
+    supported: fields that may only have this value. Raises CheckpointError, which names the field.
+    """
+    check_supported(path, raw, supported | {"quantization_config": None})
+    rope, kind = rope_parameters(path, raw)
+    try:
+        numbers = {name: float(rope[name]) for name in ROPE_TYPES[kind]}
+        heads = raw["num_attention_heads"]
+        values = raw | {
+            "rope_scaling": {"rope_type": kind} | numbers if numbers else None,
+            "rope_theta": rope.get("rope_theta", raw.get("rope_theta")),
+            "num_key_value_heads": raw.get("num_key_value_heads") or heads,
+            "head_dim": raw.get("head_dim") or raw["hidden_size"] // heads,
+            "eos_token_id": end_tokens(path.parent, raw),
+        }
+
+        # A field that is absent or null takes its default; one without a default has to be there.
+        required = [f.name for f in fields(form) if f.default is MISSING]
+        given = [f.name for f in fields(form) if values.get(f.name) is not None]
+        config = form(**{name: values[name] for name in dict.fromkeys([*required, *given])})
+    except KeyError as missing:
+        raise CheckpointError(f"{path}: field {missing} is missing") from None
+    except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
+        what = f"a field is of another type than expected ({error})"
+        raise CheckpointError(f"{path}: {what}") from None
+    check_values(path, config)
+    return config
 
 
 def check_supported(path: Path, raw: dict, supported: dict) -> None:

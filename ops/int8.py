@@ -1,8 +1,8 @@
 """Eight-bit weights for the layers' matrices, in two ways.
 
-`weights` is this file's own: each row of W is int8 with one scale, taken from its absolute maximum;
-x stays as it is. The kernel converts W on its way into the matrix unit, so a decoding step reads one
-byte per weight.
+`weights` is this file's own: each row of W is int8 with one scale, from its absolute maximum; x
+stays as it is. The kernel converts W on its way into the matrix unit, so a decoding step reads
+one byte per weight.
 
 `bitsandbytes` is LLM.int8 (Dettmers et al., 2022), the paper's way: x is quantized too, and columns
 of x with a value above a threshold are multiplied in 16 bit. It synchronizes with the host in every

@@ -1,4 +1,4 @@
-"""Attention masks of packs (ops/packs.py) and of the cache, in the form that each device's kernel wants.
+"""Attention masks of packs and of the cache, in the form that each device's kernel wants.
 
 A pack's mask follows from one rule. What continues a token comes right after it, so a query sees a
 key if `key <= query < end of the key`, where a key's end is the first row that no longer continues

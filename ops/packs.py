@@ -201,7 +201,7 @@ class _Columns:
 def build_pack(
     trees: list[Tree], trunk: int, held: list[tuple[int, list[int]]], pad_to: int, last_only: bool
 ) -> Pack:
-    """Return the pack of the held (tree, its branches): the trunk, then each prefix and branches."""
+    """Return the pack of the held (tree, its branches): the trunk, then prefixes and branches."""
     columns, leaves = _Columns(last_only), {}
     branch_tokens = [sum(len(trees[t].branches[b]) for b in group) for t, group in held]
     tokens = trunk + sum(len(trees[t].prefix) - trunk for t, _ in held) + sum(branch_tokens)

@@ -73,6 +73,26 @@ def scores_of(where: str, record: dict) -> dict[str, float]:
 # ---- Tables
 
 
+def random_metrics(n_candidates: int, ks: Sequence[int]) -> dict[str, float]:
+    """Return what a random order scores on average: the mean over all equally likely ranks."""
+    metrics = trsr.metrics_at(range(1, n_candidates + 1), ks)
+    return {name: float(values.mean()) for name, values in metrics.items()}
+
+
+def bootstrap_intervals(
+    metrics: dict[str, np.ndarray], resamples: int = 2000, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """Return the 95 % percentile interval of each metric's mean, by resampling users."""
+    table = np.stack(list(metrics.values()))  # (metrics, users)
+    n = table.shape[1]
+    rng = np.random.default_rng(seed)
+    # How often each user is drawn is a multinomial sample.
+    draws = (rng.multinomial(n, np.full(n, 1 / n)) / n for _ in range(resamples))
+    means = np.stack([table @ weights for weights in draws])
+    low, high = np.quantile(means, [0.025, 0.975], axis=0)
+    return {name: (float(a), float(b)) for name, a, b in zip(metrics, low, high, strict=True)}
+
+
 def popularity_ranks(examples: Sequence[Example], counts: Counter, seed: int) -> list[int]:
     """Return the positive's rank by how often items were chosen in training.
 
@@ -94,7 +114,7 @@ def means_and_intervals(ranks: list, ks: Sequence[int], seed: int = 0) -> dict[s
     ranks = np.atleast_2d(ranks)  # (seeds, users)
     metrics = trsr.metrics_at(ranks.ravel(), ks)
     metrics = {name: values.reshape(ranks.shape).mean(0) for name, values in metrics.items()}
-    intervals = trsr.bootstrap_intervals(metrics, seed=seed)
+    intervals = bootstrap_intervals(metrics, seed=seed)
     return {
         name: {"mean": float(values.mean()), "interval": intervals[name]}
         for name, values in metrics.items()
@@ -110,7 +130,7 @@ def table_of(
     seed: int = 0,
 ) -> dict:
     """Return the rows of the result's table: random, popularity, and this one."""
-    chance = trsr.random_metrics(1 + len(examples[0].negatives), ks)
+    chance = random_metrics(1 + len(examples[0].negatives), ks)
     by_popularity = popularity_ranks(examples, popularity(train), seed)
     table = {"random": {name: {"mean": mean} for name, mean in chance.items()}}
     table["popularity"] = means_and_intervals(by_popularity, ks, seed)

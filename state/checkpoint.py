@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from files.atomic import atomic_write
+from launch.processes import ranks
 from lora import LoRAConfig, save_adapter
 from trsr import InputError
 
-PROGRESS = {"step", "epoch", "batch", "best"}  # the fields of a checkpoint's progress
+PROGRESS = ("step", "epoch", "batch", "best")  # the fields of a checkpoint's progress
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -28,11 +29,6 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 def gather_full(tensor: Tensor) -> Tensor:
     """Return a sharded tensor whole, any other as it is. Every process has to call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def gather_trained(model: nn.Module) -> dict[str, Tensor]:
-    """Return the trained parameters, whole, by name. Every process has to call it."""
-    return {name: gather_full(parameter) for name, parameter in trainable(model).items()}
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -97,9 +93,9 @@ def read_checkpoint(path: Path, trained: dict[str, nn.Parameter]) -> tuple[dict,
     for kind in ("parameter", "exp_avg", "exp_avg_sq"):
         expected |= {f"{kind}/{name}": p.shape for name, p in trained.items()}
     shapes = {key: t.shape for key, t in tensors.items() if t.is_floating_point()}
-    if shapes != expected or not progress.keys() >= PROGRESS:
+    if shapes != expected:
         raise KeyError("of another model")
-    return progress, tensors
+    return {name: progress[name] for name in PROGRESS}, tensors
 
 
 def restore(
@@ -122,22 +118,38 @@ def restore(
 # ---- The best epoch
 
 
-def save_best_adapter(
-    run: Path, tensors: dict[str, Tensor], config: LoRAConfig, base_model: str
+def save_best(
+    run: Path,
+    model: nn.Module,
+    adapter: LoRAConfig | None,
+    name: str,
+    base: Path,
+    dtype: str,
 ) -> None:
-    """Write RUN/adapter from full tensors."""
-    try:
-        save_adapter(run / "adapter", tensors, config, base_model, write_tensors)
-    except OSError as error:
-        what = f"{run / 'adapter'}: not written ({error})"
-        raise InputError(f"{what}; the same command resumes") from None
+    """Write what evaluate.py needs: RUN/adapter, or without an adapter the whole RUN/model.
+
+    name and base: the base model as the user named it, and its folder. Every process has to call
+    it; the first one writes.
+    """
+    tensors = {key: gather_full(parameter) for key, parameter in trainable(model).items()}
+    if ranks()[0] > 0:
+        return
+    if adapter:
+        try:
+            save_adapter(run / "adapter", tensors, adapter, name, write_tensors)
+        except OSError as error:
+            what = f"{run / 'adapter'}: not written ({error})"
+            raise InputError(f"{what}; the same command resumes") from None
+    else:
+        kind = torch.bfloat16 if dtype == "bf16" else torch.float32
+        save_model(run / "model", tensors, base, kind)
 
 
-def save_best_model(run: Path, tensors: dict[str, Tensor], base: Path, dtype: torch.dtype) -> None:
-    """Write RUN/model, a folder of its own, from full tensors and the base folder's other files."""
-    (run / "model").mkdir(exist_ok=True)
+def save_model(folder: Path, tensors: dict[str, Tensor], base: Path, dtype: torch.dtype) -> None:
+    """Write a model folder of its own: the tensors in dtype, and the base's other files."""
+    folder.mkdir(exist_ok=True)
     for source in (*base.glob("*config.json"), *base.glob("tokenizer*")):
-        with atomic_write(run / "model" / source.name, "wb") as file:
+        with atomic_write(folder / source.name, "wb") as file:
             file.write(source.read_bytes())
     whole = {name: t.detach().to("cpu", dtype).contiguous() for name, t in tensors.items()}
-    write_tensors(whole, run / "model" / "model.safetensors", {"format": "pt"})
+    write_tensors(whole, folder / "model.safetensors", {"format": "pt"})

@@ -1,0 +1,46 @@
+"""Which users make an optimizer step, and their packs."""
+
+from dataclasses import dataclass
+
+import torch
+
+from batches.prompts import Batching
+from launch.processes import ranks, share_out
+from ops.packs import Pack, Tree, pack_length, pack_trees
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step: all its users, and this process's packs of them."""
+
+    users: list[int]
+    packs: list[Pack]
+    tokens: int  # of the whole step, on all processes
+    targets: int  # likewise; 0 if this process has no share and its packs are not to count
+
+
+def target_count(tree: Tree, loss: str) -> int:
+    """Return how many next-token targets the tree's examples have, counted separately."""
+    n = len(tree.branches)
+    return n if loss == "answer" else n * (len(tree.prefix) - 1) + sum(map(len, tree.branches))
+
+
+def step_batches(n_users: int, users_per_step: int, seed: int, epoch: int) -> list[list[int]]:
+    """Return the users of each step of an epoch, in an order that seed and epoch determine."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(n_users, generator=generator).tolist()
+    return [order[i : i + users_per_step] for i in range(0, n_users, users_per_step)]
+
+
+def make_step(trees: list[Tree], users: list[int], loss: str, batching: Batching) -> Step:
+    """Return the step of these users, shared out evenly over the processes."""
+    rank, world = ranks()
+    together = [trees[u] for u in users]
+    mine = [together[i] for i in share_out([tree.size for tree in together], world)[rank]]
+    held = mine or together[:1]  # FSDP needs a pack from every process
+    length, pad_to = batching.pack_tokens, batching.pad_to
+    if pad_to > 1:
+        length = pack_length(held, length)
+    packs = pack_trees(held, length, min(length, pad_to), last_only=loss == "answer")
+    targets = sum(target_count(tree, loss) for tree in together) if mine else 0
+    return Step(users, packs, sum(tree.size for tree in together), targets)
