@@ -1,1 +1,5 @@
-"""Public raw data to the project's one JSONL schema: python -m prepare.mind, amazon_m2, recbole or demo."""
+"""From public raw data to the project's dataset: one reader per source, and a synthetic shop.
+
+Belongs here: reading raw files, choosing users and negatives, and the dataset's own schema. Does
+not: prompts (trsr.py), tokens (batches), or anything that knows a model or a run.
+"""

@@ -1,22 +1,24 @@
-"""Amazon-M2, the product dataset of the paper (section 5.1), to the project's schema.
+"""Amazon-M2, the paper's product dataset (section 5.1), to the project's schema.
 
     python -m prepare.amazon_m2 --raw DIR --out data/amazon-m2
     python -m prepare.amazon_m2 --raw DIR --out data/amazon-m2-de --locale DE
 
-The folder holds products_train.csv and sessions_train.csv as published (KDD Cup 2023). A session is a user, named by
-its locale and the number of its row, from 1: UK-17. The ten attributes of the paper are these nine and the id, which
-carries no text.
+The raw folder holds products_train.csv and sessions_train.csv as published (KDD Cup 2023). A
+session is a user, named by its locale and its row number from 1, such as UK-17. The paper counts
+ten attributes: the nine here and the id, which carries no text.
 """
 
-import argparse
 import csv
 import re
+from argparse import SUPPRESS
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from launch.command import run_main
-from prepare.common import Item, Session, Table, attributes, prepare, script_parser
+from launch.command import option, parse_settings, run_main
+from prepare.common import Item, Options, Session, Source, prepare
+from prepare.tables import Table, attributes
 from trsr import InputError
 
 ATTRIBUTES = {
@@ -33,17 +35,31 @@ ATTRIBUTES = {
 PRODUCTS = ("id", "locale", *ATTRIBUTES.values())
 SESSIONS = ("prev_items", "next_item", "locale")
 ID = re.compile(r"'([^'\s]+)'")
-IDS = re.compile(
-    r"\s*\[\s*(?:'[^'\s]+'\s*)*\]\s*"
-)  # a NumPy array's text: no commas, and line breaks in long ones
-FIELD_LIMIT = (
-    2**24
-)  # characters; an opening quote without its end fails here instead of swallowing the file
+# The text of a NumPy array: no commas, and line breaks if it is long.
+IDS = re.compile(r"\s*\[\s*(?:'[^'\s]+'\s*)*\]\s*")
+FIELD_LIMIT = 2**24  # characters; an unclosed quote fails here instead of swallowing the file
 OTHER_LOCALE = "sessions of other locales"
 
 
+@dataclass(frozen=True)
+class Settings(Options):
+    """The flags."""
+
+    raw: Path = option(
+        SUPPRESS,
+        "folder with products_train.csv and sessions_train.csv",
+        Path,
+        "Amazon-M2",
+        required=True,
+    )
+    locale: str = option("UK", "the shop's country; the paper uses UK")
+
+
 def split_csv(lines: Iterable[str], path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield (number of the first line, columns) of comma-separated rows, which may span lines within quotes."""
+    """Yield (number of the first line, columns) of comma-separated rows.
+
+    A quoted text may span lines.
+    """
     csv.field_size_limit(FIELD_LIMIT)
     reader, number = csv.reader(lines, strict=True), 1
     try:
@@ -51,13 +67,12 @@ def split_csv(lines: Iterable[str], path: Path) -> Iterator[tuple[int, list[str]
             yield number, fields
             number = reader.line_num + 1
     except csv.Error as error:
-        raise InputError(
-            f"{path}:{number}: not comma-separated text ({error}); is the file whole?"
-        ) from None
+        what = f"not comma-separated text ({error}); is the file whole?"
+        raise InputError(f"{path}:{number}: {what}") from None
 
 
 def of_locale(table: Table, locale: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield the table's rows of one locale; InputError, with the locales that there are, where there is none."""
+    """Yield the table's rows of one locale; InputError, which lists the others, if it has none."""
     found: set[str] = set()
     for where, row in table:
         found.add(row["locale"])
@@ -65,19 +80,15 @@ def of_locale(table: Table, locale: str) -> Iterator[tuple[str, dict[str, str]]]
             yield where, row
     if locale not in found:
         there = ", ".join(sorted(found)) or "no row at all"
-        raise InputError(
-            f"{table.path}: no row of locale {locale!r}; found {there}; choose another --locale"
-        )
+        what = f"no row of locale {locale!r}; found {there}; choose another --locale"
+        raise InputError(f"{table.path}: {what}")
 
 
 def read_products(table: Table, locale: str) -> Iterator[Item]:
-    """Yield the products of one locale; an id stands for other texts in another."""
+    """Yield the products of one locale; in another, the same id may have other texts."""
     for where, row in of_locale(table, locale):
-        yield (
-            where,
-            row["id"],
-            attributes((name, row[column]) for name, column in ATTRIBUTES.items()),
-        )
+        texts = attributes((name, row[column]) for name, column in ATTRIBUTES.items())
+        yield where, row["id"], texts
 
 
 def read_sessions(table: Table, locale: str, dropped: Counter) -> Iterator[Session]:
@@ -85,9 +96,8 @@ def read_sessions(table: Table, locale: str, dropped: Counter) -> Iterator[Sessi
     n_read = 0
     for where, row in of_locale(table, locale):
         n_read += 1
-        yield Session(
-            [where], f"{locale}-{table.rows}", parse_ids(row["prev_items"], where), row["next_item"]
-        )
+        history = parse_ids(row["prev_items"], where)
+        yield Session([where], f"{locale}-{table.rows}", history, row["next_item"])
     dropped[OTHER_LOCALE] = table.rows - n_read
 
 
@@ -95,35 +105,26 @@ def parse_ids(text: str, where: str) -> list[str]:
     """Return the ids of `['B09W9FND7K' 'B09JSPLN1M']`; InputError for a text of another form."""
     if not IDS.fullmatch(text):
         shown = text if len(text) <= 60 else f"{text[:60]}..."
-        raise InputError(
-            f"{where}: column 'prev_items': {shown!r} is no list like ['B09W9FND7K' 'B09JSPLN1M']"
-        )
+        what = f"{shown!r} is no list like ['B09W9FND7K' 'B09JSPLN1M']"
+        raise InputError(f"{where}: column 'prev_items': {what}")
     return ID.findall(text)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     """Read Amazon-M2 and write the dataset."""
-    parser = script_parser("Amazon-M2 to the project's schema.", "sessions")
-    flag = parser.add_argument_group("Amazon-M2").add_argument
-    flag(
-        "--raw",
-        type=Path,
-        required=True,
-        default=argparse.SUPPRESS,
-        help="folder with products_train.csv and sessions_train.csv",
-    )
-    flag("--locale", default="UK", help="the shop's country; the paper takes UK")
-    args = parser.parse_args(argv)
-    products = Table(args.raw / "products_train.csv", PRODUCTS, split=split_csv)
-    sessions = Table(args.raw / "sessions_train.csv", SESSIONS, split=split_csv)
-    prepare(
-        args,
+    settings = parse_settings(Settings, __doc__)
+    raw, locale = settings.raw, settings.locale
+    products = Table(raw / "products_train.csv", PRODUCTS, split=split_csv)
+    sessions = Table(raw / "sessions_train.csv", SESSIONS, split=split_csv)
+    source = Source(
         "products",
-        [products, sessions],
-        lambda: read_products(products, args.locale),
-        lambda dropped: read_sessions(sessions, args.locale, dropped),
-        [OTHER_LOCALE],
+        products,
+        sessions,
+        items=lambda: read_products(products, locale),
+        sessions=lambda dropped: read_sessions(sessions, locale, dropped),
+        filters=[OTHER_LOCALE],
     )
+    prepare(settings, source)
 
 
 if __name__ == "__main__":

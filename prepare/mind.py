@@ -1,20 +1,23 @@
-"""MIND, the news dataset of the paper (section 5.1), to the project's schema.
+"""MIND, the paper's news dataset (section 5.1), to the project's schema.
 
     python -m prepare.mind --raw MINDlarge_train --out data/mind
     python -m prepare.mind --raw MINDlarge_train --out data/mind-impressions --target impressions
 
-The folder holds news.tsv and behaviors.tsv as published. By default a user's first row is taken as the authors take
-it: the history's last article is the target, the impressions are not used. With --target impressions, the target is
-the first article clicked in the impression, and the negatives were shown beside it and not clicked.
+The raw folder holds news.tsv and behaviors.tsv as published. By default a user's first row counts,
+and the last article of its history is the target, as in the authors' code; impressions are not
+used. With --target impressions, the target is the first article clicked in the impression, and the
+negatives are articles shown beside it and not clicked.
 """
 
-import argparse
+from argparse import SUPPRESS
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from launch.command import run_main
-from prepare.common import Item, Session, Table, attributes, prepare, script_parser
+from launch.command import option, parse_settings, run_main
+from prepare.common import Item, Options, Session, Source, prepare
+from prepare.tables import Table, attributes
 from trsr import InputError
 
 NEWS = (
@@ -37,18 +40,29 @@ ATTRIBUTES = {
 NO_CLICK, TOO_FEW = "rows without a click", "rows with too few shown and unclicked"
 
 
+@dataclass(frozen=True)
+class Settings(Options):
+    """The flags."""
+
+    raw: Path = option(
+        SUPPRESS, "folder with news.tsv and behaviors.tsv", Path, "MIND", required=True
+    )
+    target: str = option(
+        "history",
+        "where the target and the negatives come from",
+        choices=("history", "impressions"),
+    )
+
+
 def read_news(table: Table) -> Iterator[Item]:
     """Yield the articles."""
     for where, row in table:
-        yield (
-            where,
-            row["id"],
-            attributes((name, row[column]) for name, column in ATTRIBUTES.items()),
-        )
+        texts = attributes((name, row[column]) for name, column in ATTRIBUTES.items())
+        yield where, row["id"], texts
 
 
 def read_behaviors(table: Table, target: str, dropped: Counter) -> Iterator[Session]:
-    """Yield the rows as sessions; with target `impressions`, those with a click, else the impressions go unread."""
+    """Yield the rows as sessions: all of them, or with target `impressions` those with a click."""
     for where, row in table:
         history, clicked, shown = row["history"].split(), None, None
         if target == "impressions":
@@ -61,50 +75,35 @@ def read_behaviors(table: Table, target: str, dropped: Counter) -> Iterator[Sess
 
 
 def split_impressions(text: str, where: str) -> tuple[list[str], list[str]]:
-    """Return (the articles clicked, those not clicked) of `N1-0 N2-1`; InputError for a token of another form."""
+    """Return (articles clicked, articles not clicked) of `N1-0 N2-1`; InputError if malformed."""
     found: dict[str, list[str]] = {"1": [], "0": []}
     for token in text.split():
         item, _, label = token.rpartition("-")
         if not item or label not in found:
-            raise InputError(
-                f"{where}: column 'impressions': {token!r} does not end in -0 or -1; is the file whole?"
-            )
+            what = f"{token!r} does not end in -0 or -1; is the file whole?"
+            raise InputError(f"{where}: column 'impressions': {what}")
         found[label].append(item)
     return found["1"], found["0"]
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     """Read MIND and write the dataset."""
-    parser = script_parser("MIND to the project's schema.", "users")
-    flag = parser.add_argument_group("MIND").add_argument
-    flag(
-        "--raw",
-        type=Path,
-        required=True,
-        default=argparse.SUPPRESS,
-        help="folder with news.tsv and behaviors.tsv",
-    )
-    flag(
-        "--target",
-        choices=["history", "impressions"],
-        default="history",
-        help="where target and negatives are from",
-    )
-    args = parser.parse_args(argv)
-    if args.target == "impressions" and args.negatives == "popular":
-        raise InputError(
-            "--negatives popular has no use with --target impressions, whose negatives were shown"
-        )
-    news = Table(args.raw / "news.tsv", NEWS, header=False)
-    behaviors = Table(args.raw / "behaviors.tsv", BEHAVIORS, header=False)
-    prepare(
-        args,
+    settings = parse_settings(Settings, __doc__)
+    impressions = settings.target == "impressions"
+    if impressions and settings.negatives == "popular":
+        why = "whose negatives are those that were shown"
+        raise InputError(f"--negatives popular has no use with --target impressions, {why}")
+    news = Table(settings.raw / "news.tsv", NEWS, header=False)
+    behaviors = Table(settings.raw / "behaviors.tsv", BEHAVIORS, header=False)
+    source = Source(
         "news",
-        [news, behaviors],
-        lambda: read_news(news),
-        lambda dropped: read_behaviors(behaviors, args.target, dropped),
-        [NO_CLICK, "unknown ids shown", TOO_FEW] if args.target == "impressions" else [],
+        news,
+        behaviors,
+        items=lambda: read_news(news),
+        sessions=lambda dropped: read_behaviors(behaviors, settings.target, dropped),
+        filters=[NO_CLICK, "unknown ids shown", TOO_FEW] if impressions else [],
     )
+    prepare(settings, source)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,13 @@ import json
 import math
 import random
 import re
+import sys
 from collections import Counter
 
 import pytest
 
 from prepare import demo
+from prepare.shop import BRANDS, CATEGORIES, COLORS, LINES, MATERIALS
 from trsr import InputError
 
 N_TEST = 1000  # users of the statistics below: Recall@3 at chance has a standard error of 0.011
@@ -28,8 +30,14 @@ def splits(shop):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "data"
-    demo.main(["--out", str(out), "--items", "1500", "--users", "60", "--test-users", "20"])
+    generate(["--out", str(out), "--items", "1500", "--users", "60", "--test-users", "20"])
     return out
+
+
+def generate(arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["demo", *arguments])
+        demo.main()
 
 
 def read_lines(path):
@@ -46,8 +54,8 @@ def words_of(product):
 
 def test_rerun_is_byte_identical_and_another_seed_shares_nothing(folder, tmp_path):
     size = ["--items", "1500", "--users", "60", "--test-users", "20"]
-    demo.main(["--out", str(tmp_path / "again"), *size])
-    demo.main(["--out", str(tmp_path / "other"), *size, "--seed", "1"])
+    generate(["--out", str(tmp_path / "again"), *size])
+    generate(["--out", str(tmp_path / "other"), *size, "--seed", "1"])
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["items.jsonl", "meta.json", "test.jsonl", "train.jsonl", "val.jsonl"]
     assert all(
@@ -90,7 +98,7 @@ def test_meta_and_what_is_printed(folder, tmp_path, capsys):
     meta = json.loads((folder / "meta.json").read_text("utf-8"))
     assert (meta["domain"], meta["seed"], meta["items"]) == ("products", 0, 1500)
     assert meta["settings"] == {"items": 1500, "users": {"train": 50, "val": 5, "test": 20}}
-    demo.main(["--out", str(tmp_path), "--items", "1500", "--users", "60", "--test-users", "20"])
+    generate(["--out", str(tmp_path), "--items", "1500", "--users", "60", "--test-users", "20"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == (
         f"A synthetic shop of 1,500 items and 50 train, 5 val, 20 test users to {tmp_path} (products, seed 0)"
@@ -113,7 +121,7 @@ def test_a_user_does_not_depend_on_the_number_of_others(shop, splits):
 )
 def test_what_a_user_can_mend(tmp_path, flags, message):
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
-        demo.main(["--out", str(tmp_path), *flags])
+        generate(["--out", str(tmp_path), *flags])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -132,21 +140,17 @@ def test_texts_do_not_repeat_and_have_the_length_meant(shop):
     ]
     assert 40 <= min(lengths) <= max(lengths) <= 75
     # Many sentence forms, not one: even with all facts blotted out, no form makes up a hundredth of the shop.
-    blot = re.compile(
-        "|".join(
-            [*demo.BRANDS, *demo.COLORS, *demo.MATERIALS, *demo.CATEGORIES, *demo.LINES, r"\d+"]
-        )
-    )
+    blot = re.compile("|".join([*BRANDS, *COLORS, *MATERIALS, *CATEGORIES, *LINES, r"\d+"]))
     forms = Counter(blot.sub("_", p.attributes["Description"]) for p in products)
     assert forms.most_common(1)[0][1] < 60
 
 
 def test_texts_name_the_facts_and_no_others(shop):
     values = {
-        "category": demo.CATEGORIES,
-        "brand": demo.BRANDS,
-        "color": demo.COLORS,
-        "material": demo.MATERIALS,
+        "category": CATEGORIES,
+        "brand": BRANDS,
+        "color": COLORS,
+        "material": MATERIALS,
     }
     assert (
         len({v for options in values.values() for v in options})

@@ -109,7 +109,9 @@ def meta(folder):
 
 def prepared(module, *arguments):
     """Run a reader's main and return its output folder."""
-    module.main([str(a) for a in arguments])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+        module.main()
     return arguments[arguments.index("--out") + 1]
 
 

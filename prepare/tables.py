@@ -1,0 +1,87 @@
+"""Raw files with columns, read row by row; errors name the file and the line."""
+
+import hashlib
+import html
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from trsr import InputError
+
+
+def split_tabs(lines: Iterable[str], path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield (line number, columns) of tab-separated lines, in which quotes mean nothing special."""
+    for number, line in enumerate(lines, 1):
+        yield number, line.rstrip("\r\n").split("\t")
+
+
+class Table:
+    """A raw file with columns. Iterating yields (`file:line`, {column: text}) and counts `rows`.
+
+    header: whether the first line names the columns, which must then include `columns`.
+    split: turns lines into (number of the first line, columns).
+    Raises InputError at once for a missing file or column, and for a broken row when reached.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        columns: Sequence[str] = (),
+        header: bool = True,
+        split: Callable = split_tabs,
+    ):
+        self.path, self.header, self.split = path, header, split
+        self.columns: Sequence[str] = columns
+        self.rows = 0
+        if not path.is_file():
+            raise InputError(f"{path}: no such file")
+        if header:
+            _, self.columns = next(split(self._lines(), path), (1, []))
+            self._check_header(columns)
+
+    def _check_header(self, required: Sequence[str]) -> None:
+        if missing := [name for name in required if name not in self.columns]:
+            expected, found = ", ".join(required), ", ".join(self.columns) or "an empty file"
+            what = f"no column {missing[0]!r}; expected {expected}, found {found}"
+            raise InputError(f"{self.path}:1: {what}")
+        if len(set(self.columns)) < len(self.columns):
+            what = f"two columns of one name among {', '.join(self.columns)}"
+            raise InputError(f"{self.path}:1: {what}")
+
+    def __iter__(self) -> Iterator[tuple[str, dict[str, str]]]:
+        self.rows = 0
+        records = self.split(self._lines(), self.path)
+        if self.header:
+            next(records)
+        for number, fields in records:
+            where = f"{self.path}:{number}"
+            if len(fields) != len(self.columns):
+                expected = f"{len(self.columns)} ({', '.join(self.columns)})"
+                what = f"{len(fields)} columns, expected {expected}; is the file whole?"
+                raise InputError(f"{where}: {what}")
+            self.rows += 1
+            yield where, dict(zip(self.columns, fields, strict=True))
+
+    def _lines(self) -> Iterator[str]:
+        """Yield the file's lines as text, with a progress bar if it takes long."""
+        options = {"unit": "B", "unit_scale": True, "disable": None, "delay": 1}
+        size, name = self.path.stat().st_size, self.path.name
+        with open(self.path, "rb") as file, tqdm(total=size, desc=name, **options) as bar:
+            for number, line in enumerate(file, 1):
+                bar.update(len(line))
+                try:
+                    yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError:
+                    raise InputError(f"{self.path}:{number}: not UTF-8 text") from None
+
+    def source(self) -> dict:
+        """Return what meta.json records of the file: name, sha256, rows of the last reading."""
+        with open(self.path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"file": self.path.name, "sha256": digest, "rows": self.rows}
+
+
+def attributes(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Return the (name, raw text) pairs that have a text, with HTML entities decoded."""
+    return {name: text for name, raw in pairs if (text := html.unescape(raw)).strip()}
