@@ -35,7 +35,7 @@ from launch.processes import (
 )
 from llama import Config, Llama, compile_layers
 from lora import load_adapter
-from models.hub import find_model, load_config, load_model
+from models.hub import DTYPES, find_model, load_config, load_model
 from models.tokenizer import Tokenizer
 from ops.cache import PrefixCache
 from ops.checkpoint import fingerprint
@@ -64,7 +64,7 @@ class Settings(Shared):
     pack_tokens: int | None = option(
         None, "tokens in a forward pass (unset: 16384 on GPUs, 4096 on CPUs)", positive
     )
-    seed: int = option(0, "of the candidates' order and the resampling of users", natural)
+    seed: int = option(0, "of the intervals' resampling and of popularity's ties", natural)
     scores: Path | None = option(None, "rank by a file's scores, like scores-test.jsonl", Path)
     report: bool = option(False, "write RUN/report.html too, for a browser")
 
@@ -93,6 +93,7 @@ def resolve(flags: Settings) -> Settings:
     if trained is None or not (flags.untrained or (flags.run / kind).is_dir()):
         first = f"first run python train.py --run {flags.run}"
         raise InputError(f"{flags.run}: nothing trained here yet; {first}")
+    # A flag that was given wins over what the run was trained with.
     given = {name for name in INHERITED if getattr(flags, name) not in (None, "auto", "", 0)}
     inherited = {name: trained.get(name) for name in INHERITED if name not in given}
     return replace(flags, kind=kind, fingerprint=trained["fingerprint"], **inherited)
@@ -132,6 +133,7 @@ def own_packs(
 ) -> Iterator[Pack]:
     """Return the packs of this process's users, shared out by the length of their candidates."""
     rank, world = ranks()
+    # Candidates dominate the cost of a user, since the prefix is computed once.
     sizes = [sum(len(recommender.items[i]) for i in items) for items in candidates]
     users = sorted(share_out(sizes, world)[rank])
     return user_packs(recommender, examples, candidates, users, batching, show)
@@ -146,6 +148,7 @@ def scored(
 ) -> Iterator[tuple[Pack, list]]:
     """Yield (pack, fp32 logits of vocabulary after each leaf's last token), pack by pack."""
     device = next(model.parameters()).device
+    # The answers' columns are chosen on the device: a list as index would make the host wait.
     columns = on_device(torch.tensor(vocabulary), device)
     split_tree, prefix = None, None  # the tree that spans packs, and its prefix in every layer
     running: deque[tuple[Pack, HostCopy]] = deque()
@@ -170,7 +173,7 @@ def scored(
         if len(running) > 1:
             done, copy = running.popleft()
             yield done, copy.tolist()
-    for done, copy in running:
+    for done, copy in running:  # what is left when the packs have run out
         yield done, copy.tolist()
 
 
@@ -196,9 +199,10 @@ def score_users(
 ) -> Scores:
     """Score this process's packs; every process gets the scores of all."""
     logits, longest = {}, Counter()
+    # A thread fills the next packs while this one is on the GPU.
     for pack, found in scored(model, prefetch(packs), answers):
         logits.update(zip(pack.leaves, found, strict=True))
-        for (user, _), row in pack.leaves.items():
+        for (user, _), row in pack.leaves.items():  # a leaf's position is its prompt's length
             longest[user] = max(longest[user], int(pack.positions[row]) + 1)
 
     whole = Scores({}, Counter(), Counter())
@@ -245,7 +249,7 @@ class Validation:
                 bar.update()
 
         whole = {}
-        for part in reversed(gather(logits)):
+        for part in reversed(gather(logits)):  # the first process's own scores win
             whole |= part
         _, found_ranks = trsr.rank_users(self.examples, self.candidates, whole)
         metrics = trsr.metrics_at(found_ranks, ks)
@@ -277,7 +281,7 @@ def main() -> None:
     # Worker processes tokenize while the weights are loaded.
     packs = own_packs(recommender, examples, candidates, batching, show=rank == 0)
     model = load_weights(settings, folder, device)
-    start = time.perf_counter()
+    start = time.perf_counter()  # on a GPU, the first users are tokenized by now
     scores = score_users(model, packs, answers, recommender.budget)
     seconds = time.perf_counter() - start
     if rank > 0:
@@ -308,10 +312,9 @@ def find_base(settings: Settings) -> Path:
 
 def announce(settings: Settings, n_users: int, tokens: int, where: str) -> None:
     """Print what is about to be evaluated."""
+    row, recent = f"{settings.row} ({settings.kind})", f"{settings.history_items} recent items"
     print(f"data    {settings.data}: {n_users} users of {settings.split}.jsonl")
-    row, dtype = f"{settings.row} ({settings.kind})", settings.dtype
-    print(f"model   {settings.model}, {row}, {dtype}, on {where}")
-    recent = f"{settings.history_items} recent items"
+    print(f"model   {settings.model}, {row}, {settings.dtype}, on {where}")
     print(f"prompt  {settings.paradigm}, {recent}, {tokens} tokens at most")
 
 
@@ -320,8 +323,7 @@ def load_weights(settings: Settings, folder: Path, device: torch.device) -> Llam
     trained = settings.row == "trained"
     if trained and settings.kind == "model":
         folder = settings.run / "model"
-    dtype = torch.bfloat16 if settings.dtype == "bf16" else torch.float32
-    model = load_model(folder, device, dtype)
+    model = load_model(folder, device, DTYPES[settings.dtype])
     if trained and settings.kind == "adapter":
         load_adapter(model, settings.run / "adapter")
     model.eval()
@@ -344,17 +346,11 @@ def write_results(
     write_scores(path, examples, candidates, found_ranks, probabilities, lengths)
 
     table = table_of(settings.row, found_ranks, examples, train, settings.k, settings.seed)
-    results = {
-        "data": settings.data,
-        "split": settings.split,
-        "users": len(examples),
-        "model": settings.model,
-        "row": settings.row,
-        "paradigm": settings.paradigm,
-        "table": table,
-        "trimmed": dict(scores.trimmed),
+    about = {
+        name: getattr(settings, name) for name in ("data", "split", "model", "row", "paradigm")
     }
-    write_json(settings.run / f"results{settings.suffix}.json", results)
+    about |= {"users": len(examples), "table": table, "trimmed": dict(scores.trimmed)}
+    write_json(settings.run / f"results{settings.suffix}.json", about)
     return table
 
 
@@ -370,11 +366,10 @@ def rank_by_file(flags: Settings) -> None:
     name = flags.scores.stem
     table = table_of(name, found_ranks, examples, splits["train"], flags.k, flags.seed)
     print(format_table(table))
-    results = {"data": data, "split": flags.split, "users": len(examples), "row": name}
+    about = {"data": data, "split": flags.split, "users": len(examples), "row": name}
     flags.run.mkdir(parents=True, exist_ok=True)
-    path = flags.run / f"results-{name}.json"
-    write_json(path, results | {"paradigm": name, "table": table})
-    print(f"wrote   {path}")
+    write_json(flags.run / f"results-{name}.json", about | {"paradigm": name, "table": table})
+    print(f"wrote   {flags.run / f'results-{name}.json'}")
 
 
 if __name__ == "__main__":

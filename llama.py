@@ -6,8 +6,7 @@ and permutes nothing. From top to bottom:
 
     configuration   Config, load_config
     attention       rotary positions; one function for packs, caches and plain text
-    layers          Attention, MLP, Layer, Decoder, Llama
-    loss            CrossEntropy, in chunks
+    layers          Attention, MLP, Layer, Decoder, Llama with its loss
     loading         load_model, from safetensors
 
 Two ideas come from below and are worth a look first: packs, many texts in one row of tokens
@@ -32,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from ops.cache import Cache
 from ops.checkpoint import CheckpointError, config_from, read_json_file, read_tensors, weight_files
 from ops.int8 import Int8Linear, bitsandbytes_linear, quantize, replace_linears
+from ops.loss import CrossEntropy
 from ops.masks import QueryBlocks, as_additive, kernel_tiles
 from ops.packs import Pack
 
@@ -281,6 +281,7 @@ class Llama(nn.Module):
         """Return the sum of weight * cross-entropy over the pack's targets, in fp32.
 
         This is equation 1 as a sum; the caller divides it by the number of targets of its step.
+        Only the chunk's logits are in memory at a time.
         """
         x = self.model(pack.ids[None], pack.positions[None], pack.mask(), None)[0, pack.rows]
         return CrossEntropy.apply(x, self.lm_head.weight, pack.next_ids, pack.weights, chunk)
@@ -291,45 +292,6 @@ def compile_layers(model: Llama) -> None:
     torch._dynamo.config.recompile_limit = 64  # one for each shape that occurs
     for layer in model.model.layers:
         layer.compile(dynamic=False)
-
-
-# ---- Loss
-
-
-class CrossEntropy(torch.autograd.Function):
-    """The sum of weight * cross-entropy of the logits x W^T, `chunk` rows at a time.
-
-    The forward pass computes the gradients too, from the same logits. The logits of a whole pack
-    would take more memory than all other activations, and recomputing them takes time.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, head: Tensor, ids: Tensor, weights: Tensor, chunk: int) -> Tensor:
-        """Return the loss of x (N, C) and head (V, C) for the next tokens ids and weights (N,)."""
-        loss = torch.zeros((), device=x.device)
-        dx = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
-        dhead = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
-        for start in range(0, len(x), chunk):
-            part = slice(start, start + chunk)
-            due, weight = ids[part, None], weights[part, None]
-            logs = F.log_softmax(F.linear(x[part], head).float(), dim=-1)  # (chunk, V)
-            loss -= (logs.gather(1, due) * weight).sum()
-
-            if dx is None:
-                continue
-            # The gradient of the logits is softmax - one-hot.
-            dlogits = logs.exp_().scatter_add_(1, due, -torch.ones_like(weight)).to(x.dtype)
-            dx[part] = (dlogits @ head) * weight
-            if dhead is not None:
-                dhead += dlogits.T @ (x[part] * weight).to(x.dtype)
-        ctx.save_for_backward(dx, dhead)
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        """Scale the gradients that forward has computed."""
-        dx, dhead = (None if t is None else t * grad for t in ctx.saved_tensors)
-        return dx, dhead, None, None, None
 
 
 # ---- Loading
@@ -380,17 +342,13 @@ def find_weights(
     int8: str | None,
 ) -> dict[str, Tensor]:
     """Return the folder's tensors by name, those of an Int8Linear quantized, with their scales."""
-
-    def skip(name: str) -> bool:
-        tied_head = model.config.tie_word_embeddings and name == "lm_head.weight"
-        return tied_head or name.endswith(model.unused)
-
+    ignored = model.unused + (("lm_head.weight",) if model.config.tie_word_embeddings else ())
     scales = {name for name, _ in model.named_parameters() if name.endswith(".scale")}
     # bitsandbytes quantizes on the way from the CPU to the GPU.
     source = "cpu" if int8 == "bitsandbytes" else str(device)
     found: dict[str, Tensor] = {}
     for path in weight_files(folder):
-        for name, tensor in read_tensors(path, source, shapes, skip):
+        for name, tensor in read_tensors(path, source, shapes, ignored):
             if name in found or not tensor.is_floating_point():
                 what = f"tensor {name} is there twice, or not of floating point"
                 raise CheckpointError(f"{path}: {what}")

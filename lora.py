@@ -38,19 +38,11 @@ class LoRAConfig:
 
 
 class LoRALinear(nn.Module):
-    """y = W x + b + (alpha / r) * B A dropout(x), with W (out, in) frozen.
+    """y = W x + b + (alpha / r) * B A dropout(x), with W (out, in), A (r, in) and B (out, r).
 
-                     x
-            +--------+--------+
-         W, frozen         dropout
-            |              A (r, in)
-            |              B (out, r)
-            |              alpha / r
-            +--------+--------+
-                     y
-
-    A starts as an nn.Linear does and B at zero, so a new adapter changes nothing. Both are kept in
-    fp32 and applied in the dtype of x, as PEFT does under autocast.
+    W is frozen; A and B are trained. A starts as an nn.Linear does and B at zero, so a new adapter
+    changes nothing. Both are kept in fp32 and applied in the dtype of x, as PEFT does under
+    autocast.
     """
 
     def __init__(self, base: nn.Linear, config: LoRAConfig):
@@ -61,10 +53,10 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Linear(config.r, base.out_features, **options)
         self.scaling = config.alpha / config.r
         self.dropout = config.dropout
-        self.merged = False
+        self.merged = False  # once merged, W holds the adapter, and A and B rest
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B.weight)
-        self.train(base.training)
+        nn.init.zeros_(self.lora_B.weight)  # so that B A is zero at first
+        self.train(base.training)  # a new module would start in training mode
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., out) for x (..., in)."""
@@ -82,7 +74,7 @@ class LoRALinear(nn.Module):
         if not weight.is_floating_point():
             what = f"an adapter cannot be merged into {weight.dtype} weights"
             raise AdapterError(f"{what}; load the model without --int8")
-        if self.merged == (sign > 0):
+        if self.merged == (sign > 0):  # nothing to do; merging twice would add it twice
             return
         delta = self.scaling * (self.lora_B.weight @ self.lora_A.weight)
         # Not in place, because W may be a view of the checkpoint's file.
@@ -111,7 +103,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
 
     for name, base in linear.items():
         parent, _, child = name.rpartition(".")
-        if child in config.targets:
+        if child in config.targets:  # by the last part of the name, as PEFT does
             setattr(model.get_submodule(parent), child, LoRALinear(base, config))
     return model
 
@@ -160,6 +152,7 @@ def save_adapter(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    # PEFT and vLLM look tensors up by these names.
     named = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     record = {
         "peft_type": "LORA",
@@ -225,7 +218,7 @@ def load_adapter(model: nn.Module, folder: Path) -> LoRAConfig:
     """
     config = load_adapter_config(folder)
     path = Path(folder) / "adapter_model.safetensors"
-    apply_lora(model, config)
+    apply_lora(model, config)  # its tensors, still at their start, say what the file must hold
     expected = {PREFIX + name: p for name, p in adapter_tensors(model).items()}
     try:
         with safe_open(path, framework="pt") as file:

@@ -16,7 +16,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -27,9 +27,9 @@ import trsr
 from files.jsonl import append_jsonl, read_jsonl, write_jsonl
 from launch.command import Shared, option, parse_settings, positive
 from launch.estimate import expected_slots, rows_that_fit
-from launch.processes import gather, join_processes, peak_memory, run_script, share_out
+from launch.processes import gather, join_processes, peak_memory, ranks, run_script, share_out
 from llama import Llama, compile_layers
-from models.hub import find_model, load_model
+from models.hub import DTYPES, find_model, load_model
 from models.tokenizer import Tokenizer
 from ops.cache import KVCache, PackWriter
 from ops.checkpoint import fingerprint
@@ -63,6 +63,7 @@ class Settings(Shared):
 
     def recorded(self, folder: Path, domain: trsr.Domain) -> dict:
         """Return what determines a summary besides the history: a run is made with one of these."""
+        # The batch size and the machine change nothing but rounding.
         names = "data model paradigm block_size max_new_tokens max_length int8 dtype"
         kept = {name: getattr(self, name) for name in names.split()}
         return kept | {"fingerprint": fingerprint(folder), "prompts": asdict(domain)}
@@ -70,9 +71,8 @@ class Settings(Shared):
 
 def resolve(flags: Settings, device: torch.device) -> Settings:
     """Return the settings with everything unset resolved, but for the batch size."""
-    half = flags.dtype == "bf16" or (flags.dtype == "auto" and device.type == "cuda")
     data, model = flags.data or "data/demo", flags.model or "models/tiny"
-    return replace(flags, data=data, model=model, dtype="bf16" if half else "fp32")
+    return replace(flags, data=data, model=model, dtype=flags.dtype_on(device.type))
 
 
 # ---- Greedy generation, the obvious way
@@ -90,7 +90,7 @@ def generate_slowly(
     while len(written) < max_new_tokens:
         logits = model(torch.tensor([prompt + written], device=device))[0, -1]
         token = int(logits.argmax())
-        if token in eos_ids:
+        if token in eos_ids:  # the end token is not part of the text
             break
         written.append(token)
     return written
@@ -151,6 +151,7 @@ class Generator:
         The tokens are without an end token.
         """
         if due := self._prompts_due():
+            # Reading writes a token too: the first one of each text.
             self._prefill([self.waiting.popleft() for _ in range(due)])
         elif self.rows:
             for row, token in zip(self.rows, self._decode(), strict=True):
@@ -191,6 +192,7 @@ class Generator:
             size = pad_to = rounded_up(min(PREFILL_TOKENS, total))
         for pack in pack_trees(trees, size, pad_to, last_only=True):
             row_of = {leaf: first + prompt_of[leaf] for leaf in pack.leaves}
+            # The logits after each prompt's last token decide its first new token.
             here, writers = pack.to(self.device), self._writers(pack, row_of, pad_to)
             select = padded_select(list(pack.leaves.values()), self.device)
             logits = self.model(here.ids[None], here.positions[None], here.mask(), writers, select)
@@ -233,7 +235,7 @@ class Generator:
         idle = [(0, 0)] * (self.n_rows - len(last))
         self.inputs.copy_(torch.tensor(last + idle).T)
         step = partial(decode, self.model, *self.inputs, self.cache, self.cache.slots)
-        if self.model.syncs_host:
+        if self.model.syncs_host:  # no graph can be captured
             return step()[: len(last)].tolist()
         if self.graph is None:
             self.graph = StepGraph(step)
@@ -248,7 +250,7 @@ class Generator:
     def _take_done(self) -> list[tuple[object, list[int]]]:
         """Remove the rows that are done; return their (key, tokens)."""
         done = []
-        for i in reversed(range(len(self.rows))):
+        for i in reversed(range(len(self.rows))):  # backwards, since rows move down
             row = self.rows[i]
             if not self.ends(row):
                 continue
@@ -289,7 +291,7 @@ class Writer:
 
     def __init__(self, generator: Generator, tokenizer: Tokenizer, bar: tqdm | None = None):
         self.generator, self.tokenizer, self.bar = generator, tokenizer, bar
-        self.written = 0  # tokens
+        self.written = 0  # tokens so far
 
     def has_room(self) -> bool:
         """Return whether to start another user: there should always be prompts for free rows."""
@@ -307,7 +309,7 @@ class Writer:
             done = self.generator.step()
         except torch.OutOfMemoryError:
             self._lower_batch_size()
-            return []
+            return []  # the unfinished prompts are in the queue again
         self.written += sum(len(ids) for _, ids in done)
         if self.bar is not None:
             rate = self.written / max(self.bar.format_dict["elapsed"], 1e-9)
@@ -330,17 +332,15 @@ class Writer:
 def main() -> None:
     """Summarize the users of all splits."""
     flags = parse_settings(Settings, __doc__)
-    rank, world, device = join_processes()
+    rank, _, device = join_processes()
     settings = resolve(flags, device)
 
     # The histories as texts, the model, and a generator for it.
     domain, items, splits = load_dataset(settings.data, ("train", "val", "test"))
-    examples = [example for split in splits.values() for example in split]
-    texts = {example.user: [items[i] for i in example.history] for example in examples}
+    texts = {e.user: [items[i] for i in e.history] for e in chain(*splits.values())}
     folder = find_model(settings.model, settings.revision)
     recorded = settings.recorded(folder, domain)
-    dtype = torch.bfloat16 if settings.dtype == "bf16" else torch.float32
-    model = load_model(folder, device, dtype, int8=settings.int8)
+    model = load_model(folder, device, DTYPES[settings.dtype], int8=settings.int8)
     tokenizer = Tokenizer(folder, model.config.vocab_size)
     context = min(settings.max_length, model.config.max_position_embeddings)
     budget = trsr.Budget(context - settings.max_new_tokens, tokenizer.encode, Counter())
@@ -348,29 +348,33 @@ def main() -> None:
 
     with locked(settings.run, hold=rank == 0):
         if rank == 0:
-            started = bool(collect_records(settings.run))
-            claim_config(settings.run, "summarize", recorded, started)
+            done = collect_records(settings.run)
+            claim_config(settings.run, "summarize", recorded, started=bool(done))
         gather(None)  # nobody reads before the first process has collected
+        # A user whose key has not changed is not summarized again.
         keys = {u: trsr.content_hash([recorded, history]) for u, history in texts.items()}
         pending = users_left(settings.run, keys)
         if rank == 0:
-            rows, where = generator.n_rows, f"{world} x {device.type}"
-            announce(settings, len(texts), len(texts) - len(pending), rows, where)
+            announce(settings, len(texts), len(pending), generator)
 
         # This process's share of the users, each written as soon as it is done.
-        sizes = [sum(map(len, texts[user])) for user in pending]
-        mine = {pending[i]: texts[pending[i]] for i in share_out(sizes, world)[rank]}
-        part = settings.run / f"summaries.part{rank}.jsonl"
+        mine = own_users(pending, texts)
         with tqdm(total=len(mine), unit="user", disable=rank > 0) as bar:
             writer = Writer(generator, tokenizer, bar)
-            for user, root in summarize(mine, settings, domain, budget, writer):
-                record = {"user": user, "paradigm": settings.paradigm, "key": keys[user]}
-                append_jsonl(part, record | {"summary": root["summary"], "tree": root})
+            tasks = summarization_tasks(mine, settings, domain, budget)
+            for user, root in trsr.run_tasks(tasks, writer):
+                append_record(settings, user, keys[user], root)
                 bar.update()
 
         trimmed = sum(gather(budget.trimmed), Counter())
         if rank == 0:
             conclude(settings, list(texts), context, trimmed, peak_memory(device))
+
+
+def own_users(users: list[str], texts: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Return the texts of this process's share of the users, by the lengths of their histories."""
+    (rank, world), sizes = ranks(), [sum(map(len, texts[user])) for user in users]
+    return {users[i]: texts[users[i]] for i in share_out(sizes, world)[rank]}
 
 
 def users_left(run: Path, keys: dict[str, str]) -> list[str]:
@@ -389,7 +393,7 @@ def make_generator(
 ) -> Generator:
     """Return a generator with --batch-size rows, or as many as the GPU's memory holds."""
     device, new = model.lm_head.weight.device, settings.max_new_tokens
-    slots = 0
+    slots = 0  # on a CPU the cache grows as prompts come
     if device.type == "cuda":
         shape = settings.paradigm, settings.block_size, new
         slots = expected_slots(texts.values(), domain, budget, *shape)
@@ -399,28 +403,32 @@ def make_generator(
     return Generator(model, rows, new, model.config.eos_token_id, slots)
 
 
-def summarize(
-    texts: dict[str, list[str]],
-    settings: Settings,
-    domain: trsr.Domain,
-    budget: trsr.Budget,
-    writer: Writer,
-) -> Iterator[tuple[str, trsr.Node]]:
-    """Yield (user, root of the tree of summaries) as users finish."""
+def summarization_tasks(
+    texts: dict[str, list[str]], settings: Settings, domain: trsr.Domain, budget: trsr.Budget
+) -> Iterator[tuple[str, trsr.Summarization]]:
+    """Yield (user, the user's summarization), ready to be run."""
     paradigm = {"hierarchical": trsr.hierarchical, "recurrent": trsr.recurrent}[settings.paradigm]
     # Long histories go first, so that the last users to finish are short ones.
     users = sorted(texts, key=lambda user: -len(texts[user]))
-    block_size = settings.block_size
-    tasks = ((user, paradigm(texts[user], domain, budget, block_size)) for user in users)
-    yield from trsr.run_tasks(tasks, writer)
+    for user in users:
+        yield user, paradigm(texts[user], domain, budget, settings.block_size)
 
 
-def announce(settings: Settings, n_users: int, n_done: int, rows: int, where: str) -> None:
+def append_record(settings: Settings, user: str, key: str, root: trsr.Node) -> None:
+    """Append a finished user to this process's part of summaries.jsonl."""
+    record = {"user": user, "paradigm": settings.paradigm, "key": key}
+    part = settings.run / f"summaries.part{ranks()[0]}.jsonl"
+    append_jsonl(part, record | {"summary": root["summary"], "tree": root})
+
+
+def announce(settings: Settings, n_users: int, n_left: int, generator: Generator) -> None:
     """Print what is about to be summarized."""
+    done, n_rows = n_users - n_left, generator.n_rows
+    where = f"on {ranks()[1]} x {generator.device.type}, {n_rows} prompts per batch"
     int8 = f", int8 ({settings.int8})" if settings.int8 else ""
     blocks = f"{settings.block_size} items per block"
-    print(f"data    {settings.data}: {n_users} users, {n_done} of them summarized before")
-    print(f"model   {settings.model}, {settings.dtype}{int8}, on {where}, {rows} prompts per batch")
+    print(f"data    {settings.data}: {n_users} users, {done} of them summarized before")
+    print(f"model   {settings.model}, {settings.dtype}{int8}, {where}")
     print(f"method  {settings.paradigm}, {blocks}, {settings.max_new_tokens} new tokens at most")
 
 

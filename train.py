@@ -41,7 +41,7 @@ from launch.processes import (
 )
 from llama import Llama, compile_layers
 from lora import LoRAConfig, apply_lora
-from models.hub import attention_names, find_model, load_model
+from models.hub import DTYPES, attention_names, find_model, load_model
 from ops.checkpoint import fingerprint
 from ops.packs import Tree
 from prepare.dataset import load_dataset
@@ -109,15 +109,14 @@ MAY_CHANGE = ("run", "shard", "activation_checkpointing", "save_every", "no_comp
 
 def resolve(flags: Settings, device: torch.device) -> Settings:
     """Return the settings; what is unset comes from the run's summaries, then from defaults."""
-    summarized = read_config(flags.run).get("summarize", {})
+    summarized = read_config(flags.run).get("summarize", {})  # empty without summaries
     model = flags.model or summarized.get("model", "models/tiny")
-    half = flags.dtype == "bf16" or (flags.dtype == "auto" and device.type == "cuda")
     targets = flags.lora_targets or attention_names(find_model(model, flags.revision))
     return replace(
         flags,
         data=flags.data or summarized.get("data", "data/demo"),
         model=model,
-        dtype="bf16" if half else "fp32",
+        dtype=flags.dtype_on(device.type),
         paradigm=flags.paradigm or summarized.get("paradigm", "hierarchical"),
         lora_targets=tuple(targets),
         pack_tokens=flags.pack_tokens or (8192 if device.type == "cuda" else 4096),
@@ -136,15 +135,17 @@ def shard(model: Llama, device: torch.device, mode: str) -> None:
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     whole = {p for p in model.parameters() if not p.requires_grad} if mode == "zero2" else set()
     options = {"mesh": mesh, "ignored_params": whole}
+    # A layer is the unit of gathering; what is outside of layers is one more.
     for layer in model.model.layers:
         fully_shard(layer, reshard_after_forward=mode == "zero3", **options)
     fully_shard(model, reshard_after_forward=False, **options)
-    register_fsdp_forward_method(model, "loss")
+    register_fsdp_forward_method(model, "loss")  # so that calling it gathers weights too
 
 
 def sum_gradients(model: Llama) -> None:
     """Replace every process's gradients by the sum over all, in one message."""
     parameters = list(trainable(model).values())
+    # One large message is faster than many small ones.
     flat = torch.cat([p.grad.flatten() for p in parameters])
     dist.all_reduce(flat)
     parts = flat.split([p.numel() for p in parameters])
@@ -187,11 +188,13 @@ def train_step(
     gradient that is not finite.
     """
     device = next(model.parameters()).device
+    # Gradients of this process's packs, then of all processes'; FSDP adds them up by itself.
     loss = backward(model, step, device, mode, autocast)
     if dist.is_initialized() and not isinstance(model, FSDPModule):
         sum_gradients(model)
     loss = all_reduce(loss.item(), device)
 
+    # Clip, and refuse to update on what is not finite.
     parameters = trainable(model).values()
     norm = gather_full(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)).item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -242,6 +245,7 @@ class Trainer:
         """Train, with a line in metrics.jsonl per step and per epoch."""
         if self.rank == 0:
             drop_lines_after(self.settings.run, self.progress.step, self.progress.epoch)
+        # A signal is only noted here; the loop stops after the step, when all agree.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, _frame: self.signals.append(number))
 
@@ -251,20 +255,21 @@ class Trainer:
         with tqdm(total=total, initial=first, unit="step", disable=self.rank > 0) as bar:
             for epoch in range(self.progress.epoch, self.settings.epochs):
                 batches = step_batches(len(self.trees), per_step, self.settings.seed, epoch)
-                self.train_epoch(batches[self.progress.batch :], bar)
+                self.train_epoch(batches[self.progress.batch :], bar)  # what is left of it
                 self.end_epoch(bar)
 
     def train_epoch(self, batches: list[list[int]], bar: tqdm) -> None:
         """Make the epoch's remaining steps; stop between two if a signal came."""
         settings, progress = self.settings, self.progress
         steps = (make_step(self.trees, b, settings.loss, self.batching) for b in batches)
-        for step in prefetch(steps):
+        for step in prefetch(steps):  # packs are filled while the GPU works on the last ones
             began = time.perf_counter()
             loss, norm = self.update(step)
             progress.step += 1
             progress.batch += 1
             self.report(step, loss, norm, step.tokens / (time.perf_counter() - began), bar)
 
+            # Checkpoint now and then, and before stopping.
             stop = all_reduce(len(self.signals), self.device, dist.ReduceOp.MAX)
             if stop or progress.step % settings.save_every == 0:
                 self.save()
@@ -299,7 +304,7 @@ class Trainer:
         bar.set_postfix_str(shown)
         bar.update()
         self.speeds.append(speed)
-        if len(self.speeds) == 10 and self.rank == 0:
+        if len(self.speeds) == 10 and self.rank == 0:  # the first steps compile
             rate = median(self.speeds)
             minutes = sum(tree.size for tree in self.trees) / rate / 60
             bar.write(f"after ten steps {rate:.0f} tokens/s: {minutes:.1f} minutes per epoch")
@@ -310,10 +315,12 @@ class Trainer:
         total = sum(recall.values())
         best = total > progress.best
         self.log(validation=recall)
+        # The checkpoint comes last, so that a run killed here validates again.
         progress.epoch, progress.batch = progress.epoch + 1, 0
         progress.best = max(progress.best, total)
         if best:
-            settings, base = self.settings, find_model(self.settings.model, self.settings.revision)
+            settings = self.settings
+            base = find_model(settings.model, settings.revision)
             adapter = settings.lora if settings.lora_r else None
             save_best(settings.run, self.model, adapter, settings.model, base, settings.dtype)
         self.save()
@@ -395,9 +402,9 @@ def load_base(settings: Settings, folder: Path) -> Llama:
         what = "the trained model would replace it; move it, or choose another --run"
         raise InputError(f"{folder}: {what}")
     # Full fine-tuning keeps fp32 weights; an adapter's frozen base can be in bf16.
-    half = settings.dtype == "bf16" and settings.lora_r
-    model = load_model(folder, torch.device("cpu"), torch.bfloat16 if half else torch.float32)
-    torch.manual_seed(settings.seed)
+    dtype = DTYPES[settings.dtype] if settings.lora_r else torch.float32
+    model = load_model(folder, torch.device("cpu"), dtype)
+    torch.manual_seed(settings.seed)  # of the adapter's start
     return apply_lora(model, settings.lora) if settings.lora_r else model
 
 
@@ -409,19 +416,20 @@ def claim(
     content = trsr.content_hash([*texts, [vars(example) for example in examples]])
     recorded = settings.recorded() | {"fingerprint": fingerprint(folder), "content": content}
     started = any((run / kind).is_dir() for kind in ("checkpoint", "adapter", "model"))
-    if not settings.dry_run:
+    if not settings.dry_run:  # which leaves nothing behind
         claim_config(run, "train", recorded, started)
 
 
 def announce(settings: Settings, model: Llama, n_train: int, n_val: int, tokens: int) -> None:
     """Print what is about to be trained."""
-    n = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in trainable(model).values())
-    size = f"{n / 1e6:.1f}M parameters, {trained / 1e6:.2f}M trained, {settings.dtype}"
-    steps = f"{settings.epochs} epochs, {settings.batch_size} examples per step"
+    n = sum(p.numel() for p in model.parameters()) / 1e6
+    trained = sum(p.numel() for p in trainable(model).values()) / 1e6
     where = f"{ranks()[1]} x {'cuda' if torch.cuda.is_available() else 'cpu'}"
+    steps = f"{settings.epochs} epochs, {settings.batch_size} examples per step"
     print(f"data    {settings.data}: {n_train} users to train on, {n_val} to validate on")
-    print(f"model   {settings.model}: {size}")
+    print(
+        f"model   {settings.model}: {n:.1f}M parameters, {trained:.2f}M trained, {settings.dtype}"
+    )
     print(f"prompt  {settings.paradigm}, {settings.history_items} recent items, {tokens} tokens")
     print(f"steps   {steps}, on {where}")
 
@@ -446,7 +454,7 @@ def place(model: Llama, settings: Settings, device: torch.device) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False
     if dist.is_initialized() and settings.shard != "replicate":
         shard(model, device, settings.shard)
-    model.to(device)
+    model.to(device)  # after sharding, so that a GPU never holds what it does not keep
     if device.type == "cuda" and not settings.no_compile:
         compile_layers(model)
     model.model.checkpointing = settings.activation_checkpointing

@@ -63,6 +63,10 @@ class Shared:
         False, "on GPUs, do not compile the layers: slower, but starts at once"
     )
 
+    def dtype_on(self, device: str) -> str:
+        """Return bf16 or fp32: what was asked for, or what suits the type of device."""
+        return {"cuda": "bf16"}.get(device, "fp32") if self.dtype == "auto" else self.dtype
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:

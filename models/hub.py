@@ -11,6 +11,7 @@ from llama import CheckpointError, Llama
 from lora import ATTENTION
 from models import neox
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # by the names that --dtype has
 HUB_FILES = (
     "config.json",
     "generation_config.json",
