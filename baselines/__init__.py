@@ -1,1 +1,5 @@
-"""The other rows of the paper's table 2, on the same files, the same candidates and the same metrics."""
+"""The paper's other methods, on the same files, candidates and metrics as LLM-TRSR.
+
+Belongs here: sequential recommenders over frozen text embeddings, and the command that trains them.
+Does not: language models as recommenders (train.py), or what is common to all results (runfolder).
+"""

@@ -1,40 +1,75 @@
-"""Train and rank with the paper's baselines: python -m baselines --data DIR --run DIR
+"""Train the paper's baselines and rank the test users with them: RUN/baselines/
 
-    python -m baselines                                         # all of them on the demo, over models/tiny's states
-    python -m baselines --data data/games --run runs/games --encoder PATH_OR_HUB_ID --models sasrec narm --seeds 0 1 2
+    python -m baselines                                         # all, on the demo with models/tiny
+    python -m baselines --data data/games --run runs/games --encoder FOLDER --seeds 0 1 2
 
-Each model learns from the training users alone, by softmax over the target (with --every-position each item of the
-histories too, after those before it), the file's negatives and others that are drawn anew in every epoch as `prepare`
-draws them (uniform, never the target or an item of the history); the epoch with the best validation recall ranks the
-test users. Writes RUN/baselines/NAME-SEED/scores-test.jsonl and results.json, and prints one table.
+The models learn from the training users alone, by softmax over the target and its negatives: those
+of the file, and others drawn anew in every epoch (uniform, as in `prepare`: never the target or an
+item of the history). With --every-position each item of a history is a target too, given the items
+before it. The epoch with the best validation recall ranks the test users.
+
+Writes RUN/baselines/NAME-SEED/ with scores-test.jsonl and results.json, and prints one table.
 """
 
-import argparse
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from tqdm import tqdm
 
 import trsr
 from baselines.encode import embeddings
 from baselines.models import MODELS, Baseline
 from files.jsonl import write_json, write_jsonl
-from launch.command import natural, positive, run_main
+from launch.command import natural, option, parse_settings, positive, run_main
 from llama import CheckpointError
 from prepare.dataset import load_dataset
 from runfolder.compare import format_table
 from runfolder.scores import means_and_intervals, table_of
+from trsr import Example
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The flags."""
+
+    data: Path = option(Path("data/demo"), "dataset folder made by prepare", Path, "files")
+    run: Path = option(Path("runs/demo"), "run folder", Path)
+    encoder: str = option(
+        "llama:models/tiny", "of the items' texts: llama:FOLDER, or what transformers loads"
+    )
+    models: tuple[str, ...] = option(
+        tuple(MODELS), "those to train", choices=MODELS, nargs="+", group="models"
+    )
+    seeds: tuple[int, ...] = option((0,), "one training each", natural, nargs="+")
+    k: tuple[int, ...] = option((3, 5, 10), "cut-offs of the metrics", positive, nargs="+")
+    size: int = option(64, "dimensions of an item", positive)
+    dropout: float = option(0.2, "on what the models combine", float)
+    longest: int = option(200, "most recent items of a history that are looked at", positive)
+
+    lr: float = option(1e-3, "learning rate", float, "training")
+    weight_decay: float = option(1e-4, "AdamW's weight decay", float)
+    batch_size: int = option(128, "targets per step", positive)
+    negatives: int = option(20, "negatives drawn for each target in every epoch", positive)
+    epochs: int = option(60, "most passes over the training users", positive)
+    patience: int = option(8, "epochs without a better validation recall before the end", positive)
+    every_position: bool = option(
+        False, "learn every item of a history but the first, given those before it"
+    )
+
+
+# ---- Users
 
 
 class Users:
-    """A split as tensors of item numbers: histories (n, L), padded with -1 at the end, and candidates (n, C)."""
+    """A split as item numbers: histories (n, L), padded with -1 at the end, candidates (n, C)."""
 
     def __init__(
         self,
-        examples: list[trsr.Example],
+        examples: list[Example],
         number: dict[str, int],
         candidates: list[list[str]],
         longest: int,
@@ -46,22 +81,23 @@ class Users:
         self.candidates = torch.tensor([[number[i] for i in items] for items in candidates])
 
 
-def every_position(examples: list[trsr.Example]) -> list[trsr.Example]:
-    """Return each item of the histories but the first as a target after the items before it, and the targets."""
+def every_position(examples: list[Example]) -> list[Example]:
+    """Return an example for each item of a history but the first, and for the target."""
     made = []
     for example in examples:
         sequence = [*example.history, example.positive]
         for i in range(1, len(sequence)):
-            if (
-                sequence[i] not in sequence[:i]
-            ):  # as in the dataset, no target is in its own history
+            # As in the dataset, no target is in its own history.
+            if sequence[i] not in sequence[:i]:
                 made.append(replace(example, history=sequence[:i], positive=sequence[i]))
     return made
 
 
-def draw_negatives(users: Users, n_items: int, n: int, rng: np.random.Generator) -> torch.Tensor:
-    """Return n items (users, n) for each user, uniform over those that are neither target nor in the history (with
-    --every-position the one before the target: one that follows can be drawn, as seldom as any other).
+def draw_negatives(users: Users, n_items: int, n: int, rng: np.random.Generator) -> Tensor:
+    """Return n items for each user (users, n), neither the target nor in the history, uniform.
+
+    With --every-position the history is what comes before the target, so a later item may be drawn,
+    as rarely as any other.
     """
     drawn = rng.integers(n_items, size=(len(users.examples), n))
     taken = np.concatenate((users.histories.numpy(), users.candidates[:, :1].numpy()), axis=1)
@@ -70,8 +106,11 @@ def draw_negatives(users: Users, n_items: int, n: int, rng: np.random.Generator)
     return torch.from_numpy(drawn)
 
 
+# ---- Scores
+
+
 @torch.no_grad()
-def scores_of(model: Baseline, users: Users, device: torch.device) -> torch.Tensor:
+def scores_of(model: Baseline, users: Users, device: torch.device) -> Tensor:
     """Return the scores (n, C) of all candidates."""
     model.eval()
     parts = zip(users.histories.split(256), users.candidates.split(256), strict=True)
@@ -79,152 +118,150 @@ def scores_of(model: Baseline, users: Users, device: torch.device) -> torch.Tens
 
 
 def ranked(model: Baseline, users: Users, device: torch.device) -> tuple[list, list[int]]:
-    """Return each user's scores and the target's rank, by the same functions as the language model's."""
-    logits = scores_of(model, users, device)
-    pairs = {(u, c): (x, 0.0) for u, row in enumerate(logits.tolist()) for c, x in enumerate(row)}
-    return trsr.rank_users(users.examples, users.names, pairs)
+    """Return each user's scores and the target's rank, from the function that evaluate.py uses."""
+    logits = {}
+    for u, row in enumerate(scores_of(model, users, device).tolist()):
+        logits |= {(u, c): (score, 0.0) for c, score in enumerate(row)}
+    return trsr.rank_users(users.examples, users.names, logits)
 
 
 def recall_sum(ranks: list[int], ks: list[int]) -> float:
     """Return the sum of the recalls at ks."""
-    return sum(
-        float(v.mean())
-        for name, v in trsr.metrics_at(ranks, ks).items()
-        if name.startswith("Recall")
-    )
+    metrics = trsr.metrics_at(ranks, ks)
+    return sum(float(v.mean()) for name, v in metrics.items() if name.startswith("Recall"))
 
 
-def fit(
-    model: Baseline, users: dict[str, Users], args, seed: int, device: torch.device, name: str
-) -> None:
-    """Train model, and leave it as it was after the epoch with the best validation recall."""
-    train, val, n_items = users["train"], users["val"], len(model.texts)
-    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-    best, kept, since = -1.0, {}, 0
-    with tqdm(range(args.epochs), name, unit="epoch") as bar:
-        for _ in bar:
-            model.train()
-            wanted = torch.cat(
-                (train.candidates, draw_negatives(train, n_items, args.negatives, rng)), 1
-            )
-            for part in torch.randperm(len(wanted), generator=generator).split(args.batch_size):
-                history, candidates = train.histories[part].to(device), wanted[part].to(device)
-                target = torch.zeros(len(part), dtype=torch.long, device=device)
-                loss = F.cross_entropy(model.score(history, candidates), target)
-                if hasattr(model, "auxiliary_loss"):
-                    loss = loss + model.auxiliary_loss(
-                        model.items(history.clamp(min=0)), history >= 0
-                    )
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-            recall = recall_sum(ranked(model, val, device)[1], args.k)
-            bar.set_postfix_str(f"loss {loss.item():.3f}, validation recalls {recall:.3f}")
-            since += 1
-            if recall > best:
-                best, since = recall, 0
-                kept = {key: value.detach().clone() for key, value in model.state_dict().items()}
-            if since == args.patience:
-                break
-    model.load_state_dict(kept)
+# ---- Training
+
+
+class Training:
+    """Trains one model with one seed."""
+
+    def __init__(self, model: Baseline, users: dict[str, Users], settings: Settings, seed: int):
+        self.model, self.users, self.settings = model, users, settings
+        self.device = model.texts.device
+        self.rng, self.generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
+        )
+
+    def fit(self, name: str) -> None:
+        """Train the model, and leave it as it was after the epoch with the best validation."""
+        best, kept, since = -1.0, {}, 0
+        with tqdm(range(self.settings.epochs), name, unit="epoch") as bar:
+            for _ in bar:
+                loss = self.train_epoch()
+                _, ranks = ranked(self.model, self.users["val"], self.device)
+                recall = recall_sum(ranks, self.settings.k)
+                bar.set_postfix_str(f"loss {loss:.3f}, validation recalls {recall:.3f}")
+                since += 1
+                if recall > best:
+                    best, since = recall, 0
+                    kept = {key: t.detach().clone() for key, t in self.model.state_dict().items()}
+                if since == self.settings.patience:
+                    break
+        self.model.load_state_dict(kept)
+
+    def train_epoch(self) -> float:
+        """Make a pass over the training users; return the loss of its last step."""
+        self.model.train()
+        train, settings = self.users["train"], self.settings
+        drawn = draw_negatives(train, len(self.model.texts), settings.negatives, self.rng)
+        candidates = torch.cat((train.candidates, drawn), 1)  # the target comes first
+        order = torch.randperm(len(candidates), generator=self.generator)
+        for part in order.split(settings.batch_size):
+            loss = self.loss(train.histories[part], candidates[part])
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+        return loss.item()
+
+    def loss(self, history: Tensor, candidates: Tensor) -> Tensor:
+        """Return the cross-entropy of the first candidate, and DIEN's auxiliary loss."""
+        model = self.model
+        history, candidates = history.to(self.device), candidates.to(self.device)
+        target = torch.zeros(len(history), dtype=torch.long, device=self.device)
+        loss = F.cross_entropy(model.score(history, candidates), target)
+        if hasattr(model, "auxiliary_loss"):
+            loss = loss + model.auxiliary_loss(model.items(history.clamp(min=0)), history >= 0)
+        return loss
+
+
+# ---- The command
 
 
 def main() -> None:
     """Train every model with every seed and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    flag = parser.add_argument
-    flag("--data", type=Path, default=Path("data/demo"))
-    flag("--run", type=Path, default=Path("runs/demo"))
-    flag(
-        "--encoder",
-        default="llama:models/tiny",
-        help="of the items' texts: llama:FOLDER, or what transformers loads",
-    )
-    flag("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    flag("--seeds", type=natural, nargs="+", default=[0])
-    flag("--k", type=positive, nargs="+", default=[3, 5, 10])
-    flag("--size", type=positive, default=64, help="dimensions of an item")
-    flag("--dropout", type=float, default=0.2)
-    flag("--lr", type=float, default=1e-3)
-    flag("--weight-decay", type=float, default=1e-4)
-    flag("--batch-size", type=positive, default=128, help="targets a step")
-    flag("--negatives", type=positive, default=20, help="drawn for each target in every epoch")
-    flag("--epochs", type=positive, default=60)
-    flag(
-        "--patience",
-        type=positive,
-        default=8,
-        help="epochs without a better validation recall before training ends",
-    )
-    flag(
-        "--every-position",
-        action="store_true",
-        help="learn every item but the first after those before it",
-    )
-    flag(
-        "--longest",
-        type=positive,
-        default=200,
-        help="most recent items of a history that are looked at",
-    )
-    args = parser.parse_args()
+    settings = parse_settings(Settings, __doc__)
+    out, k = settings.run / "baselines", settings.k
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    _, items, splits = load_dataset(args.data, ("train", "val", "test"))
-    number = {name: i for i, name in enumerate(items)}
-    texts = embeddings(args.encoder, items, args.run / "baselines", device).to(device)
-    print(
-        f"data    {args.data}: {', '.join(f'{len(e)} {s}' for s, e in splits.items())} users, {len(items)} items"
-    )
-    print(
-        f"items   {args.encoder}: {texts.shape[1]} dimensions, frozen; {args.size} in the models, on {device.type}"
-    )
-    candidates = {
-        split: [trsr.shuffled_candidates(e) for e in splits[split]] for split in ("val", "test")
-    }
-    examples = (
-        splits | {"train": every_position(splits["train"])} if args.every_position else splits
-    )
-    candidates["train"] = [[e.positive, *e.negatives] for e in examples["train"]]
-    users = {
-        split: Users(examples[split], number, candidates[split], args.longest) for split in splits
-    }
-    print(
-        f"learns  {len(examples['train'])} targets, each against its file's and {args.negatives} more negatives"
-    )
+    _, items, splits = load_dataset(settings.data, ("train", "val", "test"))
+    texts = embeddings(settings.encoder, items, out, device).to(device)
+    users = load_users(settings, items, splits)
+    announce(settings, texts, {split: len(examples) for split, examples in splits.items()})
+    n_targets = len(users["train"].examples)
+    negatives = f"{settings.negatives} more negatives"
+    print(f"learns  {n_targets} targets, each against its file's and {negatives}")
+
     table = {}
-    for name in args.models:
-        all_ranks = []
-        for seed in args.seeds:
+    for name in settings.models:
+        ranks = []
+        for seed in settings.seeds:
             torch.manual_seed(seed)
-            model = MODELS[name](texts, args.size, args.dropout).to(device)
-            fit(model, users, args, seed, device, f"{name}, seed {seed}")
-            scores, ranks = ranked(model, users["test"], device)
-            folder = args.run / "baselines" / f"{name}-{seed}"
-            folder.mkdir(parents=True, exist_ok=True)
-            columns = ([e.user for e in splits["test"]], ranks, candidates["test"], scores)
-            fields = ("user", "rank", "candidates", "scores")
-            rows = (dict(zip(fields, values, strict=True)) for values in zip(*columns, strict=True))
-            write_jsonl(folder / "scores-test.jsonl", rows)
-            report = {
-                "data": str(args.data),
-                "model": name,
-                "targets": len(examples["train"]),
-                "table": means_and_intervals(ranks, args.k),
-            }
-            write_json(folder / "results.json", report)
-            all_ranks.append(ranks)
-        table = table | table_of(name, all_ranks, splits["test"], splits["train"], args.k)
+            model = MODELS[name](texts, settings.size, settings.dropout).to(device)
+            Training(model, users, settings, seed).fit(f"{name}, seed {seed}")
+            scores, found = ranked(model, users["test"], device)
+            report = {"data": str(settings.data), "model": name, "targets": n_targets}
+            report |= {"table": means_and_intervals(found, k)}
+            write_results(out / f"{name}-{seed}", users["test"], scores, found, report)
+            ranks.append(found)
+        table |= table_of(name, ranks, splits["test"], splits["train"], k)
+
     print(format_table(table))
-    seeds = f", {len(args.seeds)} seeds together" if len(args.seeds) > 1 else ""
-    print(f"below each mean is its 95 % interval over users{seeds}")
-    write_json(
-        args.run / "baselines" / "results.json",
-        {"data": str(args.data), "users": len(splits["test"]), "table": table},
-    )
-    print(f"wrote   {args.run / 'baselines'}")
+    several = f", {len(settings.seeds)} seeds together" if len(settings.seeds) > 1 else ""
+    print(f"below each mean is its 95 % interval over users{several}")
+    results = {"data": str(settings.data), "users": len(splits["test"]), "table": table}
+    write_json(out / "results.json", results)
+    print(f"wrote   {out}")
+
+
+def load_users(
+    settings: Settings, items: dict[str, str], splits: dict[str, list[Example]]
+) -> dict[str, Users]:
+    """Return each split's users; those to rank have the candidates that evaluate.py ranks."""
+    number = {name: i for i, name in enumerate(items)}
+    train = splits["train"]
+    if settings.every_position:
+        train = every_position(train)
+    own = [[example.positive, *example.negatives] for example in train]
+    users = {"train": Users(train, number, own, settings.longest)}
+    for split in ("val", "test"):
+        candidates = [trsr.shuffled_candidates(example) for example in splits[split]]
+        users[split] = Users(splits[split], number, candidates, settings.longest)
+    return users
+
+
+def announce(settings: Settings, texts: Tensor, sizes: dict[str, int]) -> None:
+    """Print what the models are trained on."""
+    users = ", ".join(f"{n} {split}" for split, n in sizes.items())
+    print(f"data    {settings.data}: {users} users, {len(texts)} items")
+    frozen = f"{texts.shape[1]} dimensions, frozen"
+    where = f"{settings.size} in the models, on {texts.device.type}"
+    print(f"items   {settings.encoder}: {frozen}; {where}")
+
+
+def write_results(
+    folder: Path, users: Users, scores: list[list[float]], ranks: list[int], report: dict
+) -> None:
+    """Write scores-test.jsonl and results.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    columns = zip(users.examples, ranks, users.names, scores, strict=True)
+    for example, rank, candidates, row in columns:
+        line = {"user": example.user, "rank": rank, "candidates": candidates, "scores": row}
+        lines.append(line)
+    write_jsonl(folder / "scores-test.jsonl", lines)
+    write_json(folder / "results.json", report)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Texts to frozen embeddings: by a sentence-transformers folder or hub id, or by a Llama's own states."""
+"""Texts to frozen embeddings: by a sentence encoder, or by a Llama's own hidden states."""
 
 from pathlib import Path
 
@@ -15,57 +15,52 @@ from models.tokenizer import Tokenizer
 from ops.packs import Tree, pack_trees
 from trsr import InputError, content_hash
 
+LONGEST = 256  # tokens of a text that are read
+
 
 @torch.no_grad()
-def by_llama(folder: Path, texts: list[str], device: torch.device, max_tokens: int = 256) -> Tensor:
-    """Return the mean of a Llama's last states over each text's tokens, normalized to length 1: (n, C)."""
+def by_llama(folder: Path, texts: list[str], device: torch.device) -> Tensor:
+    """Return the mean of a Llama's last states over each text's tokens, of length 1: (n, C)."""
     model = load_model(folder, device, torch.float32)
-    ids = [row[:max_tokens] for row in Tokenizer(folder, model.config.vocab_size).encode(texts)]
+    encoded = Tokenizer(folder, model.config.vocab_size).encode(texts)
+    ids = [row[:LONGEST] for row in encoded]
     found = torch.zeros(len(texts), model.config.hidden_size)
+    pack_tokens = 8192 if device.type == "cuda" else 4096
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     for start in tqdm(range(0, len(order), 512), "items", unit="512 texts"):
         part = order[start : start + 512]
-        # Without a prefix in common, so that each text is a row of tokens of its own.
-        for pack in pack_trees(
-            [Tree([], [ids[i]]) for i in part], 8192 if device.type == "cuda" else 4096
-        ):
+        # Trees without a prefix keep each text's tokens together.
+        for pack in pack_trees([Tree([], [ids[i]]) for i in part], pack_tokens):
             here = pack.to(device)
-            states = (
-                model.model(here.ids[None], here.positions[None], here.mask(), None)[0]
-                .float()
-                .cpu()
-            )
+            states = model.model(here.ids[None], here.positions[None], here.mask(), None)[0]
+            states = states.float().cpu()
             for (t, _), row in pack.leaves.items():
-                found[part[t]] = states[row + 1 - len(ids[part[t]]) : row + 1].mean(0)
+                text = part[t]
+                found[text] = states[row + 1 - len(ids[text]) : row + 1].mean(0)
     return F.normalize(found, dim=-1)
 
 
 @torch.no_grad()
-def by_sentence_encoder(
-    folder: str, texts: list[str], device: torch.device, max_tokens: int = 256
-) -> Tensor:
-    """Return mean-pooled states of a transformers encoder, such as a sentence-transformers folder: (n, E)."""
+def by_sentence_encoder(name: str, texts: list[str], device: torch.device) -> Tensor:
+    """Return the mean of an encoder's states over each text's tokens, of length 1: (n, E).
+
+    name: a folder or hub id that transformers loads, such as a sentence-transformers model.
+    """
     try:
         from transformers import AutoModel, AutoTokenizer
     except ImportError:
-        raise InputError(
-            "this encoder needs transformers: pip install transformers, or take a Llama folder"
-        ) from None
+        way = "pip install transformers, or take a Llama folder"
+        raise InputError(f"this encoder needs transformers: {way}") from None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModel.from_pretrained(folder, use_safetensors=True).to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModel.from_pretrained(name, use_safetensors=True).to(device).eval()
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"{folder}: no encoder that transformers can load ({str(error).splitlines()[0]})"
-        ) from None
+        why = str(error).splitlines()[0]
+        raise InputError(f"{name}: no encoder that transformers can load ({why})") from None
+
+    options = {"padding": True, "truncation": True, "max_length": LONGEST, "return_tensors": "pt"}
     found: list[Tensor] = []
     for start in tqdm(range(0, len(texts), 64), "items", unit="64 texts"):
-        options = {
-            "padding": True,
-            "truncation": True,
-            "max_length": max_tokens,
-            "return_tensors": "pt",
-        }
         inputs = tokenizer(texts[start : start + 64], **options).to(device)
         states, mask = model(**inputs).last_hidden_state, inputs["attention_mask"][..., None]
         found.append(((states * mask).sum(1) / mask.sum(1)).float().cpu())
@@ -73,16 +68,16 @@ def by_sentence_encoder(
 
 
 def embeddings(encoder: str, items: dict[str, str], cache: Path, device: torch.device) -> Tensor:
-    """Return the items' text embeddings (n, E) in their order, from cache if they were made before.
+    """Return the items' text embeddings (n, E) in their order; made once, then read from cache.
 
-    encoder: `llama:FOLDER_OR_HUB_ID`, or what transformers' AutoModel loads.
+    encoder: `llama:FOLDER_OR_HUB_ID`, or a name for by_sentence_encoder.
     """
-    key = content_hash([encoder, list(items.values())])
-    path = cache / f"embeddings-{key}.safetensors"
+    texts = list(items.values())
+    path = cache / f"embeddings-{content_hash([encoder, texts])}.safetensors"
     if path.is_file():
         with safe_open(path, framework="pt") as file:
             return file.get_tensor("texts")
-    texts = list(items.values())
+
     kind, _, name = encoder.partition(":")
     if kind == "llama":
         found = by_llama(find_model(name), texts, device)

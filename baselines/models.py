@@ -1,8 +1,9 @@
-"""Seven sequential recommenders over frozen text embeddings of the items, as the paper compares with (section 5.2.1).
+"""Seven sequential recommenders over frozen text embeddings, those of the paper (section 5.2.1).
 
-Each scores candidates by a user's history: forward(h, mask, c), with h (B, L, D) the history's items oldest first, mask
-(B, L) true where there is one, and c (B, C, D) the candidates, gives scores (B, C). What all share, the projection of
-an item's text embedding to D dimensions, stands in Baseline; whatever an item's id could tell is left out.
+Each scores candidates given a user's history: forward(h, mask, c) returns scores (B, C) for the
+history's items h (B, L, D), oldest first, mask (B, L), true where there is an item, and candidates
+c (B, C, D). Baseline holds what all share: the projection of an item's text embedding to D
+dimensions. No model knows an item by its id.
 """
 
 from itertools import pairwise
@@ -13,24 +14,20 @@ from torch import Tensor, nn
 
 
 class Baseline(nn.Module):
-    """Scores of items by their numbers; texts (n, E) are the items' embeddings."""
+    """Scores items by their numbers; texts (n, E): the items' embeddings."""
 
-    def __init__(self, texts: Tensor, size: int = 64, dropout: float = 0.2):
+    def __init__(self, texts: Tensor, size: int, dropout: float):
         super().__init__()
         self.register_buffer("texts", texts)
         self.project = nn.Linear(texts.shape[1], size)
         self.dropout = nn.Dropout(dropout)
-        self.build(size, dropout)
-
-    def build(self, size: int, dropout: float) -> None:
-        """Make the layers."""
 
     def items(self, numbers: Tensor) -> Tensor:
         """Return the vectors (..., D) of items."""
         return self.project(self.texts[numbers])
 
     def score(self, history: Tensor, candidates: Tensor) -> Tensor:
-        """Return scores (B, C) for history (B, L), padded with -1 at its end, and candidates (B, C)."""
+        """Return scores (B, C) for history (B, L), padded with -1 at its end."""
         mask = history >= 0
         return self(self.items(history.clamp(min=0)), mask, self.items(candidates))
 
@@ -42,31 +39,43 @@ def last(h: Tensor, mask: Tensor) -> Tensor:
 
 def perceptron(*sizes: int) -> nn.Sequential:
     """Return linear layers with ReLU between them."""
-    layers = [m for a, b in pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU())]
+    layers = []
+    for narrow, wide in pairwise(sizes):
+        layers += [nn.Linear(narrow, wide), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
 
 class NCF(Baseline):
-    """He et al., 2017: product and perceptron of user and item; the user is the maximum over the history."""
+    """He et al., 2017: the product of user and item, and a perceptron over both.
 
-    def build(self, size: int, dropout: float) -> None:  # noqa: D102
+    The user is the maximum over the history.
+    """
+
+    def __init__(self, texts: Tensor, size: int, dropout: float):
+        super().__init__(texts, size, dropout)
         self.perceptron = perceptron(2 * size, 2 * size, size)
         self.output = nn.Linear(2 * size, 1)
 
-    def forward(self, h: Tensor, mask: Tensor, c: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, h: Tensor, mask: Tensor, c: Tensor) -> Tensor:
+        """Return scores (B, C)."""
         user = h.masked_fill(~mask[..., None], -torch.inf).amax(1)[:, None].expand_as(c)
         mixed = self.perceptron(self.dropout(torch.cat((user, c), -1)))
         return self.output(torch.cat((user * c, mixed), -1))[..., 0]
 
 
 class DIN(Baseline):
-    """Zhou et al., 2018: the history summed with weights that a perceptron gives each item beside the candidate."""
+    """Zhou et al., 2018: a weighted sum of the history.
 
-    def build(self, size: int, dropout: float) -> None:  # noqa: D102
+    A perceptron weighs each item by the candidate.
+    """
+
+    def __init__(self, texts: Tensor, size: int, dropout: float):
+        super().__init__(texts, size, dropout)
         self.weigh = perceptron(4 * size, size, 1)
         self.output = perceptron(3 * size, 2 * size, 1)
 
-    def forward(self, h: Tensor, mask: Tensor, c: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, h: Tensor, mask: Tensor, c: Tensor) -> Tensor:
+        """Return scores (B, C)."""
         shape = (*c.shape[:2], h.shape[1], c.shape[2])  # (B, C, L, D)
         past, wanted = h[:, None].expand(shape), c[:, :, None].expand(shape)
         weights = self.weigh(torch.cat((past, wanted, past - wanted, past * wanted), -1))[..., 0]
@@ -75,17 +84,21 @@ class DIN(Baseline):
 
 
 class DIEN(Baseline):
-    """Zhou et al., 2019: a GRU reads interests off the history, a second one, whose update gate is scaled by each
-    interest's attention to the candidate (AUGRU), follows how they evolve.
+    """Zhou et al., 2019: a GRU extracts interests from the history, a second one evolves them.
+
+    The second one is an AUGRU: its update gate is scaled by each interest's attention to the
+    candidate.
     """
 
-    def build(self, size: int, dropout: float) -> None:  # noqa: D102
+    def __init__(self, texts: Tensor, size: int, dropout: float):
+        super().__init__(texts, size, dropout)
         self.interests = nn.GRU(size, size, batch_first=True)
         self.attend = nn.Linear(size, size, bias=False)
         self.inner, self.outer = nn.Linear(size, 3 * size), nn.Linear(size, 3 * size)
         self.output = perceptron(3 * size, 2 * size, 1)
 
-    def forward(self, h: Tensor, mask: Tensor, c: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, h: Tensor, mask: Tensor, c: Tensor) -> Tensor:
+        """Return scores (B, C)."""
         states, _ = self.interests(h)
         scores = torch.einsum("bld,bcd->bcl", self.attend(states), c)
         weights = scores.masked_fill(~mask[:, None], -torch.inf).softmax(-1)
@@ -94,14 +107,13 @@ class DIEN(Baseline):
             own = self.outer(state).chunk(3, -1)
             new = [x[:, None] for x in given[:, t].chunk(3, -1)]
             reset = torch.sigmoid(new[0] + own[0])
-            update = (
-                torch.sigmoid(new[1] + own[1]) * weights[:, :, t, None]
-            )  # zero behind the history's end
+            # Beyond the history's end the weights are zero, so the state stays.
+            update = torch.sigmoid(new[1] + own[1]) * weights[:, :, t, None]
             state = (1 - update) * state + update * torch.tanh(new[2] + reset * own[2])
         return self.output(self.dropout(torch.cat((state, c, state * c), -1)))[..., 0]
 
     def auxiliary_loss(self, h: Tensor, mask: Tensor) -> Tensor:
-        """Return the loss that each interest tells the item that followed from another user's."""
+        """Return the loss of telling the item after each interest from another user's."""
         states, _ = self.interests(h)
         real = mask[:, 1:]
         yes, no = ((states[:, :-1] * x[:, 1:]).sum(-1)[real] for x in (h, h.roll(1, 0)))
@@ -111,37 +123,39 @@ class DIEN(Baseline):
 class GRU4Rec(Baseline):
     """Hidasi et al., 2016: a GRU's last state, times the candidate."""
 
-    def build(self, size: int, dropout: float) -> None:  # noqa: D102
+    def __init__(self, texts: Tensor, size: int, dropout: float):
+        super().__init__(texts, size, dropout)
         self.gru = nn.GRU(size, 2 * size, batch_first=True, bias=False)
         self.output = nn.Linear(2 * size, size)
 
-    def forward(self, h: Tensor, mask: Tensor, c: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, h: Tensor, mask: Tensor, c: Tensor) -> Tensor:
+        """Return scores (B, C)."""
         states, _ = self.gru(self.dropout(h))
         return torch.einsum("bd,bcd->bc", last(self.output(states), mask), c)
 
 
 class NARM(Baseline):
-    """Li et al., 2017: a GRU's last state beside the states that it attends to, times the candidate."""
+    """Li et al., 2017: a GRU's last state and those that it attends to, times the candidate."""
 
-    def build(self, size: int, dropout: float) -> None:  # noqa: D102
+    def __init__(self, texts: Tensor, size: int, dropout: float):
+        super().__init__(texts, size, dropout)
         self.gru = nn.GRU(size, 2 * size, batch_first=True, bias=False)
         self.query, self.key = (nn.Linear(2 * size, 2 * size, bias=False) for _ in range(2))
         self.weigh = nn.Linear(2 * size, 1, bias=False)
         self.output = nn.Linear(4 * size, size, bias=False)
 
-    def forward(self, h: Tensor, mask: Tensor, c: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, h: Tensor, mask: Tensor, c: Tensor) -> Tensor:
+        """Return scores (B, C)."""
         states, _ = self.gru(self.dropout(h))
         final = last(states, mask)
-        weights = (
-            self.weigh(torch.sigmoid(self.query(final)[:, None] + self.key(states)))
-            * mask[..., None]
-        )
-        user = self.output(self.dropout(torch.cat(((weights * states).sum(1), final), -1)))
+        weights = self.weigh(torch.sigmoid(self.query(final)[:, None] + self.key(states)))
+        attended = (weights * mask[..., None] * states).sum(1)
+        user = self.output(self.dropout(torch.cat((attended, final), -1)))
         return torch.einsum("bd,bcd->bc", user, c)
 
 
 def encoder(size: int, dropout: float, layers: int = 2, heads: int = 2) -> nn.TransformerEncoder:
-    """Return transformer layers as SASRec has them: normalized after each part, four times as wide inside."""
+    """Return SASRec's transformer: normalized after each part, four times as wide in its MLP."""
     layer = nn.TransformerEncoderLayer(
         size, heads, 4 * size, dropout, "gelu", batch_first=True, layer_norm_eps=1e-12
     )
@@ -149,11 +163,15 @@ def encoder(size: int, dropout: float, layers: int = 2, heads: int = 2) -> nn.Tr
 
 
 class SASRec(Baseline):
-    """Kang and McAuley, 2018: causal self-attention with learned positions; the last state times the candidate."""
+    """Kang and McAuley, 2018: causal self-attention; the last state times the candidate.
 
-    longest = 256  # positions, counted from the history's end
+    Positions are learned and counted from the history's end.
+    """
 
-    def build(self, size: int, dropout: float) -> None:  # noqa: D102
+    longest = 256  # positions
+
+    def __init__(self, texts: Tensor, size: int, dropout: float):
+        super().__init__(texts, size, dropout)
         self.positions = nn.Embedding(self.longest, size)
         self.norm = nn.LayerNorm(size, 1e-12)
         self.encoder = encoder(size, dropout)
@@ -165,30 +183,29 @@ class SASRec(Baseline):
         x = self.dropout(self.norm(h + self.positions(age)))
         return self.encoder(x, mask=places > places[:, None], src_key_padding_mask=~mask)
 
-    def forward(self, h: Tensor, mask: Tensor, c: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, h: Tensor, mask: Tensor, c: Tensor) -> Tensor:
+        """Return scores (B, C)."""
         return torch.einsum("bd,bcd->bc", last(self.encode(h, mask), mask), c)
 
 
 class CORE(SASRec):
-    """Hou et al., 2022: the user is a weighted mean of the items' own vectors, a transformer gives the weights; scores
-    are cosines over a temperature.
+    """Hou et al., 2022: the user is a mean of the items' own vectors, weighted by a transformer.
+
+    Scores are cosines divided by a temperature.
     """
 
     temperature = 0.07
 
-    def build(self, size: int, dropout: float) -> None:  # noqa: D102
-        super().build(size, dropout)
+    def __init__(self, texts: Tensor, size: int, dropout: float):
+        super().__init__(texts, size, dropout)
         self.weigh = nn.Linear(size, 1)
 
-    def forward(self, h: Tensor, mask: Tensor, c: Tensor) -> Tensor:  # noqa: D102
-        weights = (
-            self.weigh(self.encode(h, mask)).masked_fill(~mask[..., None], -torch.inf).softmax(1)
-        )
-        user = F.normalize((weights * self.dropout(h)).sum(1), dim=-1)
-        return (
-            torch.einsum("bd,bcd->bc", user, F.normalize(self.dropout(c), dim=-1))
-            / self.temperature
-        )
+    def forward(self, h: Tensor, mask: Tensor, c: Tensor) -> Tensor:
+        """Return scores (B, C)."""
+        weights = self.weigh(self.encode(h, mask)).masked_fill(~mask[..., None], -torch.inf)
+        user = F.normalize((weights.softmax(1) * self.dropout(h)).sum(1), dim=-1)
+        items = F.normalize(self.dropout(c), dim=-1)
+        return torch.einsum("bd,bcd->bc", user, items) / self.temperature
 
 
 MODELS = {model.__name__.lower(): model for model in (NCF, DIN, DIEN, GRU4Rec, NARM, SASRec, CORE)}
