@@ -1,44 +1,28 @@
-"""Small random models, a tokenizer and a dataset, made once for all tests."""
+"""Small random models, tokenizers, a dataset and runs, made once for all tests."""
 
-import importlib
-import io
-import json
 import random
-import signal
-import subprocess
-import sys
-from contextlib import redirect_stderr, redirect_stdout
-from pathlib import Path
 
 import pytest
 import sentencepiece
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from helpers import (
+    COLORS,
+    CPU,
+    LLAMA,
+    NEOX,
+    ROOT,
+    THINGS,
+    write_dataset,
+    write_model,
+    write_neox,
+)
 
-from launch.command import run_main
-from llama import CheckpointError
-from lora import AdapterError
 from prepare.domains import DOMAINS
 
-ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 needs_shared = pytest.mark.skipif(
     not SHARED.is_dir(), reason="the real data folder ../shared is absent"
 )
-
-TINY = {
-    "vocab_size": 640,
-    "hidden_size": 48,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 1024,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-COLORS = ["amber", "blue", "coral", "denim", "ebony", "fawn"]
-THINGS = ["kettle", "lamp", "mirror", "notebook", "oven glove", "pillow", "quilt", "radio"]
 
 
 @pytest.fixture(autouse=True)
@@ -46,31 +30,34 @@ def _two_threads():
     torch.set_num_threads(2)
 
 
-def write_model(folder, shards=1, seed=0, dtype=torch.float32, **changes):
-    """Save a transformers Llama with random weights of a visible size; return it in eval mode."""
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**(TINY | changes))).to(dtype).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.08) if parameter.dim() > 1 else parameter.uniform_(0.5, 1.5)
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    model.save_pretrained(folder, max_shard_size=size // shards + 1 if shards > 1 else "5GB")
-    return model
+@pytest.fixture(scope="module")
+def _fresh_compiler():
+    """Otherwise it takes other tests' shapes for changing ones; some such CPU kernels fail."""
+    torch._dynamo.reset()
+
+
+# ---- Tokenizers
+
+
+def some_lines(n):
+    """Return texts to train a tokenizer on, among them n item texts."""
+    rng = random.Random(0)
+    texts = [(ROOT / "LICENSE").read_text(), *(str(domain) for domain in DOMAINS.values())]
+    items = []
+    for _ in range(n):
+        title = f"{rng.choice(COLORS)} {rng.choice(THINGS)}"
+        items.append(f"Title: {title}; Color: {rng.choice(COLORS)}")
+    return texts, items
 
 
 @pytest.fixture(scope="session")
 def tokenizer_model(tmp_path_factory):
     """Path of a SentencePiece model with byte fallback and Llama's conventions, 640 pieces."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    rng = random.Random(0)
-    texts = [(ROOT / "LICENSE").read_text(), *(str(domain) for domain in DOMAINS.values())] * 8
-    lines = [line for text in texts for line in text.splitlines()]
-    lines += [
-        f"Title: {rng.choice(COLORS)} {rng.choice(THINGS)}; Color: {rng.choice(COLORS)}"
-        for _ in range(300)
-    ]
+    texts, items = some_lines(300)
+    lines = [line for text in texts * 8 for line in text.splitlines()] + items
     lines += ["### User:", "### Assistant:"] * 50
-    # Before a line's end there is no blank, so the answers must be pieces without the blank's sign too.
+    # Before a line's end there is no blank, so the answers must be pieces without its sign too.
     lines += [f"{letter}{answer}" for letter in "abcdefgh" for answer in ("Yes", "No")] * 30
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
@@ -90,79 +77,88 @@ def tokenizer_model(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tokenizer_json():
+    """A byte-level BPE tokenizer as Pythia's: no first token, and fewer pieces than rows."""
+    tokenizers = pytest.importorskip("tokenizers")
+    texts, items = some_lines(300)
+    lines = texts * 4 + items
+    lines += ["### User:\n", "### Assistant:\nYes", "### Assistant:\nNo"] * 50
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.normalizer = tokenizers.normalizers.NFC()
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    options = {
+        "vocab_size": 600,
+        "special_tokens": ["<|endoftext|>", "<|padding|>"],
+        "initial_alphabet": tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        "show_progress": False,
+    }
+    made.train_from_iterator(lines, tokenizers.trainers.BpeTrainer(**options))
+    return made.to_str()
+
+
+# ---- Models
+
+
+@pytest.fixture(scope="session")
 def model_folder(tmp_path_factory, tokenizer_model):
     """A tiny Llama with random weights and a tokenizer, as a user would have it on disk."""
     folder = tmp_path_factory.mktemp("model")
-    write_model(folder)
-    (folder / "tokenizer.model").write_bytes(tokenizer_model.read_bytes())
-    return folder
-
-
-def write_dataset(folder, users=(12, 4, 4), negatives=(1, 5, 5), history=(4, 9), seed=0):
-    """Write a small dataset in the project's schema."""
-    rng = random.Random(seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    items = [f"i{n}" for n in range(60)]
-    with open(folder / "items.jsonl", "w") as file:
-        for i in items:
-            attributes = {
-                "Title": f"{rng.choice(COLORS)} {rng.choice(THINGS)}",
-                "Color": rng.choice(COLORS),
-            }
-            file.write(json.dumps({"id": i, "attributes": attributes}) + "\n")
-    for split, n_users, n_negatives in zip(("train", "val", "test"), users, negatives, strict=True):
-        with open(folder / f"{split}.jsonl", "w") as file:
-            for u in range(n_users):
-                chosen = rng.sample(items, rng.randint(*history) + 1 + n_negatives)
-                *past, positive = chosen[: len(chosen) - n_negatives]
-                example = {"user": f"{split}{u}", "history": past, "positive": positive}
-                file.write(
-                    json.dumps(example | {"negatives": chosen[len(chosen) - n_negatives :]}) + "\n"
-                )
-    (folder / "meta.json").write_text(json.dumps({"domain": "products"}))
+    write_model(folder, tokenizer=tokenizer_model)
     return folder
 
 
 @pytest.fixture(scope="session")
+def pythia_folder(tmp_path_factory, tokenizer_json):
+    """A tiny Pythia with random weights and a tokenizer, as a user would have it on disk."""
+    folder = tmp_path_factory.mktemp("pythia")
+    write_neox(folder)
+    (folder / "tokenizer.json").write_text(tokenizer_json)
+    return folder
+
+
+@pytest.fixture(params=[LLAMA, NEOX], ids=str)
+def architecture(request):
+    """Each architecture in turn."""
+    return request.param
+
+
+@pytest.fixture
+def folder(architecture, request):
+    """The tiny model's folder of each architecture in turn."""
+    name = {"llama": "model_folder", "neox": "pythia_folder"}[architecture.name]
+    return request.getfixturevalue(name)
+
+
+@pytest.fixture
+def tiny(architecture, folder):
+    """The tiny model of each architecture in turn, in fp32."""
+    return architecture.load(folder, CPU, torch.float32)
+
+
+# ---- Data
+
+
+@pytest.fixture(scope="session")
 def data_folder(tmp_path_factory):
+    """A small dataset; no test changes it."""
     return write_dataset(tmp_path_factory.mktemp("data"))
 
 
-def run(script, *arguments, processes=1, check=True):
-    """Run one of the scripts as its command line would; return the finished process with its output as text.
-
-    A single process runs inside this one, which spares it the seconds that torch takes to start.
-    """
-    arguments = list(map(str, arguments))
-    if processes > 1:
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-        launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(ROOT / script)]
-        done = subprocess.run([*launch, *arguments], capture_output=True, text=True, timeout=300)
-    else:
-        module, handlers = importlib.import_module(Path(script).stem), {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            handlers[number] = signal.getsignal(number)
-        out, err, code, argv = io.StringIO(), io.StringIO(), 0, sys.argv
-        sys.argv = [script, *arguments]
-        try:
-            with redirect_stdout(out), redirect_stderr(err):
-                run_main(module.main, CheckpointError, AdapterError)
-        except SystemExit as end:
-            code = end.code
-        finally:
-            sys.argv = argv
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-        done = subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
-    if check:
-        assert done.returncode == 0, done.stdout + done.stderr
-    return done
+# ---- Options
 
 
 def pytest_addoption(parser):
     parser.addoption(
         "--long", action="store_true", help="the long tests too, and the full number of mutations"
     )
+
+
+@pytest.fixture
+def times(request):
+    """Return how often to repeat something: (quick, full) -> quick, or with --long full."""
+    return lambda quick, full=600: full if request.config.getoption("--long") else quick
 
 
 def pytest_collection_modifyitems(config, items):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import run, write_dataset
+from helpers import run, write_dataset
 from torch.utils.data import DataLoader
 
 import trsr

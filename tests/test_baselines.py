@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import run, write_dataset
+from helpers import run, write_dataset
 
 import trsr
 from baselines import __main__ as command

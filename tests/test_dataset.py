@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import write_dataset
+from helpers import write_dataset
 
 from files.atomic import atomic_write
 from files.jsonl import read_json

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import run, write_model
+from helpers import run, write_model
 from safetensors.torch import load_file, save_file
 
 import evaluate
@@ -268,7 +268,7 @@ def test_packs_that_come_as_users_do_hold_every_prompt_once(seed):
             assert (user, branch) not in found
             path = pack.ids[: row + 1][pack.ends[: row + 1] > row]
             found[user, branch] = path.tolist()
-        split += {user for user, _ in pack.leaves} if pack.known else []
+        split += {user for user, _ in pack.leaves} if pack.shared_prefix else []
     assert found == {
         (u, b): t.prefix + end for u, t in enumerate(trees) for b, end in enumerate(t.branches)
     }

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run, write_dataset
+from helpers import run, write_dataset
 
 import trsr
 from experiments import paper, runs
@@ -193,7 +193,7 @@ def test_a_failing_stage_is_named_and_the_next_call_goes_on_there(
     done = experiment("table2", *flags, check=False)
     name = f"{name_of(world, 'hierarchical')}-items3-seed4"
     assert done.returncode == 2
-    line = f"experiments.table2: {tmp_path / name}: train.py failed: out of everything (all it said is in "
+    line = f"experiments.table2: {tmp_path / name}: train.py failed: out of everything (its output is in "
     assert done.stderr == f"{line}{tmp_path / name / 'train.log'})\n"
     monkeypatch.setattr(runs, "launch", counted)
     done = experiment("table2", *flags)

@@ -22,7 +22,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from conftest import ROOT, run, write_dataset, write_model
+from helpers import ROOT, run, write_dataset, write_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import LlamaTokenizerFast

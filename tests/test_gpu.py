@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import run
+from helpers import generate, run
 from test_llama import random_ids, random_trees, separate_loss, sequences
 
 from evaluate import score_packs
@@ -14,7 +14,7 @@ from models import hub
 from ops.int8 import WAYS, few_rows_product, quantize
 from ops.masks import additive, tree_rule
 from ops.packs import pack_trees
-from summarize import Generator, generate
+from summarize import Generator
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 GPU = torch.device("cuda", 0)

@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 SIX = ("trsr", "llama", "lora", "summarize", "evaluate", "train")
 SCRIPTS = {"summarize", "evaluate", "train"}

@@ -1,135 +1,156 @@
 """lora.py against PEFT: same names, same files, same logits."""
 
-import json
-
 import pytest
 import torch
-from conftest import write_model
+from helpers import CPU, LLAMA, NEOX, change_json, random_ids, write_model, write_neox
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
 
 import lora
-from llama import load_model
 from lora import (
     AdapterError,
     LoRAConfig,
     adapter_tensors,
     apply_lora,
     load_adapter,
+    lora_layers,
     merge,
     save_adapter,
-    unmerge,
 )
 from ops.int8 import WAYS
 
-CPU = torch.device("cpu")
-IDS = torch.randint(3, 640, (2, 25), generator=torch.Generator().manual_seed(0))
-CONFIGS = [
-    LoRAConfig(),
-    LoRAConfig(r=3, alpha=32, dropout=0.0, targets=("gate_proj", "v_proj")),
-    LoRAConfig(
-        r=16,
-        alpha=8,
-        targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-    ),
+IDS = random_ids(2, 25, seed=0)
+ADAPTERS = [
+    (LLAMA, LoRAConfig()),
+    (LLAMA, LoRAConfig(r=3, alpha=32, dropout=0.0, targets=("gate_proj", "v_proj"))),
+    (LLAMA, LoRAConfig(16, 8, targets=(*LLAMA.attention, "gate_proj", "up_proj", "down_proj"))),
+    (NEOX, LoRAConfig(targets=NEOX.attention)),
+    (NEOX, LoRAConfig(r=3, alpha=32, dropout=0.0, targets=("query_key_value",))),
+    (NEOX, LoRAConfig(r=4, targets=(*NEOX.attention, "dense_h_to_4h", "dense_4h_to_h"))),
 ]
+EACH = pytest.mark.parametrize(
+    ("architecture", "config"),
+    ADAPTERS,
+    ids=[f"{architecture}-r{config.r}" for architecture, config in ADAPTERS],
+)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("base")
-    write_model(path, attention_bias=True)
-    return path
+def folders(tmp_path_factory):
+    """A base model of each architecture; attention has biases in both."""
+    found = {LLAMA: tmp_path_factory.mktemp("llama"), NEOX: tmp_path_factory.mktemp("neox")}
+    write_model(found[LLAMA], attention_bias=True)
+    write_neox(found[NEOX])
+    return found
 
 
-def adapted(folder, config=CONFIGS[0], seed=0):
+@pytest.fixture
+def folder(folders):
+    return folders[LLAMA]
+
+
+def load(folder, architecture=LLAMA, **options):
+    return architecture.load(folder, CPU, torch.float32, **options)
+
+
+def adapted(folder, config=None, architecture=LLAMA):
     """A model with an adapter that does something."""
-    model = apply_lora(load_model(folder, CPU, torch.float32), config)
-    torch.manual_seed(seed)
+    config = config or LoRAConfig(targets=architecture.attention)
+    model = apply_lora(load(folder, architecture), config)
+    torch.manual_seed(0)
     for parameter in adapter_tensors(model).values():
         torch.nn.init.normal_(parameter, std=0.1)
     return model.eval()
 
 
-def save(model, path, config=CONFIGS[0]):
-    save_adapter(path, adapter_tensors(model), config, "base")
+def save(model, path, config=None):
+    save_adapter(path, adapter_tensors(model), config or LoRAConfig(), "base")
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-def test_our_adapter_gives_the_same_logits_in_peft(tmp_path, folder, config):
-    model = adapted(folder, config)
+# ---- PEFT
+
+
+@EACH
+def test_our_adapter_gives_the_same_logits_in_peft(tmp_path, folders, architecture, config):
+    folder = folders[architecture]
+    model = adapted(folder, config, architecture)
+    assert len(lora_layers(model)) == 2 * len(config.targets)
     save(model, tmp_path, config)
-    theirs = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(folder), tmp_path).eval()
+    base = architecture.reference.from_pretrained(folder)
+    theirs = PeftModel.from_pretrained(base, tmp_path).eval()
     with torch.no_grad():
-        base = load_model(folder, CPU, torch.float32)(IDS)
-        assert (model(IDS) - base).abs().max() > 0.1
-        assert (model(IDS) - theirs(IDS).logits).abs().max() < 1e-5
+        found = model(IDS)
+        assert (found - load(folder, architecture)(IDS)).abs().max() > 0.1
+        assert (found - theirs(IDS).logits).abs().max() < 1e-5
+        merge(model)
+        assert 0 < (model(IDS) - found).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-def test_a_peft_adapter_gives_the_same_logits_here(tmp_path, folder, config):
+@EACH
+def test_a_peft_adapter_gives_the_same_logits_here(tmp_path, folders, architecture, config):
     options = LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=list(config.targets),
     )
-    theirs = get_peft_model(LlamaForCausalLM.from_pretrained(folder), options).eval()
+    base = architecture.reference.from_pretrained(folders[architecture])
+    theirs = get_peft_model(base, options).eval()
     for name, parameter in theirs.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     theirs.save_pretrained(tmp_path)
-    model = load_model(folder, CPU, torch.float32)
-    found = load_adapter(model, tmp_path)
-    assert found == LoRAConfig(
-        config.r, config.alpha, config.dropout, tuple(sorted(config.targets))
-    )
+    model = load(folders[architecture], architecture)
+    targets = tuple(sorted(config.targets))
+    expected = LoRAConfig(config.r, config.alpha, config.dropout, targets)
+    assert load_adapter(model, tmp_path) == expected
     with torch.no_grad():
         assert (model.eval()(IDS) - theirs(IDS).logits).abs().max() < 1e-5
 
 
-def test_gradients_equal_peft(tmp_path, folder):
-    config = LoRAConfig(dropout=0.0)
-    model = adapted(folder, config)
+@pytest.mark.parametrize("architecture", [LLAMA, NEOX], ids=str)
+def test_gradients_equal_peft(tmp_path, folders, architecture):
+    config = LoRAConfig(dropout=0.0, targets=architecture.attention)
+    model = adapted(folders[architecture], config, architecture)
     save(model, tmp_path, config)
-    theirs = PeftModel.from_pretrained(
-        LlamaForCausalLM.from_pretrained(folder), tmp_path, is_trainable=True
-    )
+    base = architecture.reference.from_pretrained(folders[architecture])
+    theirs = PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
     model(IDS).square().mean().backward()
     theirs(IDS).logits.square().mean().backward()
     wanted = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
-    assert len(wanted) == 2 * 2 * 4
+    assert len(wanted) == 2 * 2 * len(architecture.attention)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            key = lora.PREFIX + name.replace("lora_A.", "lora_A.default.").replace(
-                "lora_B.", "lora_B.default."
-            )
+            key = lora.PREFIX + name.replace(".weight", ".default.weight")
             assert (parameter.grad - wanted[key]).abs().max() < 1e-5
         else:
             assert parameter.grad is None
 
 
-def test_merged_equals_unmerged_and_back(folder):
-    model = adapted(folder)
+# ---- The layers
+
+
+@pytest.mark.parametrize("architecture", [LLAMA, NEOX], ids=str)
+def test_merged_equals_unmerged_and_back(folders, architecture):
+    folder = folders[architecture]
+    model = adapted(folder, None, architecture)
     with torch.no_grad():
         before = model(IDS)
         merge(model)
         merge(model)  # a second time changes nothing
         merged = model(IDS)
-        assert all(layer.merged for layer in lora.lora_layers(model))
+        assert all(layer.merged for layer in lora_layers(model))
         assert 0 < (merged - before).abs().max() < 1e-4
-        unmerge(model)
+        merge(model, sign=-1)
         assert (model(IDS) - before).abs().max() < 1e-4
-    fresh = load_model(folder, CPU, torch.float32)
-    with torch.no_grad():
-        assert (fresh(IDS) - before).abs().max() > 0.1  # merging did not write into the mapped file
+        # Merging did not write into the mapped file.
+        assert (load(folder, architecture)(IDS) - before).abs().max() > 0.1
 
 
 def test_a_new_adapter_changes_nothing_and_trains_alone(folder):
-    base = load_model(folder, CPU, torch.float32)
+    base = load(folder)
     expected = base(IDS)
-    model = apply_lora(load_model(folder, CPU, torch.float32), LoRAConfig())
+    model = apply_lora(load(folder), LoRAConfig())
     assert torch.equal(model(IDS), expected)
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trainable == list(adapter_tensors(model))
@@ -149,7 +170,7 @@ def test_dropout_is_on_the_adapter_alone(folder):
 @pytest.mark.parametrize("way", WAYS)
 def test_int8_base_takes_an_adapter_but_no_merge(folder, way):
     pytest.importorskip("bitsandbytes")
-    model = apply_lora(load_model(folder, CPU, torch.float32, int8=way), LoRAConfig())
+    model = apply_lora(load(folder, int8=way), LoRAConfig())
     assert model(IDS).isfinite().all()
     with pytest.raises(AdapterError, match="cannot be merged"):
         merge(model)
@@ -172,14 +193,9 @@ def test_int8_base_takes_an_adapter_but_no_merge(folder, way):
 )
 def test_an_adapter_of_another_kind_is_refused_by_name(tmp_path, folder, field, value):
     save(adapted(folder), tmp_path)
-    path = tmp_path / "adapter_config.json"
-    record = json.loads(path.read_text())
-    record[field] = value
-    if value is None:
-        del record[field]
-    path.write_text(json.dumps(record))
+    change_json(tmp_path / "adapter_config.json", **{field: value})
     with pytest.raises(AdapterError, match=field):
-        load_adapter(load_model(folder, CPU, torch.float32), tmp_path)
+        load_adapter(load(folder), tmp_path)
 
 
 def edit(path, change):
@@ -207,7 +223,7 @@ def test_adapter_files_that_do_not_fit_are_refused(tmp_path, folder, change, mes
     save(adapted(folder), tmp_path)
     edit(tmp_path / "adapter_model.safetensors", change)
     with pytest.raises(AdapterError, match=message):
-        load_adapter(load_model(folder, CPU, torch.float32), tmp_path)
+        load_adapter(load(folder), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -242,11 +258,10 @@ def test_an_adapter_for_another_base_rank_or_targets_is_refused(
     tmp_path, folder, base, changes, message
 ):
     save(adapted(folder), tmp_path / "adapter")
-    path = tmp_path / "adapter" / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    change_json(tmp_path / "adapter" / "adapter_config.json", **changes)
     write_model(tmp_path / "other", attention_bias=True, **base)
     with pytest.raises(AdapterError, match=message):
-        load_adapter(load_model(tmp_path / "other", CPU, torch.float32), tmp_path / "adapter")
+        load_adapter(load(tmp_path / "other"), tmp_path / "adapter")
 
 
 def test_an_interrupted_save_leaves_no_weights_beside_another_configuration(tmp_path, folder):
@@ -257,16 +272,16 @@ def test_an_interrupted_save_leaves_no_weights_beside_another_configuration(tmp_
     save(model, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(KeyboardInterrupt):
-        save_adapter(tmp_path, adapter_tensors(model), CONFIGS[0], "base", breaks_off)
+        save_adapter(tmp_path, adapter_tensors(model), LoRAConfig(), "base", breaks_off)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     with pytest.raises(KeyboardInterrupt):
         save_adapter(tmp_path, adapter_tensors(model), LoRAConfig(alpha=99), "base", breaks_off)
     with pytest.raises(AdapterError, match=r"no adapter_config\.json"):
-        load_adapter(load_model(folder, CPU, torch.float32), tmp_path)
+        load_adapter(load(folder), tmp_path)
 
 
 def test_a_broken_or_absent_adapter_is_named(tmp_path, folder):
-    model = load_model(folder, CPU, torch.float32)
+    model = load(folder)
     with pytest.raises(AdapterError, match=r"train\.py makes one"):
         load_adapter(model, tmp_path)
     save(adapted(folder), tmp_path)
@@ -280,7 +295,7 @@ def test_a_broken_or_absent_adapter_is_named(tmp_path, folder):
 
 
 def test_targets_and_ranks_that_make_no_sense_are_named(folder):
-    model = load_model(folder, CPU, torch.float32)
+    model = load(folder)
     with pytest.raises(AdapterError, match="'query_key_value' names no linear layer"):
         apply_lora(model, LoRAConfig(targets=("query_key_value",)))
     with pytest.raises(AdapterError, match="rank r is 0"):

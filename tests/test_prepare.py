@@ -12,7 +12,8 @@ from collections import Counter
 from itertools import accumulate
 
 import pytest
-from conftest import ROOT, SHARED, needs_shared
+from conftest import SHARED, needs_shared
+from helpers import ROOT
 
 from prepare import amazon_m2, mind, recbole
 from prepare.common import Session, choose, draw_negatives, make_splits, save_dataset, split_sizes

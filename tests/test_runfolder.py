@@ -6,7 +6,7 @@ import shutil
 from html.parser import HTMLParser
 
 import pytest
-from conftest import run, write_dataset
+from helpers import run, write_dataset
 
 from files.jsonl import read_json, write_json
 from runfolder import compare, page, plots, show

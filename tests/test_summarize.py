@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import pytest
 import torch
-from conftest import ROOT, run, write_dataset, write_model
+from helpers import ROOT, run, write_dataset, write_model
 
 import trsr
 from files.jsonl import read_jsonl, write_json

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, run, write_dataset, write_model
+from helpers import ROOT, run, write_dataset, write_model
 from safetensors.torch import load_file
 
 import train

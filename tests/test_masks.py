@@ -1,0 +1,138 @@
+"""ops/masks.py: each form of a mask against the rule spelled out."""
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import CPU, empty_cache, random_ids, random_trees
+from torch.nn.attention.flex_attention import flex_attention
+
+from llama import load_model
+from ops.masks import (
+    BLOCK,
+    SMALL_BLOCK,
+    block_mask,
+    kernel_tiles,
+    length_mask,
+    query_blocks,
+    tree_rule,
+)
+from ops.packs import Tree, pack_trees
+from summarize import decode
+
+pytestmark = pytest.mark.usefixtures("_fresh_compiler")
+
+
+def long_trees(n: int, branches: int, trunk: int, seed: int = 0) -> list[Tree]:
+    rng = random.Random(seed)
+
+    def ids(most: int) -> list[int]:
+        return [rng.randrange(3, 640) for _ in range(rng.randrange(1, most))]
+
+    begin = [rng.randrange(3, 640) for _ in range(trunk)]
+    return [Tree(begin + ids(400), [ids(120) for _ in range(branches)]) for _ in range(n)]
+
+
+def test_query_blocks_are_the_rule_spelled_out():
+    trees = random_trees(4, 3)
+    (pack,) = pack_trees(trees, 999, pad_to=64)
+    n, trunk = len(pack.ids), 7
+    mask, first = torch.zeros(n, n, dtype=torch.bool), 0
+    blocks = query_blocks(pack.ends, size=24)
+    for keys, seen in zip(blocks.keys.split(blocks.sizes), blocks.seen, strict=True):
+        assert seen.any(0).all()  # no key that nobody sees
+        mask[first : first + len(seen), keys] = seen
+        first += len(seen)
+    assert first == n
+
+    expected = torch.zeros_like(mask)
+    for (t, b), last in pack.leaves.items():
+        stem, branches = len(trees[t].prefix) - trunk, [len(branch) for branch in trees[t].branches]
+        begin = last + 1 - sum(branches[: b + 1]) - stem  # of the tree
+        branch = range(last + 1 - branches[b], last + 1)
+        path = [*range(trunk), *range(begin, begin + stem), *branch]
+        for i, query in enumerate(path):
+            expected[query, path[: i + 1]] = True
+    assert (mask[: pack.tokens] == expected[: pack.tokens]).all()
+    # Also where padding is, since a softmax over nothing is not a number.
+    assert mask.diagonal().all()
+
+
+CASES = [(1, 1, 0), (1, 21, 300), (4, 2, 0), (6, 5, 100), (9, 2, 700), (30, 1, 40), (3, 9, 128)]
+
+
+@pytest.mark.parametrize(("n", "branches", "trunk"), CASES)
+@pytest.mark.parametrize("first", [0, 70])
+@pytest.mark.parametrize(("training", "size"), [(True, BLOCK), (False, SMALL_BLOCK)])
+def test_the_block_mask_covers_the_rule_and_asks_it_where_it_must(
+    n, branches, trunk, first, training, size
+):
+    (pack,) = pack_trees(long_trees(n, branches, trunk), 99999, pad_to=256)
+    rows = torch.arange(len(pack.ids))
+    seen = tree_rule(pack.ends)(None, None, rows[first:, None], rows[None])
+    with torch.set_grad_enabled(training):
+        mask = block_mask(pack.ends, first)
+    assert set(mask.BLOCK_SIZE) == {size}
+
+    def blocks(dense):
+        """Return a mask as (blocks of queries, blocks of keys, size, size)."""
+        padded = F.pad(dense, (0, 0, 0, -len(dense) % size))
+        return padded.view(-1, size, len(rows) // size, size).transpose(1, 2)
+
+    tiles, real = blocks(seen), blocks(torch.ones_like(seen))
+    asked, whole = torch.zeros(2, *tiles.shape[:2], dtype=torch.bool)
+    counts = (mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices)
+    for found, number, order in ((asked, *counts[:2]), (whole, *counts[2:])):
+        for i in range(len(found)):
+            found[i, order[0, 0, i, : number[0, 0, i]].long()] = True
+
+    some = tiles.flatten(2).any(2)
+    assert not (asked & whole).any()
+    assert (some <= (asked | whole)).all()  # nothing is hidden that the rule shows
+    assert (asked | whole).sum() == some.sum()  # and nothing is looked at in vain
+    # The rule is asked only where it must be.
+    assert (whole == (tiles | ~real).flatten(2).all(2)).all()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_flex_attention_with_the_block_mask_equals_the_dense_mask(training):
+    (pack,) = pack_trees(long_trees(5, 3, 60), 99999, pad_to=256)
+    rows = torch.arange(len(pack.ids))
+    seen = tree_rule(pack.ends)(None, None, rows[:, None], rows[None])
+    q, k, v = torch.randn(3, 1, 2, len(rows), 16, generator=torch.Generator().manual_seed(0))
+    with torch.set_grad_enabled(training):
+        found = flex_attention(q, k, v, block_mask=block_mask(pack.ends))
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    assert (found - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head", "keys"), [(torch.bfloat16, 128, 64), (torch.float32, 192, 16)]
+)
+def test_tiles_of_small_blocks_fit_any_card(dtype, head, keys):
+    values = torch.empty(1, 2, 512, head, dtype=dtype)
+    ends = torch.full((512,), 512)
+    with torch.no_grad():
+        found = kernel_tiles(block_mask(ends), values)
+    assert (found["BLOCK_M"], found["BLOCK_N"]) == (64, keys)
+    assert kernel_tiles(block_mask(ends), values) is None
+
+
+def test_decoding_with_the_length_mask_equals_the_dense_mask(model_folder):
+    tiny = load_model(model_folder, CPU, torch.float32)
+    prompts = [random_ids(n, seed=n) for n in (3, 127, 128, 200)]
+    caches = [empty_cache(tiny.config, 4, 384) for _ in range(2)]
+    generator = torch.Generator().manual_seed(0)
+    for a, b in zip(caches[0].layers, caches[1].layers, strict=True):
+        for x, y in ((a.keys, b.keys), (a.values, b.values)):
+            y.copy_(x.normal_(generator=generator))
+    tokens = torch.tensor([int(p[-1]) for p in prompts])
+    positions = torch.tensor([len(p) for p in prompts])
+    mask = length_mask(positions, 384)
+    with torch.no_grad():
+        dense = decode(tiny, tokens, positions, caches[0], 201)
+        blocks = tiny(tokens[:, None], positions[:, None], mask, caches[1].layers)[:, -1].argmax(-1)
+    assert blocks.tolist() == dense.tolist()
+    assert mask.kv_num_blocks.flatten().tolist() == [1, 1, 1, 1]
+    assert mask.full_kv_num_blocks.flatten().tolist() == [0, 0, 1, 1]
