@@ -1,37 +1,39 @@
-"""Figure 10 of the paper: recommenders of several sizes, over the same summaries.
+"""Figure 10 of the paper: recommenders of several sizes, with the same summaries.
 
-python -m experiments.figure10                              # the demo, with the embedded model alone
-python -m experiments.figure10 --data data/amazon-m2 --summarizer OWNER/MODEL --recommenders SMALL MIDDLE LARGE
+    python -m experiments.figure10                              # the demo, with the embedded model
+    python -m experiments.figure10 --data data/amazon-m2 --summarizer OWNER/MODEL \\
+        --recommenders SMALL MIDDLE LARGE
 """
 
+from dataclasses import dataclass
+
 from experiments import paper
-from experiments.common import Experiment, Row, add_paradigms, experiment_parser, run_command
+from experiments.common import MODEL, Experiment, FigureSettings, run_command
 from experiments.runs import language_model_run
+from experiments.tables import Row
+from launch.command import option, parse_settings
+
+
+@dataclass(frozen=True)
+class Settings(FigureSettings):
+    """The flags."""
+
+    summarizer: str = option("models/tiny", MODEL)
+    recommenders: tuple[str, ...] = option(("models/tiny",), MODEL, nargs="+")
 
 
 def main() -> None:
-    """Run every recommender and write the table and the figure."""
-    parser, flag = experiment_parser(
-        __doc__, "summarizer", "recommenders", items=paper.HISTORY_ITEMS
-    )
-    add_paradigms(flag)
-    args = parser.parse_args()
-    experiment, rows = Experiment("figure10", args), []
-    for paradigm in args.paradigms:
-        for model in dict.fromkeys(args.recommenders):
-            runs = experiment.runs(
-                language_model_run, paradigm, args.summarizer, model, args.history_items
-            )
+    """Run every recommender; write the table and the figure."""
+    settings = parse_settings(Settings, __doc__)
+    experiment, rows = Experiment("figure10", settings), []
+    for paradigm in settings.paradigms:
+        for model in dict.fromkeys(settings.recommenders):
+            values = paradigm, settings.summarizer, model, settings.history_items
+            runs = experiment.runs(language_model_run, *values)
             rows.append(Row(f"{paradigm}, {model}", model, paradigm, runs))
-        known = experiment.paper_row(paradigm)
-        rows.append(
-            Row(
-                f"{paradigm}, {paper.RECOMMENDER}",
-                f"{paper.RECOMMENDER}, the paper",
-                paradigm,
-                **known,
-            )
-        )
+
+        theirs, known = paper.RECOMMENDER, experiment.paper_row(paradigm)
+        rows.append(Row(f"{paradigm}, {theirs}", f"{theirs}, the paper", paradigm, **known))
     experiment.finish(rows)
 
 

@@ -1,31 +1,45 @@
-"""Figure 9 of the paper: how many recent items the prompt shows, 0 to 10, in both paradigms.
+"""Figure 9 of the paper: from 0 to 10 recent items in the prompt, in both paradigms.
 
     python -m experiments.figure9                               # the demo, with the embedded model
-    python -m experiments.figure9 --data data/mind --summarizer OWNER/MODEL --recommender OWNER/MODEL --nproc 8
+    python -m experiments.figure9 --data data/mind --nproc 8 --summarizer OWNER/MODEL \\
+        --recommender OWNER/MODEL
 
-A paradigm's summaries are made once; with the --out of another experiment they are shared, and so are equal runs.
+A paradigm's summaries are made once. With the --out of another experiment, summaries and equal runs
+are shared.
 """
 
+from dataclasses import dataclass
+
 from experiments import paper
-from experiments.common import Experiment, Row, add_paradigms, experiment_parser, run_command
+from experiments.common import MODEL, Experiment, FigureSettings, run_command
 from experiments.runs import language_model_run
+from experiments.tables import Row
+from launch.command import natural, option, parse_settings
+
+
+@dataclass(frozen=True)
+class Settings(FigureSettings):
+    """The flags."""
+
+    history_items: tuple[int, ...] = option(
+        tuple(range(11)), "recent items in the prompt", natural, nargs="+"
+    )
+    summarizer: str = option("models/tiny", MODEL)
+    recommender: str = option("models/tiny", MODEL)
 
 
 def main() -> None:
-    """Run every number of items and write the table and the figure."""
-    parser, flag = experiment_parser(__doc__, "summarizer", "recommender", items=list(range(11)))
-    add_paradigms(flag)
-    args = parser.parse_args()
-    experiment, rows = Experiment("figure9", args), []
-    for paradigm in args.paradigms:
-        for items in sorted({*args.history_items, paper.HISTORY_ITEMS}):
-            settings = paradigm, args.summarizer, args.recommender, items
-            runs = (
-                experiment.runs(language_model_run, *settings)
-                if items in args.history_items
-                else []
-            )
-            known = experiment.paper_row(paradigm) if items == paper.HISTORY_ITEMS else {}
+    """Run every number of items; write the table and the figure."""
+    settings = parse_settings(Settings, __doc__)
+    experiment, rows = Experiment("figure9", settings), []
+    for paradigm in settings.paradigms:
+        for items in sorted({*settings.history_items, paper.HISTORY_ITEMS}):
+            runs, known = [], {}
+            if items in settings.history_items:
+                models = settings.summarizer, settings.recommender
+                runs = experiment.runs(language_model_run, paradigm, *models, items)
+            if items == paper.HISTORY_ITEMS:
+                known = experiment.paper_row(paradigm)
             rows.append(Row(f"{paradigm}, {items} items", items, paradigm, runs, **known))
     experiment.finish(rows, x_name="recent items in the prompt")
 

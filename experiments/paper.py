@@ -1,9 +1,12 @@
-"""What the paper reports (section 5): table 2 in numbers; of its figures, which are plots alone, what the text says."""
+"""What the paper reports (section 5): the numbers of table 2, and what the text says on figures.
+
+The figures are plots without numbers.
+"""
 
 DATASETS = {"products": "Amazon-M2", "news": "MIND"}  # by this project's domains
 METRICS = ("Recall@3", "Recall@5", "Recall@10", "MRR@3", "MRR@5", "MRR@10")
 
-# By the name of the row here, Amazon-M2 and MIND, each in the order of METRICS.
+# By the name of the row here: Amazon-M2, then MIND, each in the order of METRICS.
 TABLE2 = {
     "ncf": (
         (0.8300, 0.8830, 0.9440, 0.7328, 0.7448, 0.7529),
@@ -51,21 +54,22 @@ RECOMMENDER = "Llama-2-7b"  # of table 2
 MISPRINTS = {("Amazon-M2", "core", "Recall@5")}  # it is below the Recall@3 beside it
 
 NOTES = {
-    "table2": "The paper's rows are of other users and models: 1,000 test users, summaries by Llama-30b-instruct, "
-    "recommendations by Llama-2-7b, baselines over BERT.",
-    "figure9": "The paper's figure 9 is a plot without numbers, on MIND. Its text: best at 3 items, worse with fewer "
-    "and with more, and reasonably good even at 0. Beside it stands table 2, which has 3 items.",
-    "figure10": "The paper's figure 10 is a plot without numbers, on Amazon-M2, of Pythia-1.4b, Pythia-2.8b and "
-    "Llama-2-7b. Its text: the larger, the better in general. Beside it stands table 2, which is Llama-2-7b's.",
-    "figure11": "The paper's figure 11 is a plot without numbers, on MIND, with 0 history items. Its text: "
-    "Llama-30b-instruct summarizes far better than Llama-2-13b, whose summaries are hard to understand.",
+    "table2": "The paper's rows are of other users and models: 1,000 test users, summaries by "
+    "Llama-30b-instruct, recommendations by Llama-2-7b, baselines over BERT.",
+    "figure9": "The paper's figure 9 is a plot without numbers, on MIND. Its text: best at 3 "
+    "items, worse with fewer and with more, and reasonably good even at 0. Beside it stands "
+    "table 2, which has 3 items.",
+    "figure10": "The paper's figure 10 is a plot without numbers, on Amazon-M2, of Pythia-1.4b, "
+    "Pythia-2.8b and Llama-2-7b. Its text: the larger, the better in general. Beside it stands "
+    "table 2, which is Llama-2-7b's.",
+    "figure11": "The paper's figure 11 is a plot without numbers, on MIND, with 0 history items. "
+    "Its text: Llama-30b-instruct summarizes far better than Llama-2-13b, whose summaries are hard "
+    "to understand.",
 }
 
 
 def paper_values(domain: str, row: str) -> dict[str, float]:
-    """Return the paper's table 2 for a row on the domain's dataset, by metric; nothing where it has no such row."""
-    return (
-        dict(zip(METRICS, TABLE2[row][list(DATASETS).index(domain)], strict=True))
-        if row in TABLE2
-        else {}
-    )
+    """Return table 2's values for a row on the domain's dataset, by metric; {} for other rows."""
+    if row not in TABLE2:
+        return {}
+    return dict(zip(METRICS, TABLE2[row][list(DATASETS).index(domain)], strict=True))

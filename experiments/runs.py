@@ -1,7 +1,8 @@
-"""The stages of runs: this project's own scripts as processes, each with a mark in its run folder once it has finished.
+"""The runs of an experiment, in stages: each is one call of a script, made once.
 
-A stage whose mark tells the same command on the same model is not run again. Any other is given to its script, which
-goes on where it stopped, or refuses in one line what was begun with other settings.
+A stage that has finished leaves a mark in its run folder: a hash of its command, its model and the
+stages before it. A stage with the same mark is not run again. Any other is left to its script,
+which resumes where it stopped, or refuses in one line to continue work begun with other settings.
 """
 
 import os
@@ -15,14 +16,18 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from experiments import paper
 from files.jsonl import read_json, write_json
+from launch.command import natural, option, positive
 from models.hub import find_model
 from ops.checkpoint import fingerprint
 from state.summaries import share_summaries
 from trsr import SUMMARIZED, InputError, content_hash
 
 ROOT = Path(__file__).parent.parent
-MARKS = "stages.json"  # in a run folder: the keys of the stages that have finished there, in their order
+MARKS = "stages.json"  # in a run folder: the keys of the stages that finished there, in order
+
+# The flags that an experiment sets itself.
 OWN = (
     "--data",
     "--model",
@@ -37,6 +42,30 @@ OWN = (
 
 
 @dataclass(frozen=True)
+class Settings:
+    """The flags that all experiments share; each adds its models and what it varies."""
+
+    data: str = option("data/demo", "dataset folder made by prepare", group="experiment")
+    out: Path = option(
+        Path("runs/experiments"), "folder for all run folders; experiments can share it", Path
+    )
+    history_items: int = option(paper.HISTORY_ITEMS, "recent items in the prompt", natural)
+    seeds: tuple[int, ...] = option(
+        (0,), "one run each; the table shows their means", natural, nargs="+"
+    )
+    k: tuple[int, ...] = option((3, 5, 10), "cut-offs of the metrics", positive, nargs="+")
+    nproc: int = option(
+        1, "processes of summarize.py, train.py and evaluate.py, started by torchrun", positive
+    )
+    summarize: str = option(
+        "", 'more flags for summarize.py, such as "--int8 --batch-size 32"', metavar="FLAGS"
+    )
+    train: str = option(
+        "", "more flags for train.py; a single one as --train=--no-compile", metavar="FLAGS"
+    )
+
+
+@dataclass(frozen=True)
 class Stage:
     """One call of a script."""
 
@@ -48,7 +77,7 @@ class Stage:
     summaries: Path | None = None  # the run folder that lends them
 
     def marks(self) -> dict[str, str]:
-        """Return what has finished in the run folder."""
+        """Return the keys of what has finished in the run folder, by script."""
         return read_json(self.run / MARKS) if (self.run / MARKS).is_file() else {}
 
     def made(self) -> bool:
@@ -64,7 +93,7 @@ class Stage:
 
 
 def split_flags(name: str, text: str) -> list[str]:
-    """Return the text of a flag such as --train as flags; InputError where the experiment sets one of them itself."""
+    """Return the value of a flag such as --train as flags; InputError for one that is in OWN."""
     try:
         flags = shlex.split(text)
     except ValueError as error:
@@ -76,7 +105,10 @@ def split_flags(name: str, text: str) -> list[str]:
 
 @cache
 def model_key(name: str, revision: str | None) -> str:
-    """Return what tells a model apart. A hub id is fetched now, so that a wrong name ends all before any work."""
+    """Return what identifies a model.
+
+    A hub id is downloaded now, so that a wrong name is found before any work is done.
+    """
     return fingerprint(find_model(name, revision))
 
 
@@ -88,7 +120,7 @@ def slug(*parts: object) -> str:
 def make_stage(
     run: Path, script: str, flags: list, makes: tuple, model: str | None, before: str = "", **more
 ) -> Stage:
-    """Return a stage; model: what it reads, before: the key of the stage that it builds on."""
+    """Return a stage; model: what it reads; before: the key of the stage that it builds on."""
     flags = [str(flag) for flag in flags]
     revision = flags[flags.index("--revision") + 1] if "--revision" in flags[:-1] else None
     key = content_hash([script, flags, model and model_key(model, revision), before])
@@ -96,84 +128,61 @@ def make_stage(
 
 
 def language_model_run(
-    args, paradigm: str, summarizer: str, recommender: str, items: int, seed: int
+    settings: Settings, paradigm: str, summarizer: str, recommender: str, items: int, seed: int
 ) -> list[Stage]:
-    """Return the stages from the data to the ranks of one language model; the last one's folder holds them.
+    """Return the stages from the data to the ranks of a language model, which the last one makes.
 
-    `{seed}` in a model's name stands for the seed. Runs that differ in seed, items or recommender alone share their
-    summaries.
+    `{seed}` in a model's name becomes the seed. Runs that differ only in seed, items or recommender
+    share their summaries.
     """
-    summarizer, recommender = (
-        name.replace("{seed}", str(seed)) for name in (summarizer, recommender)
-    )
+    summarizer, recommender = (n.replace("{seed}", str(seed)) for n in (summarizer, recommender))
+    common = ["--data", settings.data, "--paradigm", paradigm]
+    parts: list[object] = [paradigm]  # of the run folder's name
     stages, shared = [], {}
-    common = ["--data", args.data, "--paradigm", paradigm]
     if paradigm in SUMMARIZED:
-        folder = args.out / slug("summaries", paradigm, summarizer)
-        own = [*common, "--model", summarizer, "--run-dir", folder]
-        flags = split_flags("summarize", args.summarize)
-        stages = [
-            make_stage(folder, "summarize.py", [*flags, *own], ("summaries.jsonl",), summarizer)
-        ]
-        shared = {"summaries": folder, "before": stages[0].key}
-    shown = [f"items{items}"] if paradigm in (*SUMMARIZED, "recent-only") else []
-    run = args.out / slug(
-        paradigm, *([summarizer] if shared else []), recommender, *shown, f"seed{seed}"
-    )
-    own = [
-        *common,
-        "--model",
-        recommender,
-        "--run-dir",
-        run,
-        "--seed",
-        seed,
-        "--history-items",
-        items,
-    ]
-    flags = split_flags("train", args.train)
-    train = make_stage(run, "train.py", [*flags, *own], ("adapter", "model"), recommender, **shared)
-    made = ("scores-test.jsonl",)
-    return [
-        *stages,
-        train,
-        make_stage(run, "evaluate.py", ["--run-dir", run, "--k", *args.k], made, None, train.key),
-    ]
+        stages.append(summary_stage(settings, paradigm, summarizer))
+        shared = {"summaries": stages[0].run, "before": stages[0].key}
+        parts.append(summarizer)
+
+    parts.append(recommender)
+    if paradigm in (*SUMMARIZED, "recent-only"):
+        parts.append(f"items{items}")
+    run = settings.out / slug(*parts, f"seed{seed}")
+    own = [*common, "--model", recommender, "--run-dir", run]
+    own += ["--seed", seed, "--history-items", items]
+    flags = [*split_flags("train", settings.train), *own]
+    train = make_stage(run, "train.py", flags, ("adapter", "model"), recommender, **shared)
+
+    flags = ["--run-dir", run, "--k", *settings.k]
+    ranks = make_stage(run, "evaluate.py", flags, ("scores-test.jsonl",), None, train.key)
+    return [*stages, train, ranks]
 
 
-def baseline_run(args, name: str, seed: int) -> list[Stage]:
-    """Return the one stage of a baseline."""
-    encoder = (args.encoder or f"llama:{args.recommender}").replace("{seed}", str(seed))
-    own = [
-        "--data",
-        args.data,
-        "--run",
-        args.out,
-        "--encoder",
-        encoder,
-        "--models",
-        name,
-        "--seeds",
-        seed,
-    ]
-    flags = [*split_flags("baselines", args.baselines), *own, "--k", *args.k]
+def summary_stage(settings: Settings, paradigm: str, summarizer: str) -> Stage:
+    """Return the stage that makes the summaries, in a run folder of their own."""
+    run = settings.out / slug("summaries", paradigm, summarizer)
+    own = ["--data", settings.data, "--paradigm", paradigm]
+    own += ["--model", summarizer, "--run-dir", run]
+    flags = [*split_flags("summarize", settings.summarize), *own]
+    return make_stage(run, "summarize.py", flags, ("summaries.jsonl",), summarizer)
+
+
+def baseline_run(settings: Settings, name: str, encoder: str, more: str, seed: int) -> list[Stage]:
+    """Return the one stage of a baseline; more: the value of --baselines."""
+    encoder = encoder.replace("{seed}", str(seed))
+    own = ["--data", settings.data, "--run", settings.out, "--encoder", encoder]
+    own += ["--models", name, "--seeds", seed]
+    flags = [*split_flags("baselines", more), *own, "--k", *settings.k]
     model = encoder.removeprefix("llama:") if encoder.startswith("llama:") else None
-    return [
-        make_stage(
-            args.out / "baselines" / f"{name}-{seed}",
-            "baselines",
-            flags,
-            ("scores-test.jsonl",),
-            model,
-        )
-    ]
+    run = settings.out / "baselines" / f"{name}-{seed}"
+    return [make_stage(run, "baselines", flags, ("scores-test.jsonl",), model)]
 
 
 # ---- Running them
 
 
 def pending_of(stages: list[Stage]) -> list[Stage]:
-    """Return the stages to run: those that are not done, and those of the same run folder after them."""
+    """Return the stages to run: those not done, and those after them in the same run folder."""
     pending: list[Stage] = []
     for stage in stages:
         if not stage.done() or any(other.run == stage.run for other in pending):
@@ -181,16 +190,24 @@ def pending_of(stages: list[Stage]) -> list[Stage]:
     return pending
 
 
-def launch(script: str, flags: tuple[str, ...], processes: int, log: Path) -> tuple[int, str]:
-    """Run a script, its output to log and, where that is a terminal, to stderr; return exit status and output."""
-    command = [sys.executable]
+def command_of(script: str, flags: tuple[str, ...], processes: int) -> list[str]:
+    """Return the command that starts a script, under torchrun if it has several processes."""
     if script == "baselines":
-        command += ["-m", script]
-    else:
-        several = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-        several += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-        command += [*(several if processes > 1 else []), str(ROOT / script)]
-    process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        return [sys.executable, "-m", script, *flags]
+    torchrun = []
+    if processes > 1:
+        torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    return [sys.executable, *torchrun, str(ROOT / script), *flags]
+
+
+def launch(script: str, flags: tuple[str, ...], processes: int, log: Path) -> tuple[int, str]:
+    """Run a script; return its exit status and the end of its output.
+
+    The output goes to log and, on a terminal, to stderr.
+    """
+    command = command_of(script, flags, processes)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     output = b""
     try:
         with open(log, "wb") as file:
@@ -210,46 +227,46 @@ def launch(script: str, flags: tuple[str, ...], processes: int, log: Path) -> tu
 
 
 def reason(script: str, output: str) -> str:
-    """Return why a script failed: its own line for that, or its last."""
+    """Return why a script failed: its own error line if it wrote one, else its last line."""
     lines = [line for line in re.split(r"[\r\n]+", output) if line.strip()]
     form = re.compile(rf"(?:{Path(script).stem}|__main__)(?:\.py)?: (?:error: )?(.+)")
     own = [match for line in lines if (match := form.match(line))]
-    return own[-1].group(1) if own else lines[-1] if lines else "no word"
+    if own:
+        return own[-1].group(1)
+    return lines[-1] if lines else "it printed nothing"
 
 
 def execute(stage: Stage, processes: int) -> None:
-    """Run a stage and mark it as finished; InputError, which names the stage, where it fails."""
+    """Run a stage and mark it as finished; InputError, which names the stage, if it fails."""
     marks, log = stage.marks(), stage.run / f"{Path(stage.script).stem}.log"
     stage.run.mkdir(parents=True, exist_ok=True)
     if stage.script == "train.py" and stage.script in marks and not stage.made():
-        shutil.rmtree(
-            stage.run / "checkpoint", ignore_errors=True
-        )  # a training that ended, but its result is gone
+        # The training had finished, but its result is gone.
+        shutil.rmtree(stage.run / "checkpoint", ignore_errors=True)
+
+    # The stages after this one will have to be run again.
     names = list(marks)
-    before = names[: names.index(stage.script)] if stage.script in names else names
-    write_json(
-        stage.run / MARKS, {name: marks[name] for name in before}
-    )  # what comes after is to be done again
+    if stage.script in names:
+        names = names[: names.index(stage.script)]
+    before = {name: marks[name] for name in names}
+    write_json(stage.run / MARKS, before)
     if stage.summaries:
         share_summaries(stage.summaries, stage.run)
     status, output = launch(stage.script, stage.flags, processes, log)
     if status or not stage.made():
         why = reason(stage.script, output) if status else f"it made no {' or '.join(stage.makes)}"
-        raise InputError(f"{stage.run}: {stage.script} failed: {why} (all it said is in {log})")
-    write_json(
-        stage.run / MARKS, {name: marks[name] for name in before} | {stage.script: stage.key}
-    )
+        raise InputError(f"{stage.run}: {stage.script} failed: {why} (its output is in {log})")
+    write_json(stage.run / MARKS, before | {stage.script: stage.key})
 
 
 def run_stages(stages: list[Stage], processes: int) -> None:
     """Run stages one after the other, with a line each."""
     for number, stage in enumerate(stages, 1):
         start = time.perf_counter()
-        # Where the stage's own output is shown, it begins on a line of its own.
+        # On a terminal the stage's own output follows, on lines of its own.
         end = "\n" if sys.stderr.isatty() else ""
-        print(
-            f"{f'{number}/{len(stages)}':<8}{stage.run.name}: {stage.script}", end=end, flush=True
-        )
+        place = f"{number}/{len(stages)}"
+        print(f"{place:<8}{stage.run.name}: {stage.script}", end=end, flush=True)
         try:
             execute(stage, processes)
         finally:

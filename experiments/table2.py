@@ -1,17 +1,23 @@
-"""Table 2 of the paper: every method on one dataset, beside the paper's own values.
+"""Table 2 of the paper: every method on one dataset, with the paper's own values.
 
     python -m experiments.table2                                # the demo, with the embedded model
-    python -m experiments.table2 --data data/mind --summarizer upstage/llama-30b-instruct-2048 --summarize=--int8 \\
-        --recommender meta-llama/Llama-2-7b-hf --encoder google-bert/bert-base-uncased --seeds 0 1 2 --nproc 8
+    python -m experiments.table2 --data data/mind --seeds 0 1 2 --nproc 8 \\
+        --summarizer upstage/llama-30b-instruct-2048 --summarize=--int8 \\
+        --recommender meta-llama/Llama-2-7b-hf --encoder google-bert/bert-base-uncased
 
-Interrupted, the same command goes on; with more rows or seeds it runs those alone. What a stage says is in its run's
-folder, in a file ending in .log. Writes OUT/table2.md, OUT/table2.svg and OUT/results.json.
+After an interruption the same command resumes; with more rows or seeds it runs only those. What a
+stage prints is in its run folder, in a .log file. Writes OUT/table2.md, OUT/table2.svg and
+OUT/results.json.
 """
 
+from dataclasses import dataclass
+
 from baselines.models import MODELS
-from experiments import paper
-from experiments.common import Experiment, Row, experiment_parser, run_command
+from experiments import paper, runs
+from experiments.common import MODEL, Experiment, run_command
 from experiments.runs import baseline_run, language_model_run
+from experiments.tables import Row
+from launch.command import option, parse_settings
 
 NAMES = {name: model.__name__ for name, model in MODELS.items()} | {
     "whole-history": "TALLRec (whole history)",
@@ -22,33 +28,34 @@ NAMES = {name: model.__name__ for name, model in MODELS.items()} | {
 }
 
 
+@dataclass(frozen=True)
+class Settings(runs.Settings):
+    """The flags."""
+
+    summarizer: str = option("models/tiny", MODEL)
+    recommender: str = option("models/tiny", MODEL)
+    rows: tuple[str, ...] = option(
+        tuple(paper.TABLE2), "besides random and popularity", choices=NAMES, nargs="+"
+    )
+    encoder: str | None = option(
+        None, "of the items' texts, for the baselines (unset: llama:RECOMMENDER)"
+    )
+    baselines: str = option("", "more flags for the baselines", metavar="FLAGS")
+
+
 def main() -> None:
     """Run the rows and write the table."""
-    parser, flag = experiment_parser(
-        __doc__, "summarizer", "recommender", items=paper.HISTORY_ITEMS
-    )
-    flag(
-        "--rows",
-        nargs="+",
-        choices=NAMES,
-        default=list(paper.TABLE2),
-        help="besides random and popularity",
-    )
-    flag(
-        "--encoder",
-        help="of items for the baselines, as python -m baselines has it; default: llama:RECOMMENDER",
-    )
-    flag("--baselines", default="", metavar="FLAGS", help="more flags for the baselines")
-    args = parser.parse_args()
-    experiment = Experiment("table2", args)
+    settings = parse_settings(Settings, __doc__)
+    experiment = Experiment("table2", settings)
+    encoder = settings.encoder or f"llama:{settings.recommender}"
     rows = [Row("random", "random"), Row("popularity", "popularity")]
-    for key in dict.fromkeys(args.rows):
+    for key in dict.fromkeys(settings.rows):
         if key in MODELS:
-            runs = experiment.runs(baseline_run, key)
+            found = experiment.runs(baseline_run, key, encoder, settings.baselines)
         else:
-            models = args.summarizer, args.recommender
-            runs = experiment.runs(language_model_run, key, *models, args.history_items)
-        rows.append(Row(NAMES[key], NAMES[key], runs=runs, **experiment.paper_row(key)))
+            models = settings.summarizer, settings.recommender
+            found = experiment.runs(language_model_run, key, *models, settings.history_items)
+        rows.append(Row(NAMES[key], NAMES[key], runs=found, **experiment.paper_row(key)))
     experiment.finish(rows)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers import run, write_dataset
 
 import trsr
@@ -48,6 +49,7 @@ def experiment(name, *flags, check=True):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, model_folder):
     """A dataset, and the flags of an experiment with a table that was made: two seeds, four rows."""
+    torch.set_num_threads(2)  # a module's fixture comes before the one that sets it for a test
     folder = tmp_path_factory.mktemp("experiments")
     write_dataset(folder / "data", history=(6, 12))
     flags = ["--data", folder / "data", "--out", folder / "out", "--summarize=--max-new-tokens 8"]
