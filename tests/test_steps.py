@@ -1,0 +1,45 @@
+"""batches/steps.py: which users make a step, and that no target is lost on the way."""
+
+import pytest
+import torch
+from helpers import random_trees, sequences
+
+from batches import steps
+from batches.prompts import Batching
+from batches.steps import make_step, step_batches, target_count
+from ops.packs import Tree, pack_trees
+
+
+def test_an_epoch_is_a_permutation_that_the_seed_determines():
+    steps = step_batches(10, 4, seed=3, epoch=1)
+    assert [len(step) for step in steps] == [4, 4, 2]
+    assert sorted(u for step in steps for u in step) == list(range(10))
+    assert steps == step_batches(10, 4, seed=3, epoch=1)
+    assert steps != step_batches(10, 4, seed=3, epoch=2)
+    assert steps != step_batches(10, 4, seed=4, epoch=1)
+
+
+@pytest.mark.parametrize("loss", ["prompt", "answer"])
+def test_targets_are_counted_as_if_examples_were_apart(loss):
+    tree = Tree([1, 2, 3], [[4, 5], [6]])
+    assert target_count(tree, loss) == {"prompt": 4 + 3, "answer": 2}[loss]
+    (pack,) = pack_trees([tree], 99, last_only=loss == "answer")
+    assert pack.weights.sum() == target_count(tree, loss)
+
+
+@pytest.mark.parametrize("world", [1, 2, 5])
+@pytest.mark.parametrize("loss", ["prompt", "answer"])
+def test_the_shares_of_all_processes_make_the_step(monkeypatch, world, loss):
+    trees, batching = random_trees(9, 2), Batching(60, 1, 0)
+    users, weights = [7, 0, 3], 0.0
+    for rank in range(world):
+        monkeypatch.setattr(steps, "ranks", lambda rank=rank: (rank, world))
+        step = make_step(trees, users, loss, batching)
+        assert (step.users, step.tokens) == (users, sum(trees[u].size for u in users))
+        assert step.packs  # FSDP needs one from every process
+        if step.targets:
+            weights += sum(pack.weights.sum() for pack in step.packs)
+            assert step.targets == sum(target_count(trees[u], loss) for u in users)
+    counts = {"prompt": lambda ids: len(ids) - 1, "answer": lambda ids: 1}
+    apart = sum(counts[loss](ids) for u in users for ids in sequences(trees[u]))
+    assert weights == torch.tensor(float(apart))
