@@ -1,10 +1,12 @@
 """What the command lines share: flags, and how an error becomes one line."""
 
 import argparse
+import copy
+import math
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -14,14 +16,38 @@ from trsr import InputError
 Settings = TypeVar("Settings")
 
 
-def natural(text: str, least: int = 0) -> int:
-    """Return text as a whole number, for argparse; `positive` is the same from 1."""
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"expected a whole number from {least}, not {text!r}")
+LARGEST = 2**31 - 1  # of a count
+LARGEST_SEED = 2**64 - 1  # of torch.manual_seed
+
+# ---- Numbers with a range, checked before any work
+
+
+def natural(text: str, least: int = 0, most: int = LARGEST) -> int:
+    """Return text as a whole number in a range, for argparse; `positive` is the same from 1."""
+    if not (text.isascii() and text.isdecimal()) or not least <= int(text) <= most:
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number from {least} to {most}, not {text!r}"
+        )
     return int(text)
 
 
+def real(text: str, least: float = 0.0, below: float = math.inf, open: bool = False) -> float:
+    """Return text as a number in [least, below), or with open in (least, below), for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not least <= value < below or (open and value == least):
+        start = f"above {least:g}" if open else f"from {least:g} on"
+        end = "" if below == math.inf else f" and below {below:g}"
+        raise argparse.ArgumentTypeError(f"expected a number {start}{end}, not {text!r}")
+    return value
+
+
 positive = partial(natural, least=1)
+seed_number = partial(natural, most=LARGEST_SEED)
+positive_real = partial(real, open=True)  # above 0
+fraction = partial(real, below=1.0)  # from 0 on, below 1
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -62,23 +88,46 @@ class Shared:
     no_compile: bool = option(
         False, "on GPUs, do not compile the layers: slower, but starts at once"
     )
+    timeout: float = option(
+        600.0, "seconds that a process waits for the others to start", positive_real
+    )
+    given: frozenset[str] = frozenset()  # the names of the flags on the command line
 
     def dtype_on(self, device: str) -> str:
         """Return bf16 or fp32: what was asked for, or what suits the type of device."""
         return {"cuda": "bf16"}.get(device, "fp32") if self.dtype == "auto" else self.dtype
 
+    def inherit(self, recorded: dict) -> "Shared":
+        """Return the settings with what a run has recorded in the place of flags not given."""
+        names = {setting.name for setting in fields(self)} - self.given
+        return replace(self, **{n: value for n, value in recorded.items() if n in names})
 
-class _Parser(argparse.ArgumentParser):
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong flag in one line, from one process."""
+
     def error(self, message: str) -> None:
+        """End the script with exit status 2."""
         # All of torchrun's processes read the same flags, so one of them reports.
-        if os.environ.get("RANK", "0") != "0":
-            sys.exit(2)
-        super().error(message)
+        reports = torchrun_variables().get("LOCAL_RANK", 0) == 0
+        self.exit(2, f"{self.prog}: {message}; --help lists the flags\n" if reports else None)
+
+
+def torchrun_variables() -> dict[str, int]:
+    """Return the ranks and sizes that torchrun sets; nothing unless all are there and agree."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    texts = [os.environ.get(name, "") for name in names]
+    if not all(text.isascii() and text.isdecimal() for text in texts):
+        return {}
+    found = dict(zip(names, map(int, texts), strict=True))
+    meeting = os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")
+    within = found["RANK"] < found["WORLD_SIZE"] and found["LOCAL_RANK"] < found["LOCAL_WORLD_SIZE"]
+    return found if meeting and within else {}
 
 
 def parse_settings(form: type[Settings], description: str) -> Settings:
     """Return the settings that the command line asks for; ends the script on a wrong flag."""
-    parser = _Parser(description=description, formatter_class=Help)
+    parser = Parser(description=description, formatter_class=Help)
     group = parser
     for setting in fields(form):
         if not (flag := setting.metadata.get("flag")):
@@ -91,7 +140,18 @@ def parse_settings(form: type[Settings], description: str) -> Settings:
             names.append("--run-dir")
         switch = {"action": "store_true"} if setting.default is False else {}
         group.add_argument(*names, default=setting.default, **flag, **switch)
-    return form(**vars(parser.parse_args()))
+    asked = vars(parser.parse_args())
+    if issubclass(form, Shared):
+        asked["given"] = frozenset(flags_given(parser))
+    return form(**asked)
+
+
+def flags_given(parser: argparse.ArgumentParser) -> set[str]:
+    """Return the destinations of the flags that are on the command line."""
+    quiet = copy.deepcopy(parser)
+    for action in quiet._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(quiet.parse_args()))
 
 
 # ---- The end of a command

@@ -5,15 +5,17 @@ import re
 import resource
 import signal
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from threading import Thread
 
 import torch
 import torch.distributed as dist
 
-from launch.command import run_main
+from launch.command import run_main, torchrun_variables
 from llama import CheckpointError
 from lora import AdapterError
 from trsr import InputError
@@ -21,31 +23,68 @@ from trsr import InputError
 # ---- Several processes
 
 
-def join_processes() -> tuple[int, int, torch.device]:
-    """Return (rank, number of processes, device); under torchrun, meet the others first."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+def join_processes(timeout: float = 600.0) -> tuple[int, int, torch.device]:
+    """Return (rank, number of processes, device); under torchrun, meet the others first.
+
+    Raises InputError if the others do not come within timeout seconds. Variables that are only a
+    part of torchrun's environment, left over from another job, are named and ignored.
+    """
+    found = torchrun_variables()
+    rank, world = found.get("RANK", 0), found.get("WORLD_SIZE", 1)
+    strays = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
+    if strays and not found:
+        what = f"{' and '.join(strays)} without the rest of torchrun's environment"
+        print(f"one process: {what} is ignored", file=sys.stderr)
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", found.get("LOCAL_RANK", 0))
         torch.cuda.set_device(device)
         # Otherwise each kernel launch can wait up to 5 ms for the thread of `prefetch`.
         sys.setswitchinterval(0.0005)
-    if world == 1:
+    if world == 1 or dist.is_initialized():
         return rank, world, device
 
-    # torchrun's store outlives a restart and still has the addresses of processes that are gone.
-    store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-    store = dist.PrefixStore(f"start {restarts}", store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
         backend,
-        store=store,
+        store=meet(world, timeout),
         rank=rank,
         world_size=world,
         timeout=timedelta(hours=12),  # a process may finish its users long before the others
     )
     return rank, world, device
+
+
+def meet(world: int, timeout: float) -> dist.Store:
+    """Return the store that all processes share, once all of them have come to it.
+
+    The waiting is done in a thread, because the main thread could not be interrupted meanwhile.
+    """
+    found: list = []
+
+    def wait() -> None:
+        try:
+            limit = timedelta(seconds=timeout)
+            store, rank, _ = next(dist.rendezvous("env://", timeout=limit))
+            # torchrun's store outlives a restart, with the addresses of processes that are gone.
+            restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+            store = dist.PrefixStore(f"start {restarts}", store)
+            store.set(f"came {rank}", "")
+            store.wait([f"came {other}" for other in range(world)], limit)
+            found.append(store)
+        except Exception as error:  # raised again where it can end the script
+            found.append(error)
+
+    thread = Thread(target=wait, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + timeout + 5
+    while thread.is_alive() and time.monotonic() < deadline:
+        thread.join(0.2)
+    if not found or isinstance(found[0], Exception):
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        what = f"the {world} processes did not meet at {address} within {timeout:g} seconds"
+        raise InputError(f"{what}; start all of them, with torchrun, or raise --timeout")
+    return found[0]
 
 
 def ranks() -> tuple[int, int]:
@@ -100,7 +139,7 @@ def host_workers(device: torch.device) -> int:
     """Return how many processes tokenize while a GPU computes; 0 on a CPU, which is busy itself."""
     if device.type != "cuda":
         return 0
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local = torchrun_variables().get("LOCAL_WORLD_SIZE", 1)
     return min(8, (os.cpu_count() or 1) // local)
 
 
@@ -123,8 +162,8 @@ def prefetch(items: Iterator, n: int = 8) -> Iterator:
 
 def first_to_fail() -> bool:
     """Return whether this process is the first to fail, and so the one that reports."""
-    if not dist.is_initialized():  # until the processes meet, all of them fail alike
-        return os.environ.get("RANK", "0") == "0"
+    if not dist.is_initialized():  # until the processes meet, all of a machine fail alike
+        return torchrun_variables().get("LOCAL_RANK", 0) == 0
     try:
         return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
     except dist.DistError:  # the store is gone, and with it the process that reported
