@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 PREFIX = "base_model.model."  # what PEFT puts before the names of the wrapped model
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+HEADS = ("lm_head", "embed_out")  # models read its weight directly, so it cannot be wrapped
 
 
 class AdapterError(ValueError):
@@ -87,24 +88,29 @@ class LoRALinear(nn.Module):
 
 
 def apply_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
-    """Freeze model and wrap every linear layer whose name ends in a target; return model.
+    """Freeze model and wrap every linear layer that a target names; return model.
 
-    Raises AdapterError for a rank below 1, or for a target that names no linear layer.
+    As in PEFT, a target is a layer's full name or the end of it. Raises AdapterError for a rank
+    below 1, for a target that names no layer, and for the output head.
     """
     if config.r < 1:
         raise AdapterError(f"LoRA rank r is {config.r}, expected 1 or more")
     model.requires_grad_(False)
-    linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    known = sorted({name.split(".")[-1] for name in linear})
-    if unmatched := [target for target in config.targets if target not in known]:
-        has = f"it has {', '.join(known)}"
-        what = f"LoRA target {unmatched[0]!r} names no linear layer of the model"
-        raise AdapterError(f"{what} ({has})")
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in HEADS}
+    chosen = set()
+    for target in config.targets:
+        named = {name for name in linear if f".{name}".endswith(f".{target}")}
+        if target in HEADS:
+            raise AdapterError(f"LoRA target {target!r}: the output head cannot be adapted here")
+        if not named:
+            known = ", ".join(sorted({name.split(".")[-1] for name in linear}))
+            what = f"LoRA target {target!r} names no linear layer of the model"
+            raise AdapterError(f"{what} (it has {known})")
+        chosen |= named
 
-    for name, base in linear.items():
+    for name in (name for name in linear if name in chosen):  # in order, for the random start
         parent, _, child = name.rpartition(".")
-        if child in config.targets:  # by the last part of the name, as PEFT does
-            setattr(model.get_submodule(parent), child, LoRALinear(base, config))
+        setattr(model.get_submodule(parent), child, LoRALinear(linear[name], config))
     return model
 
 
@@ -130,12 +136,13 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 # ---- PEFT's file format: adapter_config.json and adapter_model.safetensors
 
-# Fields of adapter_config.json that would change what the adapter computes; they must be off here.
-_OFF = (
-    *("use_dora", "use_rslora", "fan_in_fan_out", "lora_bias", "rank_pattern", "alpha_pattern"),
-    *("modules_to_save", "layers_to_transform", "exclude_modules", "layer_replication"),
-    *("trainable_token_indices", "target_parameters"),
+# Fields of adapter_config.json that say nothing about what the adapter computes. Any other field
+# but those that load_adapter_config reads has to be absent, null, false or empty.
+_HARMLESS = (
+    *("peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
+    *("inference_mode", "megatron_core", "qalora_group_size", "eva_config"),
 )
+_PLAIN_STARTS = (True, "true", None, False, "gaussian", "eva", "orthogonal")  # W stays as it is
 
 
 def save_adapter(
@@ -190,23 +197,28 @@ def load_adapter_config(folder: Path) -> LoRAConfig:
     except (ValueError, TypeError) as error:
         raise AdapterError(f"{path}: not a JSON object ({error})") from None
 
-    r, targets = record.get("r"), record.get("target_modules")
-    dropout = record.get("lora_dropout", 0.0)
+    r, alpha, targets = (record.get(name) for name in ("r", "lora_alpha", "target_modules"))
+    dropout, start = record.get("lora_dropout", 0.0), record.get("init_lora_weights")
     listed = isinstance(targets, list) and all(isinstance(t, str) for t in targets)
     usable = {
-        **{field: not record.get(field) for field in _OFF},
         "peft_type": record.get("peft_type", "LORA") == "LORA",
         "bias": record.get("bias", "none") == "none",
-        "target_modules": listed,
-        "r": isinstance(r, int) and 0 < r < 1 << 16,
-        "lora_alpha": isinstance(record.get("lora_alpha"), (int, float)),
-        "lora_dropout": isinstance(dropout, (int, float)),
+        "target_modules": listed and bool(targets),
+        "r": type(r) is int and 0 < r < 1 << 16,
+        "lora_alpha": type(alpha) in (int, float) and math.isfinite(alpha) and alpha != 0,
+        "lora_dropout": type(dropout) in (int, float) and 0 <= dropout < 1,
+        "init_lora_weights": start in _PLAIN_STARTS and type(start) is not int,
+        "use_rslora": type(record.get("use_rslora", False)) is bool,
     }
-    for field, is_usable in usable.items():
-        if not is_usable:
-            what = f"{field} is {record.get(field)!r}"
+    for field in (*usable, *record.keys() - usable.keys() - {*_HARMLESS}):
+        value = record.get(field)
+        off = value is None or value is False or value in ("", [], {})
+        if not usable.get(field, off):
+            what = f"{field} is {value!r}"
             raise AdapterError(f"{path}: {what}: only plain LoRA on a list of layers is read")
-    return LoRAConfig(r, record["lora_alpha"], dropout, tuple(sorted(targets)))
+    # Rank-stabilized LoRA (Kalajdzievski, 2023) differs in the scaling alone: alpha / sqrt(r).
+    scaled = alpha * math.sqrt(r) if record.get("use_rslora") else alpha
+    return LoRAConfig(r, scaled, dropout, tuple(sorted(targets)))
 
 
 def load_adapter(model: nn.Module, folder: Path) -> LoRAConfig:
