@@ -12,6 +12,8 @@ from helpers import (
     NEOX,
     ROOT,
     THINGS,
+    command,
+    run,
     write_dataset,
     write_model,
     write_neox,
@@ -23,6 +25,11 @@ SHARED = ROOT.parent / "shared"
 needs_shared = pytest.mark.skipif(
     not SHARED.is_dir(), reason="the real data folder ../shared is absent"
 )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _two_threads_from_the_start():
+    torch.set_num_threads(2)  # also for the fixtures that come before _two_threads
 
 
 @pytest.fixture(autouse=True)
@@ -144,6 +151,34 @@ def tiny(architecture, folder):
 def data_folder(tmp_path_factory):
     """A small dataset; no test changes it."""
     return write_dataset(tmp_path_factory.mktemp("data"))
+
+
+# ---- Training on it
+
+FIT = {"paradigm": "recent-only", "batch_size": 8, "lr": 0.01}
+
+
+@pytest.fixture
+def fit(data_folder, model_folder):
+    """Return the function that trains the tiny model on the small dataset in a run folder."""
+    common = {"data": data_folder, "model": model_folder, **FIT}
+    return lambda folder, **settings: run("train.py", run=folder, **common | settings)
+
+
+@pytest.fixture
+def fit_command(data_folder, model_folder):
+    """Return the function that makes fit's command line, to be run in another process."""
+    common = {"data": data_folder, "model": model_folder, **FIT}
+    return lambda folder, **settings: command("train.py", run=folder, **common | settings)
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory, data_folder, model_folder):
+    """A run of three epochs by one process, without dropout; no test changes it."""
+    folder = tmp_path_factory.mktemp("runs") / "alone"
+    common = {"data": data_folder, "model": model_folder, **FIT}
+    run("train.py", run=folder, **common, epochs=3, lora_dropout=0)
+    return folder
 
 
 # ---- Options

@@ -211,6 +211,13 @@ def generate(model, prompts, max_new_tokens, eos_ids, batch_size=16):
     return [outputs[i] for i in range(len(prompts))]
 
 
+def fresh_adapter(model_folder):
+    """Return the model with the adapter that a run with seed 0 starts from."""
+    model = llama.load_model(model_folder, CPU, torch.float32)
+    torch.manual_seed(0)
+    return lora.apply_lora(model, lora.LoRAConfig())
+
+
 # ---- Token ids, trees, and their loss the slow way
 
 
@@ -319,15 +326,16 @@ def flags(**settings):
     return found
 
 
-def command(script, *more, processes=1, **settings):
+def command(script, *more, processes=1, torchrun=(), **settings):
     """Return the command line of a script, or with several processes torchrun's.
 
-    more: of the script's flags, as they are.
+    more: of the script's flags, as they are; torchrun: of torchrun's own.
     """
     launch = [sys.executable]
     if processes > 1:
         launch += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
         launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+        launch += map(str, torchrun)
         settings = {"run_dir" if name == "run" else name: v for name, v in settings.items()}
     return [*launch, str(ROOT / script), *map(str, more), *flags(**settings)]
 
@@ -409,3 +417,13 @@ def validations(run_folder):
 def scores(run_folder, name="scores-test.jsonl"):
     """Return the lines of a run's scores, one per user."""
     return read_lines(run_folder / name)
+
+
+def same_losses(folder, other, limit, norm_limit=None):
+    """Check that two runs have the same steps, with losses and gradient norms this close."""
+    for (step, loss, norm), (step1, loss1, norm1) in zip(
+        losses(folder), losses(other), strict=True
+    ):
+        assert step == step1
+        assert abs(loss - loss1) < limit
+        assert norm_limit is None or abs(norm - norm1) < norm_limit
