@@ -1,4 +1,4 @@
-"""What experiments.base learns from: the recommendation questions and the summaries of a dataset's training users."""
+"""What experiments.base learns from: questions and summaries about a dataset's training users."""
 
 import itertools
 import random
@@ -11,20 +11,20 @@ from experiments.rule import Rule
 from prepare.dataset import load_dataset, popularity
 from prepare.domains import DOMAINS
 
-CONTEXT, BLOCK = 2048, 5  # longest prompt in tokens, items a block
-QUESTIONS = {
-    "recent-only": 0.35,
-    "whole-history": 0.15,
-    "hierarchical": 0.25,
-    "recurrent": 0.25,
-}  # shares
+CONTEXT, BLOCK = 2048, 5  # tokens of the longest prompt, items per block
 WRITINGS = ("block", "update", "merge")
-FIXED_TEXTS = 20  # times that the tokenizer's trainer reads what stands in every prompt
+FIXED_TEXTS = 20  # how often the tokenizer's trainer reads what is the same in every prompt
+
+# The paradigms of the questions, with their shares.
+QUESTIONS = {"recent-only": 0.35, "whole-history": 0.15, "hierarchical": 0.25, "recurrent": 0.25}
 
 
 @dataclass(frozen=True)
 class Question:
-    """Whether a user takes item `position` of the user's sequence, and the negatives, after the items before it."""
+    """Whether the user takes an item, and each of its negatives, given the items before it.
+
+    The item is the one at `position` in the user's sequence.
+    """
 
     user: int
     position: int
@@ -34,7 +34,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Writing:
-    """The summary of a block of the user's first n items alone, of all blocks' summaries, or of the chain up to it."""
+    """A summary of the user's first n items.
+
+    block: of that block alone; update: of that block and the summary before it; merge: of the
+    summaries of all blocks.
+    """
 
     kind: str  # of WRITINGS
     user: int
@@ -44,7 +48,7 @@ class Writing:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The training users' sequences, history and target, and the texts of the items in them and of their negatives."""
+    """The training users' sequences (history and target) and the texts of the items they name."""
 
     domain: trsr.Domain
     texts: dict[str, str]
@@ -55,24 +59,28 @@ class Corpus:
     def load(cls, folder: str) -> "Corpus":
         """Return the corpus of a dataset's training split; no other split's file is opened."""
         domain, items, splits = load_dataset(folder, ("train",))
-        named = popularity(splits["train"]).keys() | {
-            i for example in splits["train"] for i in example.negatives
-        }
+        named = set(popularity(splits["train"]))
+        for example in splits["train"]:
+            named.update(example.negatives)
         texts = {i: items[i] for i in sorted(named)}
         sequences = [[*example.history, example.positive] for example in splits["train"]]
         return cls(domain, texts, sequences, Rule.of(list(texts.values())))
 
+    # -- Questions
+
     def positions(self) -> list[tuple[int, int]]:
-        """Return the (user, position) of every positive. As in the dataset, none is an item of its own history."""
-        return [
-            (u, i)
-            for u, s in enumerate(self.sequences)
-            for i in range(1, len(s))
-            if s[i] not in s[:i]
-        ]
+        """Return the (user, position) of every positive.
+
+        As in the dataset, no positive is in its own history.
+        """
+        found = []
+        for user, sequence in enumerate(self.sequences):
+            positions = range(1, len(sequence))
+            found += [(user, i) for i in positions if sequence[i] not in sequence[:i]]
+        return found
 
     def questions(self, negatives: int, seed: int) -> Iterator[Question]:
-        """Yield every positive with new negatives in a new order, epoch after epoch."""
+        """Yield every positive, in each epoch with new negatives and in a new order."""
         pool, positions = list(self.texts), self.positions()
         own = [set(sequence) for sequence in self.sequences]
         if len(pool) < negatives + max(map(len, own)):
@@ -87,8 +95,23 @@ class Corpus:
                         drawn[item] = None
                 yield Question(user, position, paradigm, list(drawn))
 
+    def example(self, question: Question) -> tuple[trsr.Example, str]:
+        """Return the question as a user of the dataset, and the summary to show."""
+        sequence, i = self.sequences[question.user], question.position
+        example = trsr.Example("", sequence[:i], sequence[i], question.negatives)
+        if question.paradigm == "hierarchical":
+            return example, self.merged(self.blocks(question.user, i))[1]
+        if question.paradigm == "recurrent":
+            return example, self.chained(self.blocks(question.user, i))
+        return example, ""
+
+    # -- Writings
+
     def writings(self, seed: int) -> Iterator[Writing]:
-        """Yield all summaries of the users' first items, of each user another number in every epoch, in mixed order."""
+        """Yield all summaries of each user's first n items, in mixed order.
+
+        Each epoch draws another n for each user.
+        """
         for epoch in itertools.count():
             rng, found = random.Random(f"writings {seed} {epoch}"), []
             for user, sequence in enumerate(self.sequences):
@@ -96,44 +119,10 @@ class Corpus:
                 blocks = range(len(trsr.split_blocks(n, BLOCK)))
                 found += [Writing("block", user, n, b) for b in blocks]
                 found += [Writing("update", user, n, b) for b in blocks[1:]]
-                found += [Writing("merge", user, n, blocks[-1])] if blocks[1:] else []
+                if len(blocks) > 1:
+                    found.append(Writing("merge", user, n, blocks[-1]))
             rng.shuffle(found)
             yield from found
-
-    def blocks(self, user: int, n: int) -> list[list[str]]:
-        """Return the texts of the user's first n items, block by block."""
-        texts = [self.texts[i] for i in self.sequences[user][:n]]
-        return [texts[start:end] for start, end in trsr.split_blocks(n, BLOCK)]
-
-    def merged(self, blocks: list[list[str]]) -> tuple[list[str], str]:
-        """Return each block's summary, and that of all."""
-        leaves = [self.rule.summary(items=block) for block in blocks]
-        return leaves, self.rule.summary(summaries=leaves) if len(leaves) > 1 else leaves[0]
-
-    def summaries(self) -> list[str]:
-        """Return every user's summary, hierarchical."""
-        return [
-            self.merged(self.blocks(u, len(sequence)))[1]
-            for u, sequence in enumerate(self.sequences)
-        ]
-
-    def chained(self, blocks: list[list[str]]) -> str:
-        """Return the summary that is updated with one block after the other; of no blocks, an empty one."""
-        summary = ""
-        for i, block in enumerate(blocks):
-            summary = self.rule.summary(items=block, summaries=[summary] if i else [])
-        return summary
-
-    def example(self, question: Question) -> tuple[trsr.Example, str]:
-        """Return the question as a user of the dataset, and the summary to show."""
-        sequence, i = self.sequences[question.user], question.position
-        example = trsr.Example("", sequence[:i], sequence[i], question.negatives)
-        if question.paradigm not in trsr.SUMMARIZED:
-            return example, ""
-        blocks = self.blocks(question.user, i)
-        return example, self.merged(blocks)[
-            1
-        ] if question.paradigm == "hierarchical" else self.chained(blocks)
 
     def written(self, writing: Writing, budget: trsr.Budget) -> tuple[str, str]:
         """Return the writing's prompt and its answer."""
@@ -148,20 +137,40 @@ class Corpus:
         prompt = trsr.update_prompt(before, block, self.domain, budget)
         return prompt, self.rule.summary(items=block, summaries=[before])
 
+    def blocks(self, user: int, n: int) -> list[list[str]]:
+        """Return the texts of the user's first n items, block by block."""
+        texts = [self.texts[i] for i in self.sequences[user][:n]]
+        return [texts[start:end] for start, end in trsr.split_blocks(n, BLOCK)]
+
+    def merged(self, blocks: list[list[str]]) -> tuple[list[str], str]:
+        """Return each block's summary, and the summary of all."""
+        leaves = [self.rule.summary(items=block) for block in blocks]
+        return leaves, self.rule.summary(summaries=leaves) if len(leaves) > 1 else leaves[0]
+
+    def chained(self, blocks: list[list[str]]) -> str:
+        """Return the summary after an update with each block; it is empty without blocks."""
+        summary = ""
+        for i, block in enumerate(blocks):
+            summary = self.rule.summary(items=block, summaries=[summary] if i else [])
+        return summary
+
+    # -- The tokenizer
+
+    def summaries(self) -> list[str]:
+        """Return every user's hierarchical summary."""
+        pairs = enumerate(self.sequences)
+        return [self.merged(self.blocks(u, len(sequence)))[1] for u, sequence in pairs]
+
     def tokenizer_lines(self) -> list[str]:
-        """Return what the tokenizer is trained on: texts, their users' summaries, and the prompts' fixed texts."""
+        """Return what the tokenizer is trained on: texts, summaries, and the prompts' own words."""
+        fixed = []
+        for domain in DOMAINS.values():
+            for paradigm in QUESTIONS:
+                fixed += trsr.recommendation_prompts(paradigm, domain, "x", ["x"], ["x"])
+        budget = trsr.Budget(CONTEXT, lambda texts: [[] for _ in texts], Counter())
+        for domain in DOMAINS.values():
+            fixed.append(trsr.block_prompt(["x"], domain, budget))
+            fixed.append(trsr.merge_prompt(["x", "x"], domain, budget))
+            fixed.append(trsr.update_prompt("x", ["x"], domain, budget))
         lines = [*(f"1. {text}" for text in self.texts.values()), *self.summaries()]
-        domains, budget = (
-            DOMAINS.values(),
-            trsr.Budget(CONTEXT, lambda texts: [[] for _ in texts], Counter()),
-        )
-        fixed = [
-            p
-            for d in domains
-            for k in QUESTIONS
-            for p in trsr.recommendation_prompts(k, d, "x", ["x"], ["x"])
-        ]
-        for d in domains:
-            fixed += [trsr.block_prompt(["x"], d, budget), trsr.merge_prompt(["x", "x"], d, budget)]
-            fixed += [trsr.update_prompt("x", ["x"], d, budget)]
         return lines + [line for text in fixed for line in text.splitlines()] * FIXED_TEXTS

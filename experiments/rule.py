@@ -1,10 +1,11 @@
-"""Summaries by rule, of what stands in the prompt alone: what experiments.base learns to write.
+"""Summaries by rule, made only of what the prompt shows: what experiments.base learns to write.
 
-    Category: news 3, sports 2; SubCategory: newsus 2, football_nfl 2, newsworld; Words: Browns 2, Nasa, shuttle
+    Category: news 3, sports 2; SubCategory: newsus 2, football_nfl 2; Words: Browns 2, Nasa
 
-Facets are attributes of few different values, such as MIND's Category. Each stands with its most frequent values and
-how many items have them, the latest first among equals; then the words of all other attributes, in the same order. A
-summary of summaries adds the counts up, so it is made of the same words as its parts.
+Facets are attributes with few different values, such as MIND's Category. For each, a summary lists
+the most frequent values and how many items have them; equally frequent ones start with the latest.
+The words of all other attributes follow in the same way. A summary of summaries adds up the counts,
+so it uses the same words as its parts.
 """
 
 import re
@@ -12,8 +13,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-VALUES, WORDS = 3, 8  # of a facet, and of the other words, that a summary names at most
-COMMON = 200  # words too frequent to tell anything, at most; never more than a twentieth of all
+VALUES, WORDS = 3, 8  # most values of a facet, and most other words, in a summary
+COMMON = 200  # most words that count as too frequent; never more than a twentieth of all
 NOTHING = "(none)"
 Facts = dict[str, dict[str, int]]  # facet, or `Words` -> value -> how often
 
@@ -40,40 +41,43 @@ class Rule:
     def of(cls, texts: Sequence[str]) -> "Rule":
         """Return the rule for items with these texts.
 
-        A facet is an attribute that half of the items have, with a tenth as many different values at most. Common are
-        the other attributes' most frequent words in small letters, which are seldom names.
+        A facet is an attribute that at least half of the items have, with at most a tenth as many
+        different values as there are items. Common words are the most frequent lower-case words of
+        the other attributes: they are rarely names.
         """
         values: dict[str, list[str]] = {}
         for text in texts:
             for name, value in dict(attributes_of(text)).items():
                 values.setdefault(name, []).append(value)
-        few = (
-            n
-            for n, v in values.items()
-            if n and len(v) >= len(texts) / 2 and len(set(v)) <= len(texts) / 10
-        )
-        rule = cls(tuple(few), frozenset())
-        words = Counter(
-            word for text in texts for word in rule.facts(text)["Words"] if word.islower()
-        )
+        frequent = {name: v for name, v in values.items() if name and len(v) >= len(texts) / 2}
+        facets = tuple(n for n, v in frequent.items() if len(set(v)) <= len(texts) / 10)
+
+        words: Counter = Counter()
+        every_word = cls(facets, frozenset())
+        for text in texts:
+            words.update(word for word in every_word.facts(text)["Words"] if word.islower())
         most = words.most_common(min(COMMON, len(words) // 20))
-        return cls(rule.facets, frozenset(word for word, _ in most))
+        return cls(facets, frozenset(word for word, _ in most))
+
+    @property
+    def lists(self) -> tuple[str, ...]:
+        """What a summary lists, in this order."""
+        return *self.facets, "Words"
 
     def facts(self, text: str) -> Facts:
-        """Return what an item's text tells."""
-        found: Facts = {name: {} for name in (*self.facets, "Words")}
+        """Return the facts in an item's text."""
+        found: Facts = {name: {} for name in self.lists}
         for name, value in attributes_of(text):
-            if name in self.facets:
-                found[name] |= {value: 1} if _VALUE.fullmatch(value) else {}
-            else:
-                found["Words"] |= {
-                    word: 1 for word in _WORD.findall(value) if word.lower() not in self.common
-                }
+            if name not in self.facets:
+                words = [word for word in _WORD.findall(value) if word.lower() not in self.common]
+                found["Words"] |= dict.fromkeys(words, 1)
+            elif _VALUE.fullmatch(value):
+                found[name][value] = 1
         return found
 
     def read(self, summary: str) -> Facts:
-        """Return what a summary tells; what does not look like one by this rule is passed over."""
-        found: Facts = {name: {} for name in (*self.facets, "Words")}
+        """Return the facts in a summary; what does not follow the rule is skipped."""
+        found: Facts = {name: {} for name in self.lists}
         for name, listed in attributes_of(summary):
             for entry in listed.split(", ") if name in found else ():
                 if match := _ENTRY.fullmatch(entry):
@@ -81,20 +85,23 @@ class Rule:
         return found
 
     def summary(self, items: Sequence[str] = (), summaries: Sequence[str] = ()) -> str:
-        """Return the summary of earlier summaries and of the items that came since, both oldest first."""
+        """Return the summary of earlier summaries and of later items, both oldest first."""
         parts = [self.read(text) for text in summaries] + [self.facts(text) for text in items]
         lists = []
-        for name in (*self.facets, "Words"):
-            counts = ranked([part[name] for part in parts])[
-                : VALUES if name in self.facets else WORDS
-            ]
-            entries = [f"{value} {n}" if n > 1 else value for value, n in counts]
-            lists += [f"{name}: {', '.join(entries)}"] if entries else []
+        for name in self.lists:
+            most = VALUES if name in self.facets else WORDS
+            counts = ranked([part[name] for part in parts])[:most]
+            if counts:
+                entries = (f"{value} {n}" if n > 1 else value for value, n in counts)
+                lists.append(f"{name}: {', '.join(entries)}")
         return "; ".join(lists) or NOTHING
 
 
 def ranked(parts: Sequence[dict[str, int]]) -> list[tuple[str, int]]:
-    """Return the values and their sums over parts, the greatest first; of equals the latest part's, in its order."""
+    """Return the values with their sums over parts, the greatest first.
+
+    Of equal sums the latest part's values come first, in that part's order.
+    """
     counts: Counter = Counter()
     places = {}
     for i, part in enumerate(parts):

@@ -3,19 +3,19 @@
 import json
 import random
 from itertools import islice
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 from transformers import LlamaForCausalLM
 
 import trsr
-from experiments.tiny import corpus, make, measure
+from experiments.tiny import corpus, make, measure, questions, summaries
 from llama import load_config, load_model
 from models.tokenizer import Tokenizer
-from prepare import demo
+from prepare.shop import make_shop, one_of
 
-FOLDER = Path(make.__file__).parent
+FOLDER = ROOT / "models" / "tiny"
 CPU = torch.device("cpu")
 
 
@@ -36,7 +36,7 @@ def test_logits_equal_transformers(tokenizer):
     theirs = LlamaForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
     ours = load_model(FOLDER, CPU, torch.float32)
     text = trsr.recommendation_prompts(
-        "none", corpus.DOMAIN, "", [], ["Title: a lamp; Color: blue"]
+        "none", summaries.DOMAIN, "", [], ["Title: a lamp; Color: blue"]
     )[0]
     ids = torch.tensor(tokenizer.encode([text]))
     with torch.no_grad():
@@ -52,9 +52,9 @@ def test_size_parameters_and_config():
 
 
 def test_answers_and_the_words_of_the_shop_are_single_pieces(tokenizer):
-    yes, no = trsr.answer_ids(tokenizer.encode, corpus.DOMAIN)
+    yes, no = trsr.answer_ids(tokenizer.encode, summaries.DOMAIN)
     assert [tokenizer.decode([i]) for i in (yes, no)] == ["Yes", "No"]
-    for word in [*(word for words in corpus.WORDS.values() for word in words), "Yes", "No"]:
+    for word in [*(word for words in summaries.WORDS.values() for word in words), "Yes", "No"]:
         assert len(tokenizer.pieces.encode(word)) == 1, word
     odd = "naïve  «Übung» 東京\n\n 12,50"
     assert tokenizer.decode(tokenizer.encode([odd])[0]) == odd
@@ -69,34 +69,34 @@ def test_text_depends_on_the_seed_alone(texts):
 
 
 def test_text_has_neither_the_recommendation_prompt_nor_products_of_the_demo(texts):
-    shop = demo.make_shop(0, 3000)
+    shop = make_shop(0, 3000)
     titles = {product.attributes["Title"] for product in shop.products.values()}
     assert not {0, measure.SHOP} & set(corpus.SHOPS)
     for text in texts:
         whole = "".join(prompt + answer for prompt, answer in text)
         for header in ("[Next Item]", "[Historical Items]", "[Preference Summary]"):
             assert header not in whole
-        assert corpus.DOMAIN.recommend not in whole
+        assert summaries.DOMAIN.recommend not in whole
         assert not any(title in whole for title in titles)
 
 
 def test_no_claim_states_the_rule_by_which_users_choose():
-    rng, shop = random.Random(0), demo.make_shop(3, 2000)
-    claims = [corpus.make_claim(rng, corpus.make_scene(rng, shop))[0] for _ in range(400)]
+    rng, shop = random.Random(0), make_shop(3, 2000)
+    claims = [questions.make_claim(rng, questions.make_scene(rng, shop))[0] for _ in range(400)]
     tasteful = [claim for claim in claims if "brand, color" in claim]
     assert tasteful
     assert not any(", and " in claim or ", or " in claim for claim in tasteful)
 
 
 def test_a_summary_counts_and_tells_what_stands_out():
-    rng, shop = random.Random(0), demo.make_shop(3, 2000)
-    block = [corpus.one_of(rng, list(shop.products.values())) for _ in range(5)]
-    memory = corpus.Memory.of(block)
-    again = corpus.Memory.joined([memory, memory])
+    rng, shop = random.Random(0), make_shop(3, 2000)
+    block = [one_of(rng, list(shop.products.values())) for _ in range(5)]
+    memory = summaries.Memory.of(block)
+    again = summaries.Memory.joined([memory, memory])
     assert sum(memory.counts["color"].values()) == 5
     assert all(
         again.counts[fact][w] == 2 * n
-        for fact in corpus.FACTS
+        for fact in summaries.FACTS
         for w, n in memory.counts[fact].items()
     )
     assert str(memory).endswith(f"now {block[-1].category}.")
@@ -129,6 +129,6 @@ def test_summaries_of_unseen_users_name_their_tastes(paradigm):
 
 
 def test_questions_about_unseen_products_are_answered():
-    right, frequent = measure.answered(FOLDER, corpus.taste_claim, 12, CPU)
+    right, frequent = measure.answered(FOLDER, questions.taste_claim, 12, CPU)
     assert frequent < 0.75
     assert right > 0.9
