@@ -20,10 +20,12 @@ import torch
 from tqdm import tqdm
 
 import trsr
-from batches.prompts import Batching
-from batches.stream import user_packs
+from batches.prompts import Batching, Ranking
+from batches.stream import own_packs
 from files.jsonl import write_json
-from launch.command import Shared, natural, option, parse_settings, positive
+from launch import numbers
+from launch.command import Shared, option, parse_settings
+from launch.embedded import DATA, make_missing
 from launch.processes import (
     gather,
     join_processes,
@@ -31,7 +33,6 @@ from launch.processes import (
     prefetch,
     ranks,
     run_script,
-    share_out,
 )
 from llama import Config, Llama, compile_layers
 from lora import load_adapter
@@ -42,15 +43,20 @@ from ops.checkpoint import fingerprint
 from ops.packs import Pack, padded_select
 from ops.transfer import HostCopy, on_device
 from prepare.dataset import load_dataset
+from prepare.domains import wording
 from runfolder.compare import format_table
 from runfolder.page import write_report
-from runfolder.scores import read_scores, table_of, write_scores
+from runfolder.results import Question
+from runfolder.scores import table_of, table_of_file, write_scores
+from state.checkpoint import epochs_done
+from state.origin import check_trained_on, differences
 from state.settings import read_config
 from state.summaries import load_summaries
 from trsr import Example, InputError, Recommender
 
-# What an evaluation takes from the run's training, unless a flag says otherwise.
-INHERITED = ("data", "model", "revision", "dtype", "paradigm", "history_items", "max_length")
+# What an evaluation takes from the run's training, unless a flag says otherwise; dtype too.
+INHERITED = ("data", "model", "revision", "paradigm", "history_items", "max_length")
+INHERITED += ("prompt",)
 
 
 @dataclass(frozen=True)
@@ -58,45 +64,51 @@ class Settings(Shared):
     """What is evaluated: the flags, and what the run's training adds to them."""
 
     split: str = option("test", "whom to rank for", choices=("val", "test"), group="evaluation")
-    k: tuple[int, ...] = option((3, 5, 10), "cut-offs of the metrics", positive, nargs="+")
+    k: tuple[int, ...] = option((3, 5, 10), "cut-offs of the metrics", numbers.positive, nargs="+")
     untrained: bool = option(False, "the base model, without the run's adapter")
-    users: int | None = option(None, "only the first so many users (unset: all)", positive)
+    users: int | None = option(None, "only the first so many users (unset: all)", numbers.positive)
     pack_tokens: int | None = option(
-        None, "tokens in a forward pass (unset: 16384 on GPUs, 4096 on CPUs)", positive
+        None, "tokens per pass (unset: 16384, on CPUs 4096)", numbers.positive
     )
-    seed: int = option(0, "of the intervals' resampling and of popularity's ties", natural)
+    seed: int = option(0, "of intervals, and of popularity's ties", numbers.seed_number)
     scores: Path | None = option(None, "rank by a file's scores, like scores-test.jsonl", Path)
     report: bool = option(False, "write RUN/report.html too, for a browser")
 
-    # Resolved from the run's training.
+    # Resolved from the run.
     kind: str = ""  # what training wrote: adapter or model
-    fingerprint: str = ""  # of the base model
     paradigm: str = ""
     history_items: int = 0
     max_length: int = 0
+    prompt: str | None = None  # its words, with placeholders for texts
+    epochs: str = ""  # how many of how many, if not all are trained
+    question: Question | None = None  # which names the files
 
     @property
     def row(self) -> str:
         """Its name in the table."""
         return "untrained" if self.untrained else "trained"
 
-    @property
-    def suffix(self) -> str:
-        """What the names of the result files end in."""
-        return "-untrained" if self.untrained else ""
-
 
 def resolve(flags: Settings) -> Settings:
     """Return the settings, completed by the run's; InputError if nothing was trained there."""
+    data = read_config(flags.run).get("train", {}).get("data", DATA)
+    make_missing(flags, data, summaries=True, training=True)
     trained = read_config(flags.run).get("train")
     kind = "adapter" if trained and trained["lora_r"] else "model"
     if trained is None or not (flags.untrained or (flags.run / kind).is_dir()):
         first = f"first run python train.py --run {flags.run}"
         raise InputError(f"{flags.run}: nothing trained here yet; {first}")
-    # A flag that was given wins over what the run was trained with.
-    given = {name for name in INHERITED if getattr(flags, name) not in (None, "auto", "", 0)}
-    inherited = {name: trained.get(name) for name in INHERITED if name not in given}
-    return replace(flags, kind=kind, fingerprint=trained["fingerprint"], **inherited)
+
+    names = INHERITED + (() if flags.dtype != "auto" else ("dtype",))
+    settings = flags.inherit({name: trained.get(name) for name in names})
+    done, wanted = epochs_done(flags.run), trained.get("epochs")
+    unfinished = not flags.untrained and None not in (done, wanted) and done < wanted
+    epochs = f"{done} of {wanted} epochs" if unfinished else ""
+    other = Path(settings.data).name if settings.data != trained["data"] else ""
+    which = "untrained" if flags.untrained else "interim" if unfinished else ""
+    users = f"{flags.users}-users" if flags.users else ""
+    question = Question(flags.run, flags.split, [part for part in (which, other, users) if part])
+    return replace(settings, kind=kind, epochs=epochs, question=question)
 
 
 # ---- From users to packs
@@ -122,21 +134,6 @@ def make_recommender(
     budget = prompt_budget(folder, load_config(folder), settings.max_length)
     prompt = settings.paradigm, domain, items, summaries, settings.history_items
     return Recommender(*prompt, budget), trsr.answer_ids(budget.encode, domain)
-
-
-def own_packs(
-    recommender: Recommender,
-    examples: Sequence[Example],
-    candidates: Sequence[list[str]],
-    batching: Batching,
-    show: bool,
-) -> Iterator[Pack]:
-    """Return the packs of this process's users, shared out by the length of their candidates."""
-    rank, world = ranks()
-    # Candidates dominate the cost of a user, since the prefix is computed once.
-    sizes = [sum(len(recommender.items[i]) for i in items) for items in candidates]
-    users = sorted(share_out(sizes, world)[rank])
-    return user_packs(recommender, examples, candidates, users, batching, show)
 
 
 # ---- From packs to logits of Yes and No
@@ -215,27 +212,11 @@ def score_users(
 
 @dataclass(frozen=True)
 class Validation:
-    """A split's packs, ready to be scored again and again while a model is trained."""
+    """A ranking and its packs, to be scored again and again while a model is trained."""
 
-    examples: Sequence[Example]
-    candidates: Sequence[list[str]]
+    ranking: Ranking
     packs: list[Pack]  # of all users, on every process
     answers: Sequence[int]
-
-    @classmethod
-    def of(
-        cls,
-        recommender: Recommender,
-        examples: Sequence[Example],
-        answers: Sequence[int],
-        batching: Batching,
-        show: bool,
-    ) -> "Validation":
-        """Return the validation on these users."""
-        candidates = [trsr.shuffled_candidates(example) for example in examples]
-        users = range(len(examples))
-        packs = user_packs(recommender, examples, candidates, users, batching, show)
-        return cls(examples, candidates, list(packs), answers)
 
     def recall(self, model: Llama, ks: Sequence[int]) -> dict[str, float]:
         """Return the recall at each k; the processes share the packs."""
@@ -251,7 +232,7 @@ class Validation:
         whole = {}
         for part in reversed(gather(logits)):  # the first process's own scores win
             whole |= part
-        _, found_ranks = trsr.rank_users(self.examples, self.candidates, whole)
+        _, found_ranks = trsr.rank_users(self.ranking.examples, self.ranking.candidates, whole)
         metrics = trsr.metrics_at(found_ranks, ks)
         return {name: float(v.mean()) for name, v in metrics.items() if "Recall" in name}
 
@@ -264,22 +245,24 @@ def main() -> None:
     flags = parse_settings(Settings, __doc__)
     if flags.scores:
         return rank_by_file(flags)
-    rank, world, device = join_processes()
+    rank, world, device = join_processes(flags.timeout)
     settings = resolve(flags)
     batching = Batching.on(device, settings.pack_tokens, on_gpus=16384)
 
     # The users, and what makes their prompts.
-    folder = find_base(settings)
+    folder = find_model(settings.model, settings.revision)
     domain, items, splits = load_dataset(settings.data, ("train", settings.split))
     examples = splits[settings.split][: settings.users]
-    candidates = [trsr.shuffled_candidates(example) for example in examples]
+    words = wording(settings.paradigm, domain)["recommend"]
+    check_trained_on(settings.run, settings.model, fingerprint(folder), words)
     recommender, answers = make_recommender(settings, folder, domain, items, examples)
+    ranking = Ranking.of(recommender, examples)
     if rank == 0:
         tokens = recommender.budget.tokens
         announce(settings, len(examples), tokens, f"{world} x {device.type}")
 
     # Worker processes tokenize while the weights are loaded.
-    packs = own_packs(recommender, examples, candidates, batching, show=rank == 0)
+    packs = own_packs(ranking, batching, show=rank == 0)
     model = load_weights(settings, folder, device)
     start = time.perf_counter()  # on a GPU, the first users are tokenized by now
     scores = score_users(model, packs, answers, recommender.budget)
@@ -288,31 +271,24 @@ def main() -> None:
         return
 
     # One process ranks and reports.
-    table = write_results(settings, examples, candidates, scores, splits["train"])
+    table = write_results(settings, ranking, scores, splits["train"])
     print(format_table(table))
     print("below each mean is its 95 % interval over users")
     print(f"{len(examples)} users in {seconds:.1f} s; peak {peak_memory(device)}")
     for what, number in scores.trimmed.items():
         print(f"trimmed to the context: {number} {what}")
-    suffix, run = settings.suffix, settings.run
-    page = f", {write_report(run, settings.split, suffix)}" if settings.report else ""
-    lines = run / f"scores-{settings.split}{suffix}.jsonl"
-    print(f"wrote   {run / f'results{suffix}.json'}, {lines}{page}")
-
-
-def find_base(settings: Settings) -> Path:
-    """Return the base model's folder; InputError unless it is the model of the training."""
-    folder = find_model(settings.model, settings.revision)
-    if fingerprint(folder) != settings.fingerprint:
-        trained = read_config(settings.run)["train"]["model"]
-        what = f"not the model that {settings.run} was trained on ({trained})"
-        raise InputError(f"{settings.model}: {what}")
-    return folder
+    question = settings.question
+    page = f", {write_report(question)}" if settings.report else ""
+    print(f"wrote   {question.results}, {question.scores}{page}")
 
 
 def announce(settings: Settings, n_users: int, tokens: int, where: str) -> None:
     """Print what is about to be evaluated."""
-    row, recent = f"{settings.row} ({settings.kind})", f"{settings.history_items} recent items"
+    row, recent = f"trained ({settings.kind})", f"{settings.history_items} recent items"
+    if settings.untrained:
+        row = "untrained"
+    elif settings.epochs:
+        row += f", unfinished: the best of {settings.epochs}"
     print(f"data    {settings.data}: {n_users} users of {settings.split}.jsonl")
     print(f"model   {settings.model}, {row}, {settings.dtype}, on {where}")
     print(f"prompt  {settings.paradigm}, {recent}, {tokens} tokens at most")
@@ -325,7 +301,9 @@ def load_weights(settings: Settings, folder: Path, device: torch.device) -> Llam
         folder = settings.run / "model"
     model = load_model(folder, device, DTYPES[settings.dtype])
     if trained and settings.kind == "adapter":
-        load_adapter(model, settings.run / "adapter")
+        adapter = load_adapter(model, settings.run / "adapter")
+        if ranks()[0] == 0 and (odd := differences(settings.run, adapter)):
+            print(f"adapter not as the run's settings say: {odd}")
     model.eval()
     if device.type == "cuda" and not settings.no_compile:
         compile_layers(model)
@@ -333,43 +311,35 @@ def load_weights(settings: Settings, folder: Path, device: torch.device) -> Llam
 
 
 def write_results(
-    settings: Settings,
-    examples: Sequence[Example],
-    candidates: Sequence[list[str]],
-    scores: Scores,
-    train: Sequence[Example],
+    settings: Settings, ranking: Ranking, scores: Scores, train: Sequence[Example]
 ) -> dict:
     """Rank the candidates, write the scores and the results, and return the table."""
+    examples, candidates = ranking.examples, ranking.candidates
     probabilities, found_ranks = trsr.rank_users(examples, candidates, scores.logits)
-    path = settings.run / f"scores-{settings.split}{settings.suffix}.jsonl"
     lengths = [scores.prompt_tokens[u] for u in range(len(examples))]
+    path = settings.question.scores
     write_scores(path, examples, candidates, found_ranks, probabilities, lengths)
 
     table = table_of(settings.row, found_ranks, examples, train, settings.k, settings.seed)
-    about = {
-        name: getattr(settings, name) for name in ("data", "split", "model", "row", "paradigm")
-    }
+    names = ("data", "split", "model", "row", "paradigm", "prompt", "epochs")
+    about = {name: getattr(settings, name) for name in names}
     about |= {"users": len(examples), "table": table, "trimmed": dict(scores.trimmed)}
-    write_json(settings.run / f"results{settings.suffix}.json", about)
+    write_json(settings.question.results, about)
     return table
 
 
 def rank_by_file(flags: Settings) -> None:
     """Print the table of the scores in flags.scores, and write it to RUN/results-NAME.json."""
-    data = flags.data or read_config(flags.run).get("train", {}).get("data", "data/demo")
+    data = flags.data or read_config(flags.run).get("train", {}).get("data", DATA)
     _, _, splits = load_dataset(data, ("train", flags.split))
-    examples = splits[flags.split][: flags.users]
-    candidates = [trsr.shuffled_candidates(example) for example in examples]
-    scores = read_scores(flags.scores, examples, candidates)
-    _, found_ranks = trsr.rank_users(examples, candidates, scores)
-
-    name = flags.scores.stem
-    table = table_of(name, found_ranks, examples, splits["train"], flags.k, flags.seed)
+    examples, name = splits[flags.split][: flags.users], flags.scores.stem
+    table = table_of_file(flags.scores, examples, splits["train"], flags.k, flags.seed)
     print(format_table(table))
     about = {"data": data, "split": flags.split, "users": len(examples), "row": name}
+    question = Question(flags.run, flags.split, [name])
     flags.run.mkdir(parents=True, exist_ok=True)
-    write_json(flags.run / f"results-{name}.json", about | {"paradigm": name, "table": table})
-    print(f"wrote   {flags.run / f'results-{name}.json'}")
+    write_json(question.results, about | {"paradigm": name, "table": table})
+    print(f"wrote   {question.results}")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from ops.cache import Cache
-from ops.checkpoint import CheckpointError, config_from, read_json_file, read_tensors, weight_files
+from ops.checkpoint import CheckpointError, read_json_file, read_tensors, weight_files
+from ops.config import config_from
 from ops.int8 import Int8Linear, bitsandbytes_linear, quantize, replace_linears
 from ops.loss import CrossEntropy
 from ops.masks import QueryBlocks, as_additive, kernel_tiles
@@ -62,8 +63,8 @@ class Config:
 def load_config(folder: Path) -> Config:
     """Return a model folder's configuration; CheckpointError if it asks for what is not built."""
     path = folder / "config.json"
-    raw = read_json_file(path)
-    return config_from(path, raw, Config, model_type="llama", hidden_act="silu")
+    only = {"model_type": "llama", "hidden_act": "silu", "partial_rotary_factor": 1.0}
+    return config_from(path, read_json_file(path), Config, **only)
 
 
 # ---- Attention
@@ -296,6 +297,8 @@ def compile_layers(model: Llama) -> None:
 
 # ---- Loading
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
 
 def load_model(
     folder: Path,
@@ -320,6 +323,8 @@ def load_model(
         replace_linears(model, Int8Linear)
 
     found = find_weights(model, folder, device, dtype, shapes, int8)
+    if tied:
+        settle_tied(folder, found)
     if missing := [name for name in shapes if name not in found]:
         what = f"the safetensors files lack {len(missing)} tensors, the first is {missing[0]}"
         raise CheckpointError(f"{folder}: {what}")
@@ -342,13 +347,14 @@ def find_weights(
     int8: str | None,
 ) -> dict[str, Tensor]:
     """Return the folder's tensors by name, those of an Int8Linear quantized, with their scales."""
-    ignored = model.unused + (("lm_head.weight",) if model.config.tie_word_embeddings else ())
+    if model.config.tie_word_embeddings:  # the file may have the head too, or the head alone
+        shapes = shapes | {HEAD: shapes[EMBEDDING]}
     scales = {name for name, _ in model.named_parameters() if name.endswith(".scale")}
     # bitsandbytes quantizes on the way from the CPU to the GPU.
     source = "cpu" if int8 == "bitsandbytes" else str(device)
     found: dict[str, Tensor] = {}
     for path in weight_files(folder):
-        for name, tensor in read_tensors(path, source, shapes, ignored):
+        for name, tensor in read_tensors(path, source, shapes, model.unused):
             if name in found or not tensor.is_floating_point():
                 what = f"tensor {name} is there twice, or not of floating point"
                 raise CheckpointError(f"{path}: {what}")
@@ -358,3 +364,11 @@ def find_weights(
             if scale in scales:
                 found[name], found[scale] = quantize(found[name])
     return found
+
+
+def settle_tied(folder: Path, found: dict[str, Tensor]) -> None:
+    """Keep one of two tied tensors, as the embedding; CheckpointError if they differ."""
+    head = found.pop(HEAD, None)
+    if head is not None and not torch.equal(found.setdefault(EMBEDDING, head), head):
+        what = f"config.json ties {HEAD} to {EMBEDDING}, but the file's two differ"
+        raise CheckpointError(f"{folder}: {what}; set tie_word_embeddings to false to use both")

@@ -14,7 +14,7 @@ row's text is done. It writes what the obvious way would write.
 
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -25,7 +25,9 @@ from tqdm import tqdm
 
 import trsr
 from files.jsonl import append_jsonl, read_jsonl, write_jsonl
-from launch.command import Shared, option, parse_settings, positive
+from launch import numbers
+from launch.command import Shared, option, parse_settings
+from launch.embedded import DATA, MODEL, make_missing
 from launch.estimate import expected_slots, rows_that_fit
 from launch.processes import gather, join_processes, peak_memory, ranks, run_script, share_out
 from llama import Llama, compile_layers
@@ -37,8 +39,9 @@ from ops.graph import StepGraph
 from ops.int8 import WAYS
 from ops.masks import length_mask
 from ops.packs import Pack, common_prefix, group_prompts, pack_trees, padded_select, rounded_up
-from prepare.dataset import load_dataset
-from state.settings import claim_config, locked
+from prepare.dataset import default_model, load_dataset
+from prepare.domains import wording
+from state.settings import claim_config, locked, read_config
 from state.summaries import FIELDS, collect_records
 
 PREFILL_TOKENS = 8192  # of prompts that a GPU reads at once
@@ -51,14 +54,14 @@ class Settings(Shared):
     paradigm: str = option(
         "hierarchical", "how blocks become one", choices=trsr.SUMMARIZED, group="summarization"
     )
-    block_size: int = option(5, "items per block", positive)
-    max_new_tokens: int = option(150, "longest summary, in tokens", positive)
-    max_length: int = option(2048, "longest prompt together with its summary, in tokens", positive)
+    block_size: int = option(5, "items per block", numbers.positive)
+    max_new_tokens: int = option(150, "longest summary, in tokens", numbers.positive)
+    max_length: int = option(2048, "longest prompt with its summary", numbers.positive)
     int8: str | None = option(
         None, "8-bit weights, ours or the paper's", nargs="?", choices=WAYS, const="weights"
     )
     batch_size: int | None = option(
-        None, "prompts decoded together (unset: 16 on CPUs, what fits on GPUs)", positive
+        None, "prompts decoded together (unset: what fits, on CPUs 16)", numbers.positive
     )
 
     def recorded(self, folder: Path, domain: trsr.Domain) -> dict:
@@ -66,12 +69,17 @@ class Settings(Shared):
         # The batch size and the machine change nothing but rounding.
         names = "data model paradigm block_size max_new_tokens max_length int8 dtype"
         kept = {name: getattr(self, name) for name in names.split()}
-        return kept | {"fingerprint": fingerprint(folder), "prompts": asdict(domain)}
+        words = wording(self.paradigm, domain)
+        words.pop("recommend")  # no summary depends on it
+        return kept | {"fingerprint": fingerprint(folder), "prompts": words}
 
 
 def resolve(flags: Settings, device: torch.device) -> Settings:
-    """Return the settings with everything unset resolved, but for the batch size."""
-    data, model = flags.data or "data/demo", flags.model or "models/tiny"
+    """Return the settings; what is unset comes from the run, then from the embedded default."""
+    flags = flags.inherit(read_config(flags.run).get("summarize", {}))
+    data = flags.data or DATA
+    make_missing(flags, data)
+    model = flags.model or default_model(data, MODEL)
     return replace(flags, data=data, model=model, dtype=flags.dtype_on(device.type))
 
 
@@ -332,7 +340,7 @@ class Writer:
 def main() -> None:
     """Summarize the users of all splits."""
     flags = parse_settings(Settings, __doc__)
-    rank, _, device = join_processes()
+    rank, _, device = join_processes(flags.timeout)
     settings = resolve(flags, device)
 
     # The histories as texts, the model, and a generator for it.
@@ -344,7 +352,8 @@ def main() -> None:
     tokenizer = Tokenizer(folder, model.config.vocab_size)
     context = min(settings.max_length, model.config.max_position_embeddings)
     budget = trsr.Budget(context - settings.max_new_tokens, tokenizer.encode, Counter())
-    generator = make_generator(model, settings, texts, domain, budget)
+    ends = tokenizer.end_ids(model.config.eos_token_id)
+    generator = make_generator(model, settings, texts, domain, budget, ends)
 
     with locked(settings.run, hold=rank == 0):
         if rank == 0:
@@ -390,6 +399,7 @@ def make_generator(
     texts: dict[str, list[str]],
     domain: trsr.Domain,
     budget: trsr.Budget,
+    ends: Sequence[int],
 ) -> Generator:
     """Return a generator with --batch-size rows, or as many as the GPU's memory holds."""
     device, new = model.lm_head.weight.device, settings.max_new_tokens
@@ -400,7 +410,7 @@ def make_generator(
     rows = settings.batch_size or rows_that_fit(model, slots, PREFILL_TOKENS, device)
     if device.type == "cuda" and settings.int8 != "bitsandbytes" and not settings.no_compile:
         compile_layers(model)
-    return Generator(model, rows, new, model.config.eos_token_id, slots)
+    return Generator(model, rows, new, ends, slots)
 
 
 def summarization_tasks(
@@ -430,6 +440,10 @@ def announce(settings: Settings, n_users: int, n_left: int, generator: Generator
     print(f"data    {settings.data}: {n_users} users, {done} of them summarized before")
     print(f"model   {settings.model}, {settings.dtype}{int8}, {where}")
     print(f"method  {settings.paradigm}, {blocks}, {settings.max_new_tokens} new tokens at most")
+    ends, own = list(generator.eos_ids), sorted(generator.model.config.eos_token_id)
+    if ends != own:
+        what = "config.json and the tokenizer name other end tokens"
+        print(f"ends    {what} ({own}): a summary ends at any of {ends or 'none, only the limit'}")
 
 
 def conclude(

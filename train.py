@@ -16,36 +16,39 @@ import signal
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import median
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from tqdm import tqdm
 
 import trsr
-from batches.prompts import Batching, Prompts, tokenize
-from batches.steps import Step, make_step, step_batches
+from batches.prompts import Batching, Prompts, Ranking, tokenize
+from batches.steps import Step, check_batch_size, make_step, step_batches
+from batches.stream import user_packs
 from evaluate import Validation, make_recommender
 from files.jsonl import append_jsonl
-from launch.command import Shared, natural, option, parse_settings, positive
+from launch import numbers
+from launch.command import Shared, option, parse_settings
+from launch.embedded import DATA, MODEL, make_missing
 from launch.estimate import preflight, training_memory
-from launch.processes import (
-    all_reduce,
-    join_processes,
-    peak_memory,
-    prefetch,
-    ranks,
-    run_script,
-)
+from launch.processes import all_reduce, join_processes, peak_memory, prefetch, ranks, run_script
+from launch.progress import StepBar
 from llama import Llama, compile_layers
 from lora import LoRAConfig, apply_lora
 from models.hub import DTYPES, attention_names, find_model, load_model
 from ops.checkpoint import fingerprint
 from ops.packs import Tree
-from prepare.dataset import load_dataset
-from state.checkpoint import gather_full, load_checkpoint, save_best, save_checkpoint, trainable
+from prepare.dataset import default_model, load_dataset
+from prepare.domains import wording
+from state.checkpoint import (
+    epochs_done,
+    gather_full,
+    load_checkpoint,
+    save_best,
+    save_checkpoint,
+    trainable,
+)
 from state.metrics import drop_lines_after
 from state.settings import claim_config, locked, read_config
 from trsr import Example, InputError, Recommender
@@ -62,31 +65,31 @@ class Settings(Shared):
     paradigm: str | None = option(
         None, "what the prompt shows (unset: the run's)", choices=trsr.PARADIGMS, group="prompt"
     )
-    history_items: int = option(3, "recent items in the prompt", natural)
-    max_length: int = option(2048, "longest prompt with its answer, in tokens", positive)
+    history_items: int = option(3, "recent items in the prompt", numbers.natural)
+    max_length: int = option(2048, "longest prompt with its answer, in tokens", numbers.positive)
 
-    epochs: int = option(8, "passes over the training users", positive, "optimization")
-    lr: float = option(1e-4, "learning rate, constant", float)
-    batch_size: int = option(64, "examples per optimizer step, over all processes", positive)
-    betas: tuple[float, float] = option((0.9, 0.95), "AdamW's decay rates", float, nargs=2)
-    weight_decay: float = option(5e-4, "AdamW's weight decay", float)
-    max_grad_norm: float = option(1.0, "larger gradients are scaled down to this norm", float)
+    epochs: int = option(8, "passes over the training users", numbers.positive, "optimization")
+    lr: float = option(1e-4, "learning rate, constant", numbers.positive_real)
+    batch_size: int = option(64, "examples per step, over all processes", numbers.positive)
+    betas: tuple = option((0.9, 0.95), "AdamW's decay rates", numbers.fraction, nargs=2)
+    weight_decay: float = option(5e-4, "AdamW's weight decay", numbers.real)
+    max_grad_norm: float = option(1.0, "larger gradients are scaled to it; 0: none", numbers.real)
     loss: str = option("prompt", "of every token, or of Yes and No alone", choices=LOSSES)
-    seed: int = option(0, "of the order of users, the adapter's start and dropout", natural)
+    seed: int = option(0, "of users' order, adapter and dropout", numbers.seed_number)
 
-    lora_r: int = option(8, "rank; 0 trains the whole model", natural, "adapter")
-    lora_alpha: float = option(16.0, "the adapter is scaled by alpha / r", float)
-    lora_dropout: float = option(0.05, "on the adapter's input", float)
+    lora_r: int = option(8, "rank; 0 trains the whole model", numbers.natural, "adapter")
+    lora_alpha: float = option(16.0, "the adapter is scaled by alpha / r", numbers.positive_real)
+    lora_dropout: float = option(0.05, "on the adapter's input", numbers.fraction)
     lora_targets: tuple | None = option(None, "layers to adapt (unset: attention's)", nargs="+")
 
     pack_tokens: int | None = option(
-        None, "tokens in a forward pass (unset: 8192 on GPUs, 4096 on CPUs)", positive, "running"
+        None, "tokens per pass (unset: 8192, on CPUs 4096)", numbers.positive, "running"
     )
     shard: str = option("zero2", "gradients, zero3: weights too; or nothing", choices=SHARDS)
     activation_checkpointing: bool = option(False, "less memory, a third more time")
     dry_run: bool = option(False, "report what the run will take, and stop")
-    save_every: int = option(50, "steps between checkpoints; an epoch ends with one too", positive)
-    k: tuple[int, ...] = option((3, 5, 10), "cut-offs of validation recall", positive, nargs="+")
+    save_every: int = option(50, "steps between checkpoints within an epoch", numbers.positive)
+    k: tuple = option((3, 5, 10), "cut-offs of validation recall", numbers.positive, nargs="+")
 
     @property
     def autocast(self) -> bool:
@@ -105,19 +108,25 @@ class Settings(Shared):
 
 # These say how to compute, not what.
 MAY_CHANGE = ("run", "shard", "activation_checkpointing", "save_every", "no_compile", "dry_run")
+MAY_CHANGE += ("timeout", "given")
 
 
 def resolve(flags: Settings, device: torch.device) -> Settings:
-    """Return the settings; what is unset comes from the run's summaries, then from defaults."""
-    summarized = read_config(flags.run).get("summarize", {})  # empty without summaries
-    model = flags.model or summarized.get("model", "models/tiny")
+    """Return the settings; what is unset comes from the run, its summaries, then from defaults."""
+    config = read_config(flags.run)
+    flags = flags.inherit(config.get("train", {}))
+    summarized = config.get("summarize", {})  # empty without summaries
+    data = flags.data or summarized.get("data", DATA)
+    paradigm = flags.paradigm or summarized.get("paradigm", "hierarchical")
+    make_missing(flags, data, summaries=paradigm in trsr.SUMMARIZED)
+    model = flags.model or summarized.get("model") or default_model(data, MODEL)
     targets = flags.lora_targets or attention_names(find_model(model, flags.revision))
     return replace(
         flags,
-        data=flags.data or summarized.get("data", "data/demo"),
+        data=data,
         model=model,
         dtype=flags.dtype_on(device.type),
-        paradigm=flags.paradigm or summarized.get("paradigm", "hierarchical"),
+        paradigm=paradigm,
         lora_targets=tuple(targets),
         pack_tokens=flags.pack_tokens or (8192 if device.type == "cuda" else 4096),
     )
@@ -196,7 +205,8 @@ def train_step(
 
     # Clip, and refuse to update on what is not finite.
     parameters = trainable(model).values()
-    norm = gather_full(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)).item()
+    limit = max_grad_norm or math.inf
+    norm = gather_full(torch.nn.utils.clip_grad_norm_(parameters, limit)).item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
     optimizer.step()
@@ -239,7 +249,7 @@ class Trainer:
         found = load_checkpoint(settings.run, model, self.optimizer, self.device, show)
         self.progress = Progress(**found or {})
         self.signals: list[int] = []  # received: SIGTERM and Ctrl-C
-        self.speeds: list[float] = []  # tokens/s of each step
+        self.bar: StepBar | None = None  # of the first process
 
     def fit(self) -> None:
         """Train, with a line in metrics.jsonl per step and per epoch."""
@@ -251,14 +261,15 @@ class Trainer:
 
         per_step = self.settings.batch_size // len(self.trees[0].branches)
         total = self.settings.epochs * -(-len(self.trees) // per_step)
-        first = self.progress.step
-        with tqdm(total=total, initial=first, unit="step", disable=self.rank > 0) as bar:
-            for epoch in range(self.progress.epoch, self.settings.epochs):
-                batches = step_batches(len(self.trees), per_step, self.settings.seed, epoch)
-                self.train_epoch(batches[self.progress.batch :], bar)  # what is left of it
-                self.end_epoch(bar)
+        if self.rank == 0:
+            tokens = sum(tree.size for tree in self.trees)
+            self.bar = StepBar(total, self.progress.step, tokens, self.device)
+        for epoch in range(self.progress.epoch, self.settings.epochs):
+            batches = step_batches(len(self.trees), per_step, self.settings.seed, epoch)
+            self.train_epoch(batches[self.progress.batch :])  # what is left of it
+            self.end_epoch()
 
-    def train_epoch(self, batches: list[list[int]], bar: tqdm) -> None:
+    def train_epoch(self, batches: list[list[int]]) -> None:
         """Make the epoch's remaining steps; stop between two if a signal came."""
         settings, progress = self.settings, self.progress
         steps = (make_step(self.trees, b, settings.loss, self.batching) for b in batches)
@@ -267,7 +278,10 @@ class Trainer:
             loss, norm = self.update(step)
             progress.step += 1
             progress.batch += 1
-            self.report(step, loss, norm, step.tokens / (time.perf_counter() - began), bar)
+            speed = step.tokens / (time.perf_counter() - began)
+            self.log(loss=loss, grad_norm=norm, lr=settings.lr, tokens_per_second=speed)
+            if self.bar:
+                self.bar.step(progress.epoch + 1, loss, settings.lr, speed)
 
             # Checkpoint now and then, and before stopping.
             stop = all_reduce(len(self.signals), self.device, dist.ReduceOp.MAX)
@@ -281,7 +295,8 @@ class Trainer:
         """Make one optimizer step; InputError if memory runs out or the loss is not finite."""
         settings = self.settings
         # Dropout depends on the step alone, so that a resumed run has the same.
-        torch.manual_seed((settings.seed * 1_000_003 + self.progress.step) * 4096 + self.rank)
+        seed = (settings.seed * 1_000_003 + self.progress.step) * 4096 + self.rank
+        torch.manual_seed(seed % 2**64)
         options = settings.max_grad_norm, settings.shard, settings.autocast
         try:
             return train_step(self.model, self.optimizer, step, *options)
@@ -295,21 +310,7 @@ class Trainer:
             way = f"lower --lr, or look at the data of its users: {who}"
             raise InputError(f"step {self.progress.step + 1}: {error}; {way}") from None
 
-    def report(self, step: Step, loss: float, norm: float, speed: float, bar: tqdm) -> None:
-        """Log a step and show it."""
-        lr, epoch = self.settings.lr, self.progress.epoch + 1
-        self.log(loss=loss, grad_norm=norm, lr=lr, tokens_per_second=speed)
-        memory = peak_memory(self.device)
-        shown = f"epoch {epoch}, loss {loss:.4f}, lr {lr:g}, {speed:.0f} tokens/s, {memory}"
-        bar.set_postfix_str(shown)
-        bar.update()
-        self.speeds.append(speed)
-        if len(self.speeds) == 10 and self.rank == 0:  # the first steps compile
-            rate = median(self.speeds)
-            minutes = sum(tree.size for tree in self.trees) / rate / 60
-            bar.write(f"after ten steps {rate:.0f} tokens/s: {minutes:.1f} minutes per epoch")
-
-    def end_epoch(self, bar: tqdm) -> None:
+    def end_epoch(self) -> None:
         """Validate, and keep the model if it is the best so far."""
         progress, recall = self.progress, self.validate()
         total = sum(recall.values())
@@ -324,10 +325,10 @@ class Trainer:
             adapter = settings.lora if settings.lora_r else None
             save_best(settings.run, self.model, adapter, settings.model, base, settings.dtype)
         self.save()
-        if self.rank == 0:
+        if self.bar:
             values = ", ".join(f"{name} {value:.4f}" for name, value in recall.items())
             note = ", best so far" if best else ""
-            bar.write(f"epoch {progress.epoch}: validation {values}{note}")
+            self.bar.write(f"epoch {progress.epoch}: validation {values}{note}")
 
     def validate(self) -> dict[str, float]:
         """Return the validation recall at each k."""
@@ -359,15 +360,14 @@ class Trainer:
 def main() -> None:
     """Train on the dataset's training users."""
     flags = parse_settings(Settings, __doc__)
-    rank, _, device = join_processes()
+    rank, _, device = join_processes(flags.timeout)
     settings = resolve(flags, device)
     batching = Batching.on(device, settings.pack_tokens, on_gpus=8192)
 
     # The users, the model with a new adapter, and what makes the prompts.
     domain, items, splits = load_dataset(settings.data, ("train", "val"))
     train, val = splits["train"], splits["val"]
-    if settings.batch_size % (n := 1 + len(train[0].negatives)):
-        raise InputError(f"--batch-size is no multiple of the {n} examples of a user")
+    check_batch_size(settings.batch_size, train)
     folder = find_model(settings.model, settings.revision)
     recommender, answers = make_recommender(settings, folder, domain, items, train + val)
     model = load_base(settings, folder)
@@ -375,13 +375,18 @@ def main() -> None:
     with locked(settings.run, hold=rank == 0):
         if rank == 0:
             claim(settings, folder, recommender, train + val)
+        if (epochs_done(settings.run) or 0) >= settings.epochs:
+            return conclude(settings, f"done    {settings.run}: all epochs were trained before")
+        if rank == 0:
             announce(settings, model, len(train), len(val), recommender.budget.tokens)
 
         # Every prompt as token ids: trees to learn from, packs to validate on.
         users = [(example, [example.positive, *example.negatives]) for example in train]
         prompts = Prompts(recommender, users, answers)
         trees = list(tokenize(prompts, batching.workers, show=rank == 0))
-        validation = Validation.of(recommender, val, answers, batching, show=rank == 0)
+        ranking = Ranking.of(recommender, val)
+        packs = user_packs(ranking, range(len(val)), batching, show=rank == 0)
+        validation = Validation(ranking, list(packs), answers)
         if rank == 0:
             foresee(settings, model, trees, recommender.budget, device)
         if settings.dry_run:
@@ -390,10 +395,8 @@ def main() -> None:
         place(model, settings, device)
         names = [example.user for example in train]
         Trainer(settings, model, trees, names, batching, validation).fit()
-        if rank == 0:
-            kind = "adapter" if settings.lora_r else "model"
-            print(f"wrote   {settings.run / kind}; peak {peak_memory(device)}")
-            print(f"next    python evaluate.py --run {settings.run}")
+        wrote = settings.run / ("adapter" if settings.lora_r else "model")
+        conclude(settings, f"wrote   {wrote}; peak {peak_memory(device)}")
 
 
 def load_base(settings: Settings, folder: Path) -> Llama:
@@ -415,6 +418,7 @@ def claim(
     run, texts = settings.run, [recommender.items, recommender.summaries]
     content = trsr.content_hash([*texts, [vars(example) for example in examples]])
     recorded = settings.recorded() | {"fingerprint": fingerprint(folder), "content": content}
+    recorded["prompt"] = wording(settings.paradigm, recommender.domain)["recommend"]
     started = any((run / kind).is_dir() for kind in ("checkpoint", "adapter", "model"))
     if not settings.dry_run:  # which leaves nothing behind
         claim_config(run, "train", recorded, started)
@@ -444,6 +448,13 @@ def foresee(
     packs = settings.pack_tokens, settings.activation_checkpointing
     memory = training_memory(model, world, settings.shard, itemsize, *packs)
     preflight(model, trees, memory, world, device)
+
+
+def conclude(settings: Settings, what: str) -> None:
+    """Print what has come out, and the next command."""
+    if ranks()[0] == 0:
+        print(what)
+        print(f"next    python evaluate.py --run {settings.run}")
 
 
 def place(model: Llama, settings: Settings, device: torch.device) -> None:

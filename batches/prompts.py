@@ -1,7 +1,7 @@
 """A user's prompts as a tree of token ids, made by worker processes while a GPU computes."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from launch.processes import host_workers
 from ops.packs import Tree, make_tree
-from trsr import InputError, Recommender
+from trsr import Example, InputError, Recommender, shuffled_candidates
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,20 @@ class Batching:
         gpu = device.type == "cuda"
         pack_tokens = pack_tokens or (on_gpus if gpu else 4096)
         return cls(pack_tokens, pack_tokens if gpu else 1, host_workers(device))
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Users whose candidates are to be ranked, and what makes their prompts."""
+
+    recommender: Recommender
+    examples: Sequence[Example]
+    candidates: Sequence[list[str]]  # in the order of the examples
+
+    @classmethod
+    def of(cls, recommender: Recommender, examples: Sequence[Example]) -> "Ranking":
+        """Return the ranking of the examples' positives and negatives, in a seeded order."""
+        return cls(recommender, examples, [shuffled_candidates(e) for e in examples])
 
 
 class Prompts(Dataset):

@@ -7,6 +7,7 @@ import torch
 from batches.prompts import Batching
 from launch.processes import ranks, share_out
 from ops.packs import Pack, Tree, pack_length, pack_trees
+from trsr import Example, InputError
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,16 @@ class Step:
     targets: int  # likewise; 0 if this process has no share and its packs are not to count
 
 
+def check_batch_size(batch_size: int, train: list[Example]) -> None:
+    """Raise InputError unless all users have equally many examples, and a step whole users."""
+    n = 1 + len(train[0].negatives)
+    if odd := [example.user for example in train if 1 + len(example.negatives) != n]:
+        what = f"user {odd[0]!r} has other than {n} examples, which user {train[0].user!r} has"
+        raise InputError(f"train.jsonl: {what}; give all users equally many negatives")
+    if batch_size % n:
+        raise InputError(f"--batch-size is no multiple of the {n} examples of a user")
+
+
 def target_count(tree: Tree, loss: str) -> int:
     """Return how many next-token targets the tree's examples have, counted separately."""
     n = len(tree.branches)
@@ -27,7 +38,7 @@ def target_count(tree: Tree, loss: str) -> int:
 
 def step_batches(n_users: int, users_per_step: int, seed: int, epoch: int) -> list[list[int]]:
     """Return the users of each step of an epoch, in an order that seed and epoch determine."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**64)
     order = torch.randperm(n_users, generator=generator).tolist()
     return [order[i : i + users_per_step] for i in range(0, n_users, users_per_step)]
 

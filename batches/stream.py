@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from batches.prompts import Batching, Prompts, tokenize
+from batches.prompts import Batching, Prompts, Ranking, tokenize
+from launch.processes import ranks, share_out
 from ops.packs import Pack, Tree, pack_trees, stream_length
-from trsr import Example, Recommender
 
 USERS_PACKED = 64  # users whose prompts are packed together
 
@@ -36,17 +36,21 @@ def stream_packs(trees: Iterable[tuple[int, Tree]], n: int, batching: Batching) 
 
 
 def user_packs(
-    recommender: Recommender,
-    examples: Sequence[Example],
-    candidates: Sequence[list[str]],
-    users: Sequence[int],
-    batching: Batching,
-    show: bool,
+    ranking: Ranking, users: Sequence[int], batching: Batching, show: bool
 ) -> Iterator[Pack]:
-    """Return packs with all prompts of these users, which are indices of examples.
+    """Return packs with all prompts of these users, which are indices of the ranking's.
 
     Worker processes start to tokenize at once.
     """
-    prompts = Prompts(recommender, [(examples[u], candidates[u]) for u in users])
-    trees = tokenize(prompts, batching.workers, show)
+    chosen = [(ranking.examples[u], ranking.candidates[u]) for u in users]
+    trees = tokenize(Prompts(ranking.recommender, chosen), batching.workers, show)
     return stream_packs(zip(users, trees, strict=True), len(users), batching)
+
+
+def own_packs(ranking: Ranking, batching: Batching, show: bool) -> Iterator[Pack]:
+    """Return the packs of this process's users, shared out by the length of their candidates."""
+    rank, world = ranks()
+    # Candidates dominate the cost of a user, since the prefix is computed once.
+    texts = ranking.recommender.items
+    sizes = [sum(len(texts[i]) for i in items) for items in ranking.candidates]
+    return user_packs(ranking, sorted(share_out(sizes, world)[rank]), batching, show)

@@ -19,9 +19,19 @@ SHOP = ("-m", "prepare.demo", "--out", DATA)
 SHOP += ("--train-users", "150", "--val-users", "10", "--test-users", "200")  # as make demo
 
 
-def is_embedded(flags: Shared) -> bool:
-    """Return whether the user has named no data, model or run."""
-    return not flags.given & {"data", "model", "run"}
+def make_missing(flags: Shared, data: str, summaries: bool = False, training: bool = False) -> None:
+    """Make what is missing of the embedded default: its data, and if asked what follows from them.
+
+    Nothing is done if the user named data, a model or a run, or if the run is about other data.
+    Every process has to call it.
+    """
+    if flags.given & {"data", "model", "run"} or data != DATA:
+        return
+    make_first(Path(DATA) / "meta.json", *SHOP)
+    if summaries:
+        make_first(RUN / "summaries.jsonl", "summarize.py")
+    if training:
+        make_first(RUN / "adapter", "train.py")
 
 
 def make_first(missing: Path, *command: str) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import llama
 from llama import CheckpointError, attend, rotate
 from ops.cache import Cache
-from ops.checkpoint import config_from
+from ops.config import config_from
 
 _TANH = partial(F.gelu, approximate="tanh")
 ACTIVATIONS: dict[str, Callable] = {

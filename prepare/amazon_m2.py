@@ -117,6 +117,7 @@ def main() -> None:
     products = Table(raw / "products_train.csv", PRODUCTS, split=split_csv)
     sessions = Table(raw / "sessions_train.csv", SESSIONS, split=split_csv)
     source = Source(
+        "prepare.amazon_m2",
         "products",
         products,
         sessions,

@@ -69,6 +69,7 @@ class Source:
     sessions: takes a counter, for what the reader itself drops; filters: the names it counts.
     """
 
+    made_by: str  # the reader, as in `python -m prepare.mind`
     domain: str
     catalogue: Table
     raw: Table
@@ -303,7 +304,7 @@ def write(
 
     kept = {n: value for n, value in vars(options).items() if not isinstance(value, Path)}
     seed = kept.pop("seed")
-    meta = {"domain": source.domain, "seed": seed, "settings": kept}
+    meta = {"made_by": source.made_by, "domain": source.domain, "seed": seed, "settings": kept}
     tables = source.catalogue, source.raw
     meta |= {"sources": [table.source() for table in tables], "dropped": dict(dropped)}
     read = ((item, attributes) for _, item, attributes in source.items() if item in mentioned)

@@ -16,6 +16,25 @@ from trsr import Domain, Example, InputError, item_text
 
 EXAMPLE_FIELDS = {"user": str, "history": list, "positive": str, "negatives": list}
 
+# ---- Which command made a dataset
+
+SHOP = "prepare.demo"  # the synthetic shop's
+
+
+def made_by(folder: Path) -> str | None:
+    """Return the command that wrote a dataset, as in `python -m COMMAND`; None if none did."""
+    path = Path(folder) / "meta.json"
+    return read_json(path).get("made_by") if path.is_file() else None
+
+
+def default_model(data: str, model: str) -> str:
+    """Return model, the embedded one; InputError for data other than the shop that it knows."""
+    if Path(data, "meta.json").is_file() and made_by(data) != SHOP:
+        what = f"{model}, the default, knows only the synthetic shop, not {data}"
+        raise InputError(f"--model is needed: {what}")
+    return model
+
+
 # ---- Reading
 
 
@@ -28,7 +47,9 @@ def load_dataset(
     """
     folder = Path(folder)
     if not (folder / "meta.json").is_file():
-        way = f"make one with python -m prepare.demo --out {folder}"
+        way = "docs/data.md says how to make one"
+        if (folder / "items.jsonl").is_file():
+            way = 'add one with {"domain": "products"} or {"domain": "news"}'
         raise InputError(f"{folder}: no dataset (no meta.json); {way}")
     domain = read_json(folder / "meta.json").get("domain")
     if domain not in DOMAINS:
@@ -83,14 +104,28 @@ def popularity(examples: Iterable[Example]) -> Counter:
 # ---- Writing
 
 
+def check_replaceable(out: Path, command: str) -> None:
+    """Raise InputError if out holds a dataset that this command did not write."""
+    names = ("meta.json", "items.jsonl", "train.jsonl", "val.jsonl", "test.jsonl")
+    found = [name for name in names if (out / name).exists()]
+    if found and made_by(out) != command:
+        what = f"holds a dataset that python -m {command} did not write ({', '.join(found)})"
+        raise InputError(f"{out}: {what}; choose another --out, or delete it first")
+    if found:
+        print(f"{out}: replacing the dataset that python -m {command} wrote there")
+
+
 def save_dataset(
     out: Path, splits: dict[str, list[dict]], items: Iterable[dict], meta: dict
 ) -> dict:
     """Write items.jsonl, a file for each split, and meta.json; return meta with counts added.
 
-    meta.json is removed first and written last, so a folder that has one is complete.
+    meta.json is removed first and written last, so a folder that has one is complete. Raises
+    InputError, and writes nothing, if the folder holds a dataset that another command or a person
+    has written.
     """
     out = Path(out)
+    check_replaceable(out, meta["made_by"])
     out.mkdir(parents=True, exist_ok=True)
     (out / "meta.json").unlink(missing_ok=True)
 

@@ -132,7 +132,14 @@ def main() -> None:
     oracles = oracle_table(shop, splits["train"], splits["test"])
 
     kept = {"items": settings.items, "users": sizes}
-    meta = {"domain": "products", "seed": seed, "settings": kept, "sources": [], "dropped": {}}
+    meta = {
+        "made_by": "prepare.demo",
+        "domain": "products",
+        "seed": seed,
+        "settings": kept,
+        "sources": [],
+        "dropped": {},
+    }
     meta |= {"oracles": {"split": "test", "metric": "Recall@3", **oracles}}
     products = shop.products.values()
     items = ({"id": product.id, "attributes": product.attributes} for product in products)

@@ -1,8 +1,10 @@
 """The domains that the project knows: their words, one file per domain in prepare/words/."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
+import trsr
 from trsr import Domain
 
 WORDS = Path(__file__).parent / "words"
@@ -14,3 +16,15 @@ def read_domain(path: Path) -> Domain:
 
 
 DOMAINS = {path.stem: read_domain(path) for path in sorted(WORDS.glob("*.json"), reverse=True)}
+
+
+def wording(paradigm: str, domain: Domain) -> dict[str, str]:
+    """Return every prompt with placeholders for the texts: what a run's results depend on."""
+    room = trsr.Budget(1, lambda texts: [[] for _ in texts], Counter())
+    show = trsr.recommendation_prompts(paradigm, domain, "SUMMARY", ["ITEM"], ["CANDIDATE"])
+    return {
+        "block": trsr.block_prompt(["ITEM"], domain, room),
+        "merge": trsr.merge_prompt(["SUMMARY"], domain, room),
+        "update": trsr.update_prompt("SUMMARY", ["ITEM"], domain, room),
+        "recommend": show[0],
+    }

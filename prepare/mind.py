@@ -37,6 +37,9 @@ ATTRIBUTES = {
     "Title": "title",
     "Abstract": "abstract",
 }
+# The files have no header, but programs that save them again may add one.
+NEWS_HEADERS = ("id", "news id", "newsid", "nid", "0")
+BEHAVIOR_HEADERS = ("id", "impression id", "impressionid", "0")
 NO_CLICK, TOO_FEW = "rows without a click", "rows with too few shown and unclicked"
 
 
@@ -93,9 +96,12 @@ def main() -> None:
     if impressions and settings.negatives == "popular":
         why = "whose negatives are those that were shown"
         raise InputError(f"--negatives popular has no use with --target impressions, {why}")
-    news = Table(settings.raw / "news.tsv", NEWS, header=False)
-    behaviors = Table(settings.raw / "behaviors.tsv", BEHAVIORS, header=False)
+    news = Table(settings.raw / "news.tsv", NEWS, header=False, header_words=NEWS_HEADERS)
+    behaviors = Table(
+        settings.raw / "behaviors.tsv", BEHAVIORS, header=False, header_words=BEHAVIOR_HEADERS
+    )
     source = Source(
+        "prepare.mind",
         "news",
         news,
         behaviors,

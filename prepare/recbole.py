@@ -8,10 +8,11 @@ which. Every column of the .item file becomes an attribute, except those of type
 are vectors.
 """
 
-import math
 from argparse import SUPPRESS
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
 from launch.command import option, parse_settings, run_main
@@ -20,6 +21,8 @@ from prepare.domains import DOMAINS
 from prepare.tables import Table, attributes
 from trsr import InputError
 
+OTHER_ROWS = "rows of a user other than the one taken"
+ROWS = ("last", "first", "all")
 TYPES = ("token", "token_seq", "float", "float_seq")
 
 
@@ -30,6 +33,9 @@ class Settings(Options):
     inter: Path = option(SUPPRESS, "file with the interactions", Path, "RecBole", required=True)
     item: Path = option(SUPPRESS, "file with the items", Path, required=True)
     domain: str = option(SUPPRESS, "what the items are", choices=sorted(DOMAINS), required=True)
+    rows: str = option(
+        "last", "of a user with several session rows; all: another user each", choices=ROWS
+    )
 
 
 def typed_columns(table: Table, required: tuple[str, ...]) -> dict[str, str]:
@@ -50,34 +56,60 @@ def typed_columns(table: Table, required: tuple[str, ...]) -> dict[str, str]:
     return columns
 
 
+def attribute_columns(table: Table, columns: dict[str, str]) -> dict[str, str]:
+    """Return the column of each attribute; InputError if two columns become the same attribute."""
+    found: dict[str, str] = {}
+    for name, column in columns.items():
+        if name == "item_id" or column.endswith(":float_seq"):
+            continue
+        shown = (name[:1].upper() + name[1:]).replace("_", " ")
+        if shown in found:
+            what = f"columns {found[shown]!r} and {column!r} both become {shown!r}; rename one"
+            raise InputError(f"{table.path}:1: {what}")
+        found[shown] = column
+    return found
+
+
 def read_items(table: Table, columns: dict[str, str]) -> Iterator[Item]:
     """Yield the items; the column release_year becomes the attribute `Release year`."""
-    columns_of = {}
-    for name, column in columns.items():
-        if name != "item_id" and not column.endswith(":float_seq"):
-            columns_of[(name[:1].upper() + name[1:]).replace("_", " ")] = column
+    columns_of = attribute_columns(table, columns)
     for where, row in table:
         texts = attributes((shown, row[column]) for shown, column in columns_of.items())
         yield where, row[columns["item_id"]], texts
 
 
-def read_sessions(table: Table, columns: dict[str, str]) -> Iterator[Session]:
-    """Yield the sessions of a file with one per row."""
+def read_sessions(
+    table: Table, columns: dict[str, str], rows: str, dropped: Counter
+) -> Iterator[Session]:
+    """Yield the sessions of a file with one per row: a user's last row, first row, or all rows.
+
+    RecBole's own files often have a row for every item of a user, the last one with the longest
+    history. A second row that is kept is another user, named USER#2.
+    """
+    user_of, counts = columns["user_id"], Counter()
+    totals = Counter(row[user_of] for _, row in table)
     for where, row in table:
-        history = row[columns["item_id_list"]].split()
-        yield Session([where], row[columns["user_id"]], history, row[columns["item_id"]])
+        user = row[user_of]
+        counts[user] += 1
+        wanted = {"last": totals[user], "first": 1}.get(rows, counts[user])
+        if counts[user] != wanted:
+            dropped[OTHER_ROWS] += 1
+            continue
+        name = f"{user}#{counts[user]}" if rows == "all" and counts[user] > 1 else user
+        yield Session([where], name, row[columns["item_id_list"]].split(), row[columns["item_id"]])
 
 
 def read_events(table: Table, columns: dict[str, str]) -> Iterator[Session]:
     """Yield one session per user of a file of events, by time; simultaneous events keep order."""
-    users: dict[str, list[tuple[float, str, str]]] = {}
+    users: dict[str, list[tuple[Decimal, str, str]]] = {}
     for where, row in table:
         text = row[columns["timestamp"]]
+        # As decimals, since whole numbers above 2^53 would lose their order as floats.
         try:
-            time = float(text)
-        except ValueError:
-            time = math.nan
-        if not math.isfinite(time):
+            time = Decimal(text)
+        except InvalidOperation:
+            time = Decimal("nan")
+        if not time.is_finite():
             raise InputError(f"{where}: column 'timestamp': {text!r} is no number")
         users.setdefault(row[columns["user_id"]], []).append((time, row[columns["item_id"]], where))
     for user, events in users.items():
@@ -90,20 +122,28 @@ def main() -> None:
     """Read RecBole's atomic files and write the dataset."""
     settings = parse_settings(Settings, __doc__)
     item, inter = Table(settings.item), Table(settings.inter)
-    read, third = read_events, "timestamp"
-    if any(column.startswith("item_id_list:") for column in inter.columns):
-        read, third = read_sessions, "item_id_list"
+    in_sessions = any(column.startswith("item_id_list:") for column in inter.columns)
+    third = "item_id_list" if in_sessions else "timestamp"
     inter_columns = typed_columns(inter, ("user_id", "item_id", third))
     item_columns = typed_columns(item, ("item_id",))
+    attribute_columns(item, item_columns)
+
+    def sessions(dropped: Counter) -> Iterator[Session]:
+        if in_sessions:
+            return read_sessions(inter, inter_columns, settings.rows, dropped)
+        return read_events(inter, inter_columns)
+
     if vectors := [column for column in item.columns if column.endswith(":float_seq")]:
         print(f"Left out of the items' texts: {', '.join(vectors)}")
 
     source = Source(
+        "prepare.recbole",
         settings.domain,
         item,
         inter,
         items=lambda: read_items(item, item_columns),
-        sessions=lambda dropped: read(inter, inter_columns),
+        sessions=sessions,
+        filters=[OTHER_ROWS] if in_sessions else [],
     )
     prepare(settings, source)
 

@@ -21,6 +21,8 @@ class Table:
 
     header: whether the first line names the columns, which must then include `columns`.
     split: turns lines into (number of the first line, columns).
+    header_words: with header False, what a first column says in a header that someone has added;
+    such a line is passed over.
     Raises InputError at once for a missing file or column, and for a broken row when reached.
     """
 
@@ -30,6 +32,7 @@ class Table:
         columns: Sequence[str] = (),
         header: bool = True,
         split: Callable = split_tabs,
+        header_words: Sequence[str] = (),
     ):
         self.path, self.header, self.split = path, header, split
         self.columns: Sequence[str] = columns
@@ -39,6 +42,11 @@ class Table:
         if header:
             _, self.columns = next(split(self._lines(), path), (1, []))
             self._check_header(columns)
+        elif header_words:
+            _, first = next(split(self._lines(), path), (1, [""]))
+            if first[0].strip().lower().replace("_", " ") in header_words:
+                self.header = True
+                print(f"{path}:1: a header line, passed over ({', '.join(first)})")
 
     def _check_header(self, required: Sequence[str]) -> None:
         if missing := [name for name in required if name not in self.columns]:
@@ -82,6 +90,17 @@ class Table:
         return {"file": self.path.name, "sha256": digest, "rows": self.rows}
 
 
+MISSING = {"nan", "none", "null"}  # how programs write a value that is not there
+
+
 def attributes(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Return the (name, raw text) pairs that have a text, with HTML entities decoded."""
-    return {name: text for name, raw in pairs if (text := html.unescape(raw)).strip()}
+    """Return the (name, raw text) pairs that have a text, with HTML entities decoded.
+
+    A text that is nothing but NaN, None or NULL, in any case, is a missing value.
+    """
+    found = {}
+    for name, raw in pairs:
+        text = html.unescape(raw)
+        if text.strip() and text.strip().lower() not in MISSING:
+            found[name] = text
+    return found

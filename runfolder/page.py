@@ -21,6 +21,7 @@ from files.jsonl import read_json, read_jsonl
 from launch.command import Help, run_main
 from prepare.dataset import load_dataset
 from runfolder.plots import COLORS_AND_TEXT, histogram, line_plot, tag
+from runfolder.results import Question
 from runfolder.show import records_of, steps
 from state.settings import read_config
 from trsr import SUMMARIZED, InputError, Node
@@ -236,18 +237,16 @@ def users_part(run: Path, results: dict, scores: list[dict]) -> str:
 # ---- The page
 
 
-def write_report(run: Path, split: str = "test", suffix: str = "") -> Path:
-    """Write RUN/report.html and return its path; suffix: `-untrained` for the base model's."""
-    results_path, scores_path = run / f"results{suffix}.json", run / f"scores-{split}{suffix}.jsonl"
-    for path in (results_path, scores_path):
+def write_report(question: Question) -> Path:
+    """Write the page of an evaluation and return its path."""
+    run = question.run
+    for path in (question.results, question.scores):
         if not path.is_file():
             raise InputError(f"{path}: no such file; first run python evaluate.py --run {run}")
-    results, scores = read_json(results_path), [line for _, line in read_jsonl(scores_path, {})]
-    if results["split"] != split:
-        what = f"of split {results['split']!r}, not {split!r}; evaluate that split again"
-        raise InputError(f"{results_path}: {what}")
+    results = read_json(question.results)
+    scores = [line for _, line in read_jsonl(question.scores, {})]
 
-    path, title = run / f"report{suffix}.html", tag("title", escape(f"LLM-TRSR: {run}"))
+    path, title = question.report, tag("title", escape(f"LLM-TRSR: {run}"))
     head = '<meta charset="utf-8">'
     head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
     head += title + tag("style", COLORS_AND_TEXT + STYLE)
@@ -293,7 +292,7 @@ def main() -> None:
         "--split", choices=["val", "test"], default="test", help="the split that was evaluated"
     )
     args = parser.parse_args()
-    print(f"wrote   {write_report(args.run, args.split)}")
+    print(f"wrote   {write_report(Question(args.run, args.split))}")
 
 
 if __name__ == "__main__":

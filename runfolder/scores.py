@@ -1,6 +1,6 @@
 """From scores or ranks to the table: of this project, the baselines or another system alike."""
 
-import math
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +11,8 @@ import trsr
 from files.jsonl import read_jsonl, write_jsonl
 from prepare.dataset import popularity
 from trsr import Example, InputError
+
+LARGEST = sys.float_info.max  # of a score; JSON's numbers can be larger
 
 # ---- scores-SPLIT.jsonl
 
@@ -65,7 +67,10 @@ def scores_of(where: str, record: dict) -> dict[str, float]:
     if not isinstance(scores, list) or len(scores) != len(record["candidates"]):
         what = "expected a list with a number for each candidate"
         raise InputError(f"{where}: field 'scores', {what}")
-    if not all(type(x) in (int, float) and math.isfinite(x) for x in scores):
+    if len(set(record["candidates"])) < len(scores):
+        twice = next(i for i, n in Counter(record["candidates"]).items() if n > 1)
+        raise InputError(f"{where}: field 'candidates' names {twice!r} twice")
+    if not all(type(x) in (int, float) and abs(x) <= LARGEST for x in scores):
         raise InputError(f"{where}: field 'scores' holds something that is no finite number")
     return dict(zip(record["candidates"], scores, strict=True))
 
@@ -79,6 +84,15 @@ def random_metrics(n_candidates: int, ks: Sequence[int]) -> dict[str, float]:
     return {name: float(values.mean()) for name, values in metrics.items()}
 
 
+def chance_metrics(examples: Sequence[Example], ks: Sequence[int]) -> dict[str, float]:
+    """Return what a random order scores on average on users with candidate lists of any length."""
+    found: Counter = Counter()
+    for n, users in Counter(1 + len(example.negatives) for example in examples).items():
+        for name, value in random_metrics(n, ks).items():
+            found[name] += value * (users / len(examples))
+    return dict(found)
+
+
 def bootstrap_intervals(
     metrics: dict[str, np.ndarray], resamples: int = 2000, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
@@ -89,6 +103,8 @@ def bootstrap_intervals(
     # How often each user is drawn is a multinomial sample.
     draws = (rng.multinomial(n, np.full(n, 1 / n)) / n for _ in range(resamples))
     means = np.stack([table @ weights for weights in draws])
+    # A mean lies within its values, whatever the weights' rounding has made of it.
+    means = means.clip(table.min(axis=1), table.max(axis=1))
     low, high = np.quantile(means, [0.025, 0.975], axis=0)
     return {name: (float(a), float(b)) for name, a, b in zip(metrics, low, high, strict=True)}
 
@@ -130,8 +146,21 @@ def table_of(
     seed: int = 0,
 ) -> dict:
     """Return the rows of the result's table: random, popularity, and this one."""
-    chance = random_metrics(1 + len(examples[0].negatives), ks)
+    chance = chance_metrics(examples, ks)
     by_popularity = popularity_ranks(examples, popularity(train), seed)
     table = {"random": {name: {"mean": mean} for name, mean in chance.items()}}
     table["popularity"] = means_and_intervals(by_popularity, ks, seed)
     return table | {row: means_and_intervals(ranks, ks, seed)}
+
+
+def table_of_file(
+    path: Path,
+    examples: Sequence[Example],
+    train: Sequence[Example],
+    ks: Sequence[int],
+    seed: int = 0,
+) -> dict:
+    """Return the rows for another system's scores, in a file like scores-test.jsonl."""
+    candidates = [trsr.shuffled_candidates(example) for example in examples]
+    _, ranks = trsr.rank_users(examples, candidates, read_scores(path, examples, candidates))
+    return table_of(path.stem, ranks, examples, train, ks, seed)

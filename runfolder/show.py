@@ -69,8 +69,10 @@ def main() -> None:
     examples = [*splits["test"], *splits["val"], *splits["train"]]
     histories = {example.user: example.history for example in examples}
     user = args.user or examples[0].user
-    if user not in histories or user not in records:
-        what = f"no summary of user {user!r}; {args.run}/summaries.jsonl names the users"
+    if user not in histories:
+        raise InputError(f"{data}: no user {user!r}; train, val and test.jsonl name the users")
+    if user not in records:
+        what = f"no summary of user {user!r}; {args.run}/summaries.jsonl names those who have one"
         raise InputError(f"{args.run}: {what}")
     history = [items[i] for i in histories[user]]
     print(f"{args.run}: {user}, {len(history)} items, {records[user]['paradigm']}")

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from files.atomic import atomic_write
 from launch.processes import ranks
 from lora import LoRAConfig, save_adapter
+from state.origin import write_origin
 from trsr import InputError
 
 PROGRESS = ("step", "epoch", "batch", "best")  # the fields of a checkpoint's progress
@@ -83,6 +84,17 @@ def load_checkpoint(
     return None
 
 
+def epochs_done(run: Path) -> int | None:
+    """Return the epochs that the newest intact checkpoint has behind it; None without one."""
+    for path in sorted((run / "checkpoint").glob("step-*.safetensors"), reverse=True):
+        try:
+            with safe_open(path, framework="pt") as file:
+                return int(json.loads(file.metadata()["progress"])["epoch"])
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+            continue
+    return None
+
+
 def read_checkpoint(path: Path, trained: dict[str, nn.Parameter]) -> tuple[dict, dict[str, Tensor]]:
     """Return (progress, tensors) of a checkpoint; raise if it is broken or of another model."""
     with safe_open(path, framework="pt") as file:
@@ -137,6 +149,7 @@ def save_best(
     if adapter:
         try:
             save_adapter(run / "adapter", tensors, adapter, name, write_tensors)
+            write_origin(run)
         except OSError as error:
             what = f"{run / 'adapter'}: not written ({error})"
             raise InputError(f"{what}; the same command resumes") from None

@@ -17,6 +17,13 @@ _SHARED = {
     "fingerprint": str,
     "max_length": int,
 }
+# What to say of settings whose values say nothing to a reader.
+_CHANGES = {
+    "content": "the dataset's texts or users are other ones now",
+    "fingerprint": "the model's files are other ones now",
+    "prompt": "the prompt has other words now",
+    "prompts": "the prompts have other words now",
+}
 SECTIONS = {"summarize": _SHARED, "train": _SHARED | {"history_items": int, "lora_r": int}}
 
 
@@ -33,7 +40,16 @@ def locked(run: Path, hold: bool = True):
         except BlockingIOError:
             what = "another process is working in this run folder"
             raise InputError(f"{run}: {what}; wait, or choose another --run") from None
+        remove_torn(run)
         yield
+
+
+def remove_torn(run: Path) -> None:
+    """Remove the temporary files of processes that were killed while they wrote one."""
+    for path in run.rglob(".*.tmp"):
+        pid = path.name.split(".")[-2]
+        if pid.isdecimal() and not Path("/proc", pid).exists():
+            path.unlink(missing_ok=True)
 
 
 def read_config(run: Path) -> dict:
@@ -60,7 +76,9 @@ def claim_config(run: Path, section: str, settings: dict, started: bool) -> None
     names = sorted({*old, *settings})
     differing = [name for name in names if old.get(name) != settings.get(name)]
     if started and differing:
-        values = ", ".join(f"{n} {old.get(n)!r} (now {settings.get(n)!r})" for n in differing)
-        way = "use those, or another --run"
-        raise InputError(f"{run}: {section}.py worked here with {values}; {way}")
+        told = [_CHANGES[name] for name in differing if name in _CHANGES]
+        shown = [name for name in differing if name not in _CHANGES]
+        values = ", ".join(f"{n} {old.get(n)!r} (now {settings.get(n)!r})" for n in shown)
+        what = "; ".join([*([f"{section}.py worked here with {values}"] if shown else []), *told])
+        raise InputError(f"{run}: {what}; use what it was made with, or another --run")
     write_json(run / "config.json", config | {section: settings})
