@@ -1,6 +1,7 @@
 """Small random models, tokenizers, a dataset and runs, made once for all tests."""
 
 import random
+import signal
 
 import pytest
 import sentencepiece
@@ -19,6 +20,7 @@ from helpers import (
     write_neox,
 )
 
+from launch.processes import run_script
 from prepare.domains import DOMAINS
 
 SHARED = ROOT.parent / "shared"
@@ -28,13 +30,9 @@ needs_shared = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _two_threads_from_the_start():
-    torch.set_num_threads(2)  # also for the fixtures that come before _two_threads
-
-
-@pytest.fixture(autouse=True)
-def _two_threads():
-    torch.set_num_threads(2)
+def _one_thread():
+    """One thread is fastest for such small models; on a busy machine two wait for each other."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +177,34 @@ def alone(tmp_path_factory, data_folder, model_folder):
     common = {"data": data_folder, "model": model_folder, **FIT}
     run("train.py", run=folder, **common, epochs=3, lora_dropout=0)
     return folder
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory, data_folder, model_folder):
+    """A run of one epoch; no test changes what it was trained with."""
+    folder = tmp_path_factory.mktemp("runs") / "trained"
+    common = {"data": data_folder, "model": model_folder, "paradigm": "recent-only"}
+    run("train.py", run=folder, **common, epochs=1)
+    return folder
+
+
+# ---- Scripts
+
+
+@pytest.fixture
+def run_script_here():
+    """Return the function that runs main by run_script, in this process; gives its exit status."""
+    numbers = signal.SIGTERM, signal.SIGINT
+    handlers = [signal.getsignal(number) for number in numbers]
+
+    def run_here(main):
+        with pytest.raises(SystemExit) as end:
+            run_script(main)
+        return end.value.code
+
+    yield run_here
+    for number, handler in zip(numbers, handlers, strict=True):
+        signal.signal(number, handler)
 
 
 # ---- Options

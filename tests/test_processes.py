@@ -1,13 +1,12 @@
 """launch/processes.py: sharing work out, working ahead, and one line for every failure."""
 
 import random
-import signal
 import threading
 
 import pytest
 import torch
 
-from launch.processes import all_reduce, gather, prefetch, ranks, run_script, share_out
+from launch.processes import all_reduce, gather, prefetch, ranks, share_out
 from trsr import InputError
 
 
@@ -74,17 +73,9 @@ def test_an_error_of_what_is_made_ahead_arrives_in_its_place():
     ],
     ids=["input", "disk", "memory", "interrupt"],
 )
-def test_a_script_ends_with_one_line(monkeypatch, capsys, error, status, line):
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    monkeypatch.setattr("sys.argv", ["script.py"])
-
+def test_a_script_ends_with_one_line(monkeypatch, capsys, run_script_here, error, status, line):
     def main():
         raise error
 
-    try:
-        with pytest.raises(SystemExit) as end:
-            run_script(main)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    assert (end.value.code, capsys.readouterr().err) == (status, line)
+    monkeypatch.setattr("sys.argv", ["script.py"])
+    assert (run_script_here(main), capsys.readouterr().err) == (status, line)
