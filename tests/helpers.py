@@ -3,6 +3,7 @@
 What takes time to make is a fixture in conftest.py instead.
 """
 
+import csv
 import importlib
 import io
 import json
@@ -17,6 +18,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -27,6 +29,7 @@ from launch.command import run_main
 from models import hub
 from ops.cache import KVCache
 from ops.packs import make_tree
+from prepare import amazon_m2
 from summarize import Generator
 
 ROOT = Path(__file__).parent.parent
@@ -310,6 +313,74 @@ def count_lines(path):
         return path.read_bytes().count(b"\n")
     except FileNotFoundError:
         return 0
+
+
+# ---- Raw data, as published, and the dataset that is prepared from it
+
+SPLITS = ("train", "val", "test")
+SMALL = {"min_history": 2, "max_history": 3, "eval_negatives": 2}  # filters for a few rows
+
+
+def prepared(module, **settings):
+    """Run a reader's main, whose errors are raised here; return its output folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [module.__name__, *flags(**settings)])
+        module.main()
+    return settings["out"]
+
+
+def examples(folder):
+    """Return the examples of all splits by user."""
+    return {e["user"]: e for split in SPLITS for e in read_lines(folder / f"{split}.jsonl")}
+
+
+def meta(folder):
+    """Return meta.json."""
+    return json.loads((folder / "meta.json").read_text("utf-8"))
+
+
+def write_mind(folder, behaviors, n_news=12, news=()):
+    """Write MIND's files: n_news articles and more of them, and (user, history, impressions)."""
+    names = [(str(n), f"Title {n}", f"About {n}") for n in range(n_news)]
+    rows = [[f"N{n}", "news", "local", *texts, "", "[]", "[]"] for n, *texts in names]
+    write_rows(folder / "news.tsv", [*rows, *news])
+    time = "11/12/2019 2:14:46 PM"
+    rows = [[str(n), user, time, *rest] for n, (user, *rest) in enumerate(behaviors, 1)]
+    write_rows(folder / "behaviors.tsv", rows)
+    return folder
+
+
+def write_rows(path, rows):
+    """Write rows with tabs between the columns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join("\t".join(row) + "\n" for row in rows), "utf-8")
+
+
+def write_amazon(folder, n_products, n_sessions, locales=("UK", "DE"), description=40, seed=0):
+    """Write Amazon-M2's files, of any size; a fifth of the sessions has 10 or more items."""
+    rng = random.Random(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "Holds &amp; pours, " * (description // 18)
+    with open(folder / "products_train.csv", "w", newline="", encoding="utf-8") as file:
+        write = csv.writer(file).writerow
+        write(amazon_m2.PRODUCTS)
+        for n in range(n_products):
+            names = f"B{n:09}", locales[n % len(locales)], f'Jug "{n}"\nlarge'
+            write([*names, 9.5, "Acme", "", "1 l", "", "Tin", "", text])
+
+    with open(folder / "sessions_train.csv", "w", newline="", encoding="utf-8") as file:
+        write = csv.writer(file).writerow
+        write(amazon_m2.SESSIONS)
+        spread = n_products // len(locales)
+        for n in range(n_sessions):
+            length = rng.randint(10, 25) if rng.random() < 0.2 else rng.randint(1, 4)
+            kind = n % len(locales)
+            ids = [int(rng.random() * spread) * len(locales) + kind for _ in range(length + 1)]
+            *items, target = (f"B{i:09}" for i in ids)
+            rows = [items[k : k + 5] for k in range(0, length, 5)]
+            lines = [" ".join(f"'{item}'" for item in row) for row in rows]
+            write(["[" + "\n ".join(lines) + "]", target, locales[kind]])
+    return folder
 
 
 # ---- Commands
