@@ -82,7 +82,7 @@ class Tokenizer:
         return [self.start + ids for ids in self.pieces.encode(texts)]
 
     def end_ids(self, model_ids: tuple[int, ...]) -> list[int]:
-        """Return the ids that end a text: those of the model that are pieces, and the tokenizer's."""
+        """Return the ids that end a text: the model's, if they are pieces, and the tokenizer's."""
         own = [] if self.eos is None else [self.eos]
         return sorted({*own, *(i for i in model_ids if 0 <= i < self.size)})
 

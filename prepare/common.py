@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 from pathlib import Path
 
-from launch.command import option, positive
+from launch.command import option
+from launch.numbers import positive
 from prepare.dataset import save_dataset
 from prepare.tables import Table
 from trsr import InputError

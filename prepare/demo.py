@@ -16,7 +16,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from launch.command import option, parse_settings, positive, run_main
+from launch.command import option, parse_settings, run_main
+from launch.numbers import positive
 from prepare.common import split_sizes
 from prepare.dataset import save_dataset
 from prepare.shop import RECENT, Product, Shop, Taste, make_shop, make_user
