@@ -1,6 +1,7 @@
 """Small random models, tokenizers, a dataset and runs, made once for all tests."""
 
 import random
+import shutil
 import signal
 
 import pytest
@@ -10,12 +11,15 @@ from helpers import (
     COLORS,
     CPU,
     LLAMA,
+    NASTY,
     NEOX,
     ROOT,
     THINGS,
     command,
+    read_lines,
     run,
     write_dataset,
+    write_lines,
     write_model,
     write_neox,
 )
@@ -186,6 +190,32 @@ def trained_run(tmp_path_factory, data_folder, model_folder):
     common = {"data": data_folder, "model": model_folder, "paradigm": "recent-only"}
     run("train.py", run=folder, **common, epochs=1)
     return folder
+
+
+@pytest.fixture(scope="session")
+def evaluated_runs(tmp_path_factory, model_folder):
+    """The parent of three evaluated runs, one to three, and of their data.
+
+    The texts would break a page that does not escape them.
+    """
+    parent = tmp_path_factory.mktemp("runs")
+    data = write_dataset(parent / "data", history=(6, 12))
+    items = read_lines(data / "items.jsonl")
+    for item in items:
+        item["attributes"]["Title"] += f" {NASTY}"
+    write_lines(data / "items.jsonl", items)
+
+    common, one = {"data": data, "model": model_folder}, parent / "one"
+    run("summarize.py", **common, run=one, max_new_tokens=12, paradigm="recurrent")
+    shutil.copytree(one, parent / "two")
+    different = {"one": {}, "two": {"history_items": 1}, "three": {"paradigm": "recent-only"}}
+    for name, settings in different.items():
+        run("train.py", **common, run=parent / name, epochs=2, batch_size=8, **settings)
+        run("evaluate.py", run=parent / name, k=[1, 3])
+    run("evaluate.py", run=one, k=[1, 3], untrained=True)
+    done = run("evaluate.py", run=one, k=[1, 3], report=True)
+    assert "report.html" in done.stdout
+    return parent
 
 
 # ---- Scripts

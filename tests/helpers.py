@@ -37,6 +37,7 @@ TINY_MODEL = ROOT / "models" / "tiny"  # the embedded default
 CPU = torch.device("cpu")
 COLORS = ["amber", "blue", "coral", "denim", "ebony", "fawn"]
 THINGS = ["kettle", "lamp", "mirror", "notebook", "oven glove", "pillow", "quilt", "radio"]
+NASTY = "<script>alert(\"x\")</script> & 'quoted'"  # a text that a page has to escape
 
 # ---- Small random models, saved by transformers
 

@@ -3,11 +3,9 @@
 import json
 
 import pytest
-from helpers import write_dataset
+from helpers import meta, write_dataset
 
-from files.atomic import atomic_write
-from files.jsonl import read_json
-from prepare.dataset import load_dataset, popularity
+from prepare.dataset import load_dataset, popularity, save_dataset
 from prepare.domains import DOMAINS
 from trsr import InputError
 
@@ -22,11 +20,8 @@ def test_a_dataset_loads(data):
     assert domain is DOMAINS["products"]
     assert len(items) == 60
     assert items["i0"].startswith("Title: ")
-    assert {split: len(examples) for split, examples in splits.items()} == {
-        "train": 12,
-        "val": 4,
-        "test": 4,
-    }
+    sizes = {split: len(examples) for split, examples in splits.items()}
+    assert sizes == {"train": 12, "val": 4, "test": 4}
     counts = popularity(splits["val"])
     assert counts.total() == sum(len(e.history) + 1 for e in splits["val"])
 
@@ -113,18 +108,27 @@ def test_missing_pieces_are_named(data, tmp_path):
         load_dataset(data, ("train",))
 
 
-def test_atomic_write_replaces_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "x"
-    with atomic_write(path) as file:
-        file.write("old")
-    with pytest.raises(TypeError), atomic_write(path) as file:
-        file.writelines(["half of the new", 7])
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
+def test_meta_is_written_last_so_that_a_folder_with_one_is_complete(tmp_path):
+    example = {"user": "ü", "history": ["a", "b"], "positive": "c", "negatives": ["d"]}
+    (tmp_path / "meta.json").write_text("old")
 
+    def items():
+        assert not (tmp_path / "meta.json").exists()
+        yield {"id": "a", "attributes": {"Title": "é\n"}}
+        yield {"id": "b", "attributes": {"Title": "x", "Brand": "y"}}
 
-def test_read_json_names_what_is_no_object(tmp_path):
-    for text in ("", "[1]", '"x"', "nan", "{"):
-        (tmp_path / "x.json").write_text(text)
-        with pytest.raises(InputError, match=r"x\.json: no JSON object"):
-            read_json(tmp_path / "x.json")
+    splits = {"train": [example], "val": [], "test": []}
+    saved = save_dataset(tmp_path, splits, items(), {"domain": "news"})
+    assert saved == {
+        "domain": "news",
+        "examples": {"train": 1, "val": 0, "test": 0},
+        "items": 2,
+        "mean_history": 2.0,
+        "attributes": 2,
+        "mean_attributes": 1.5,
+    }
+    assert saved == meta(tmp_path)
+    line = '{"user": "ü", "history": ["a", "b"], "positive": "c", "negatives": ["d"]}\n'
+    assert (tmp_path / "train.jsonl").read_text("utf-8") == line
+    line = '{"id": "a", "attributes": {"Title": "é\\n"}}\n'
+    assert (tmp_path / "items.jsonl").read_text("utf-8").startswith(line)

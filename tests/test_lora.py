@@ -300,3 +300,100 @@ def test_targets_and_ranks_that_make_no_sense_are_named(folder):
         apply_lora(model, LoRAConfig(targets=("query_key_value",)))
     with pytest.raises(AdapterError, match="rank r is 0"):
         apply_lora(model, LoRAConfig(r=0))
+
+
+# ---- PEFT's configuration: each field is read, harmless or refused
+
+
+def known_fields():
+    read = {"peft_type", "bias", "target_modules", "r", "lora_alpha", "lora_dropout"}
+    return read | {"init_lora_weights", "use_rslora"} | {*lora._HARMLESS}
+
+
+def test_a_plain_configuration_of_peft_is_read_whatever_fields_it_has(tmp_path, folder):
+    save_adapter(tmp_path, adapter_tensors(adapted(folder)), LoRAConfig(), str(folder))
+    plain = LoraConfig(r=8, lora_alpha=16, target_modules=list(LLAMA.attention)).to_dict()
+    change_json(tmp_path / "adapter_config.json", **plain | {"peft_type": "LORA"})
+    assert lora.load_adapter_config(tmp_path).alpha == 16
+    # Harmless are those alone whose default says something.
+    for field, value in plain.items():
+        assert field in known_fields() or value in (None, False, "", [], {}), field
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("init_lora_weights", word) for word in ("pissa", "pissa_niter_4", "olora", "corda")),
+        *(("init_lora_weights", word) for word in ("loftq", "lora_ga", "mica", "whatever", 1)),
+        ("alora_invocation_tokens", [1, 2]),
+        ("layers_to_transform", 0),
+        ("layers_to_transform", [0]),
+        ("layers_pattern", "layers"),
+        ("loftq_config", {"loftq_bits": 4}),
+        ("use_qalora", True),
+        ("a_field_of_the_future", 1),
+        ("lora_alpha", 0),
+        ("lora_alpha", float("inf")),
+        ("lora_dropout", 1),
+        ("r", True),
+        ("target_modules", []),
+        ("target_modules", "all-linear"),
+    ],
+)
+def test_whatever_would_change_the_adapter_is_refused_by_name(tmp_path, folder, field, value):
+    save_adapter(tmp_path, adapter_tensors(adapted(folder)), LoRAConfig(), str(folder))
+    change_json(tmp_path / "adapter_config.json", **{field: value})
+    with pytest.raises(AdapterError, match=rf"adapter_config\.json: {field} is .*only plain LoRA"):
+        load_adapter(load(folder), tmp_path)
+
+
+@pytest.mark.parametrize("start", ["gaussian", "orthogonal", False])
+def test_starts_that_leave_the_base_alone_are_read(tmp_path, folder, start):
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    options = {"r": 4, "target_modules": list(LLAMA.attention), "init_lora_weights": start}
+    theirs = get_peft_model(LlamaForCausalLM.from_pretrained(folder), LoraConfig(**options))
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, 0.05)
+    theirs.save_pretrained(tmp_path)
+    ours = load(folder)
+    load_adapter(ours, tmp_path)
+    with torch.no_grad():
+        assert (ours(IDS) - theirs.eval()(IDS).logits).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("architecture", [LLAMA, NEOX], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"use_rslora": True}, {"target_modules": "all-linear"}],
+    ids=["rslora", "full names"],
+)
+def test_peft_s_other_ways_of_plain_lora_give_the_same_logits(
+    tmp_path, folders, architecture, options
+):
+    torch.manual_seed(0)
+    base = architecture.reference(folders[architecture])
+    options = {"target_modules": list(architecture.attention)} | options
+    theirs = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, **options))
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, 0.05)
+    theirs.save_pretrained(tmp_path)
+    ours = load(folders[architecture], architecture)
+    load_adapter(ours, tmp_path)
+    with torch.no_grad():
+        assert (ours(IDS) - theirs.eval()(IDS).logits).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("architecture", "head"), [(LLAMA, "lm_head"), (NEOX, "embed_out")])
+def test_the_output_head_is_refused_and_not_offered(folders, architecture, head):
+    model = load(folders[architecture], architecture)
+    with pytest.raises(AdapterError, match=f"{head}.*the output head cannot be adapted"):
+        apply_lora(model, LoRAConfig(targets=(head,)))
+    with pytest.raises(AdapterError, match="it has") as error:
+        apply_lora(model, LoRAConfig(targets=("nothing",)))
+    assert head not in str(error.value)

@@ -1,0 +1,117 @@
+"""runfolder/page.py: what the report shows, and that it escapes all of it."""
+
+import html
+import shutil
+from html.parser import HTMLParser
+
+import pytest
+from helpers import NASTY, read_lines, run, scores, write_lines
+
+from files.jsonl import read_json, write_json
+from runfolder import page, show
+from runfolder.results import Question
+from trsr import InputError
+
+
+class Page(HTMLParser):
+    """Collects the tags, and complains of one that is closed before those within it."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.open = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_one_sound_file_and_escapes_all_texts(evaluated_runs):
+    text = (evaluated_runs / "one/report.html").read_text()
+    parsed = Page(text)
+    assert parsed.open == []
+    assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in parsed.tags}
+    values = [value for _, attrs in parsed.tags for value in attrs.values() if value]
+    assert not any(value.startswith(("http", "//")) for value in values)
+    assert NASTY not in text
+    assert html.escape(NASTY) in text
+
+
+def test_the_page_escapes_users_summaries_models_and_folders(evaluated_runs, tmp_path):
+    hostile = "<img src=x onerror=alert(1)>\" onclick='x' </li></style><script>"
+    folder = tmp_path / "<img src=x onerror=alert(1)>"
+    shutil.copytree(evaluated_runs / "one", folder)
+    shutil.copytree(evaluated_runs / "data", tmp_path / "data")
+    shutil.copytree(folder, tmp_path / "<b>beside")
+
+    def other_user(record):
+        return record | {"user": record["user"] + hostile}
+
+    def other_summary(record):
+        def node(tree):
+            below = {"previous": node(tree["previous"])} if "previous" in tree else {}
+            return tree | {"summary": hostile} | below
+
+        return other_user(record) | {"summary": hostile, "tree": node(record["tree"])}
+
+    for path, change in (
+        (tmp_path / "data/test.jsonl", other_user),
+        (folder / "scores-test.jsonl", other_user),
+        (folder / "summaries.jsonl", other_summary),
+    ):
+        write_lines(path, map(change, read_lines(path)))
+    results = read_json(folder / "results.json") | {"model": hostile}
+    results["data"] = str(tmp_path / "data")
+    write_json(folder / "results.json", results | {"trimmed": {hostile: 3}})
+    write_json(tmp_path / "<b>beside/results.json", results | {"paradigm": hostile})
+
+    text = page.write_report(Question(folder)).read_text()
+    parsed = Page(text)
+    assert parsed.open == []
+    assert not {"script", "img", "b"} & {tag for tag, _ in parsed.tags}
+    assert not any(name.startswith("on") for _, attributes in parsed.tags for name in attributes)
+    assert text.count(html.escape(hostile)) > 10  # they are all there, as text
+    assert "&lt;b&gt;beside" in text
+
+
+def test_the_page_shows_results_curves_and_users(evaluated_runs):
+    folder = evaluated_runs / "one"
+    text, results = (folder / "report.html").read_text(), read_json(folder / "results.json")
+    for row in ("random", "popularity", "trained"):
+        assert f"{results['table'][row]['Recall@3']['mean']:.4f}" in text
+    for title in (
+        "Training loss",
+        "Validation",
+        "By recent items in the prompt",
+        "Longest prompt of each user",
+    ):
+        assert title in text, title
+    for name in ("untrained", "two: recurrent, trained", "three: recent-only, trained"):
+        assert name in text
+    lines = scores(folder)
+    for line in lines:  # four users, so all of them
+        assert f"{line['user']}: the positive has rank {line['rank']}" in text
+        assert f"{max(line['scores']):.4f}" in text
+        assert line["prompt_tokens"] > 20
+    records = show.records_of(folder)
+    for line in lines:
+        for _, _, _, summary in show.steps(records[line["user"]]["tree"]):
+            assert html.escape(summary) in text
+    assert text.count("positive: </strong>") == 4
+
+
+def test_a_run_without_summaries_shows_the_history(evaluated_runs):
+    run("evaluate.py", run=evaluated_runs / "three", k=[1, 3], report=True)
+    text = (evaluated_runs / "three/report.html").read_text()
+    assert "<h3>History</h3>" in text
+    assert "Blocks and summaries" not in text
+
+
+def test_a_run_without_results_is_named(tmp_path):
+    message = r"results\.json: no such file; first run python evaluate\.py"
+    with pytest.raises(InputError, match=message):
+        page.write_report(Question(tmp_path))
