@@ -180,7 +180,6 @@ def test_int8_base_takes_an_adapter_but_no_merge(folder, way):
     ("field", "value"),
     [
         ("use_dora", True),
-        ("use_rslora", True),
         ("bias", "all"),
         ("rank_pattern", {"q_proj": 4}),
         ("alpha_pattern", {"q_proj": 4}),
@@ -313,7 +312,8 @@ def known_fields():
 def test_a_plain_configuration_of_peft_is_read_whatever_fields_it_has(tmp_path, folder):
     save_adapter(tmp_path, adapter_tensors(adapted(folder)), LoRAConfig(), str(folder))
     plain = LoraConfig(r=8, lora_alpha=16, target_modules=list(LLAMA.attention)).to_dict()
-    change_json(tmp_path / "adapter_config.json", **plain | {"peft_type": "LORA"})
+    names = {"peft_type": "LORA", "target_modules": list(LLAMA.attention)}
+    change_json(tmp_path / "adapter_config.json", **plain | names)
     assert lora.load_adapter_config(tmp_path).alpha == 16
     # Harmless are those alone whose default says something.
     for field, value in plain.items():
@@ -369,13 +369,13 @@ def test_starts_that_leave_the_base_alone_are_read(tmp_path, folder, start):
 @pytest.mark.parametrize(
     "options",
     [{"use_rslora": True}, {"target_modules": "all-linear"}],
-    ids=["rslora", "full names"],
+    ids=["rslora", "names"],
 )
 def test_peft_s_other_ways_of_plain_lora_give_the_same_logits(
     tmp_path, folders, architecture, options
 ):
     torch.manual_seed(0)
-    base = architecture.reference(folders[architecture])
+    base = architecture.reference.from_pretrained(folders[architecture])
     options = {"target_modules": list(architecture.attention)} | options
     theirs = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, **options))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""state/origin.py: an adapter is scored only with what it was trained on, or its differences are told."""
+"""state/origin.py: an adapter is scored with what it was trained on, or differences are told."""
 
 import shutil
 
@@ -17,13 +17,10 @@ def copied(trained_run, tmp_path):
 
 
 def test_what_an_adapter_was_trained_on_is_beside_it(trained_run):
-    origin, trained = (
-        read_json(trained_run / "adapter" / ORIGIN),
-        read_json(trained_run / "config.json")["train"],
-    )
-    assert origin == {
-        name: trained[name] for name in ("model", "fingerprint", "paradigm", "prompt")
-    }
+    origin = read_json(trained_run / "adapter" / ORIGIN)
+    trained = read_json(trained_run / "config.json")["train"]
+    names = ("model", "fingerprint", "paradigm", "prompt")
+    assert origin == {name: trained[name] for name in names}
     assert "[Next Item]\nCANDIDATE" in origin["prompt"]
 
 
