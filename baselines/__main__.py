@@ -24,7 +24,8 @@ import trsr
 from baselines.encode import embeddings
 from baselines.models import MODELS, Baseline
 from files.jsonl import write_json, write_jsonl
-from launch.command import natural, option, parse_settings, positive, run_main
+from launch.command import option, parse_settings, run_main
+from launch.numbers import fraction, positive, positive_real, real, seed_number
 from llama import CheckpointError
 from prepare.dataset import load_dataset
 from runfolder.compare import format_table
@@ -44,14 +45,14 @@ class Settings:
     models: tuple[str, ...] = option(
         tuple(MODELS), "those to train", choices=MODELS, nargs="+", group="models"
     )
-    seeds: tuple[int, ...] = option((0,), "one training each", natural, nargs="+")
+    seeds: tuple[int, ...] = option((0,), "one training each", seed_number, nargs="+")
     k: tuple[int, ...] = option((3, 5, 10), "cut-offs of the metrics", positive, nargs="+")
     size: int = option(64, "dimensions of an item", positive)
-    dropout: float = option(0.2, "on what the models combine", float)
+    dropout: float = option(0.2, "on what the models combine", fraction)
     longest: int = option(200, "most recent items of a history that are looked at", positive)
 
-    lr: float = option(1e-3, "learning rate", float, "training")
-    weight_decay: float = option(1e-4, "AdamW's weight decay", float)
+    lr: float = option(1e-3, "learning rate", positive_real, "training")
+    weight_decay: float = option(1e-4, "AdamW's weight decay", real)
     batch_size: int = option(128, "targets per step", positive)
     negatives: int = option(20, "negatives drawn for each target in every epoch", positive)
     epochs: int = option(60, "most passes over the training users", positive)

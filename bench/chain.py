@@ -1,65 +1,84 @@
-"""Run summarize, train and evaluate one after the other and print time and peak memory of each.
+"""Run summarize, train and evaluate one after the other; print the time and peak memory of each.
 
-    python -m bench.chain --data data/mind --shape llama-2-7b --tokenizer tokenizer.model --out runs/chain
+    python -m bench.chain --data data/mind --shape llama-2-7b --tokenizer tokenizer.model \\
+        --out runs/chain
 
-The model has the given shape and random weights: this shows that a size runs and what it takes, not what it learns.
+The model has the given shape and random weights. This shows that a size runs and what it takes, not
+what it learns.
 """
 
-import argparse
 import re
 import subprocess
 import sys
 import time
+from argparse import SUPPRESS
+from dataclasses import dataclass
 from pathlib import Path
 
-from bench.random_model import SHAPES
-from launch.command import positive, run_main
+from bench.shapes import SHAPES
+from launch.command import option, parse_settings, run_main
+from launch.numbers import positive
 from trsr import InputError
 
 
-def stage(name: str, *arguments: object) -> tuple[str, float, str]:
-    """Run a module as a command, showing its output; return its name, seconds and the peak that it reports."""
-    start = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-m", name, *map(str, arguments)], stdout=subprocess.PIPE, text=True
-    )
+@dataclass(frozen=True)
+class Settings:
+    """The flags."""
+
+    data: Path = option(SUPPRESS, "dataset folder made by prepare", Path, required=True)
+    shape: str = option(SUPPRESS, "of the model", choices=SHAPES, required=True)
+    layers: int | None = option(None, "number of layers (unset: the shape's)", positive)
+    tokenizer: Path = option(SUPPRESS, "the model's tokenizer.model", Path, required=True)
+    out: Path = option(SUPPRESS, "folder for the model and the run", Path, required=True)
+    dtype: str = option("bf16", "of the model", choices=("bf16", "fp32"))
+    epochs: int = option(1, "of train.py", positive)
+    batch_size: int = option(32, "of summarize.py", positive)
+    max_new_tokens: int = option(150, "of summarize.py", positive)
+    int8: bool = option(False, "summarize with 8-bit weights")
+
+
+@dataclass(frozen=True)
+class Took:
+    """What a stage took: seconds, and the peak memory that it reports."""
+
+    name: str
+    seconds: float
+    peak: str
+
+
+def run_stage(name: str, *arguments: object) -> Took:
+    """Run a module as a command and show its output; InputError if it fails."""
+    command, start = [name, *map(str, arguments)], time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", *command], stdout=subprocess.PIPE, text=True)
     seconds = time.perf_counter() - start
-    print(f"--- {name} {' '.join(map(str, arguments))}\n{done.stdout}", flush=True)
+    print(f"--- {' '.join(command)}\n{done.stdout}", flush=True)
     if done.returncode:
         raise InputError(f"{name} failed with exit status {done.returncode}")
     peak = re.search(r"peak (.*)$", done.stdout, re.MULTILINE)
-    return name, seconds, peak.group(1) if peak else ""
+    return Took(name, seconds, peak.group(1) if peak else "")
 
 
 def main() -> None:
     """Run the chain."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--shape", choices=SHAPES, required=True)
-    parser.add_argument("--layers", type=positive, help="another number of layers")
-    parser.add_argument("--tokenizer", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
-    parser.add_argument("--epochs", type=positive, default=1)
-    parser.add_argument("--batch-size", type=positive, default=32, help="of summarize.py")
-    parser.add_argument("--max-new-tokens", type=positive, default=150)
-    parser.add_argument("--int8", action="store_true", help="summarize with 8-bit weights")
-    args = parser.parse_args()
-    model, run = args.out / "model", args.out / "run"
-    layers = ["--layers", args.layers] if args.layers else []
-    shape = ["--shape", args.shape, *layers, "--tokenizer", args.tokenizer, "--dtype", args.dtype]
-    summary = ["--data", args.data, "--model", model, "--run", run, "--dtype", args.dtype]
-    summary += ["--batch-size", args.batch_size, "--max-new-tokens", args.max_new_tokens]
+    settings = parse_settings(Settings, __doc__)
+    model, run = settings.out / "model", settings.out / "run"
+    dtype = ["--dtype", settings.dtype]
+    shape = ["--shape", settings.shape, "--tokenizer", settings.tokenizer, *dtype]
+    if settings.layers:
+        shape += ["--layers", settings.layers]
+    summary = ["--data", settings.data, "--model", model, "--run", run, *dtype]
+    summary += ["--batch-size", settings.batch_size, "--max-new-tokens", settings.max_new_tokens]
+    if settings.int8:
+        summary.append("--int8")
+
     stages = [
-        stage("bench.random_model", *shape, "--out", model),
-        stage("summarize", *summary, *(["--int8"] if args.int8 else [])),
-        stage("train", "--run", run, "--dtype", args.dtype, "--epochs", args.epochs),
-        stage("evaluate", "--run", run),
+        run_stage("bench.random_model", *shape, "--out", model),
+        run_stage("summarize", *summary),
+        run_stage("train", "--run", run, *dtype, "--epochs", settings.epochs),
+        run_stage("evaluate", "--run", run),
     ]
-    for name, seconds, peak in stages:
-        print(f"{name:<20}{seconds:>8.1f} s   {peak}")
+    for took in stages:
+        print(f"{took.name:<20}{took.seconds:>8.1f} s   {took.peak}")
 
 
 if __name__ == "__main__":

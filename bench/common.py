@@ -1,113 +1,169 @@
-"""What the side-by-side benchmarks share: one set of random weights for both, the paper's lengths, the ceiling, timing.
+"""What the comparisons share: one set of random weights for both sides, prompts, and timing.
 
-Lengths: MIND-like prompts have a common beginning of 410 tokens and a candidate's tail of 53, Amazon-like ones 750 and
-155, each varied by 25 %; the first 100 tokens are the instruction, the same for every user.
+Prompts have the paper's lengths. Those of MIND share a prefix of 410 tokens and have 53 of their
+own for the candidate, those of Amazon-M2 750 and 155, each varied by 25 %. The first 100 tokens are
+the instruction, which is the same for every user.
 """
 
-import argparse
 import random
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench.random_model import SHAPES
+from bench.shapes import SHAPES
+from launch.command import option
+from launch.numbers import positive, seed_number
 from llama import Config, Llama
-from ops.packs import Tree
+from ops.packs import Pack, Tree
 
-WORK = {"mind": (410, 53), "amazon": (750, 155)}
+WORK = {"mind": (410, 53), "amazon": (750, 155)}  # tokens of the prefix, and of a candidate
 INSTRUCTION, VARIED, CANDIDATES = 100, 0.25, 21
 
 
-def vocabulary_of(shape: str) -> int:
-    """Return the rows of a shape's embedding: `tiny` is models/tiny's shape, the others have Llama 2's vocabulary."""
-    return 2048 if shape == "tiny" else 32000
+@dataclass(frozen=True)
+class Settings:
+    """The flags that all comparisons share; each adds its own."""
+
+    shape: str = option("100m", "of the random weights", choices=("tiny", *SHAPES))
+    layers: int | None = option(None, "number of layers (unset: the shape's)", positive)
+    work: str = option("mind", "whose lengths the prompts have", choices=tuple(WORK))
+    repeats: int = option(3, "timings; the median counts", positive)
+    seed: int = option(0, "of the weights and the prompts", seed_number)
+    json: bool = option(False, "print one JSON object at the end")
+
+    @property
+    def vocabulary(self) -> int:
+        """The rows of the embedding: `tiny` is models/tiny's shape, the others are Llama 2's."""
+        return 2048 if self.shape == "tiny" else 32000
+
+    @property
+    def fields(self) -> dict:
+        """The shape, as fields of config.json."""
+        fields = SHAPES["small" if self.shape == "tiny" else self.shape]
+        if self.layers:
+            fields = fields | {"num_hidden_layers": self.layers}
+        heads = fields["num_attention_heads"]
+        return fields | {
+            "num_key_value_heads": heads,
+            "head_dim": fields["hidden_size"] // heads,
+            "vocab_size": self.vocabulary,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 2048,
+        }
 
 
-def bench_parser(description: str) -> argparse.ArgumentParser:
-    """Return a parser with the flags that all benchmarks share."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--shape", choices=["tiny", *SHAPES], default="100m", help="of the random weights"
-    )
-    parser.add_argument("--layers", type=int, help="another number of layers")
-    parser.add_argument("--work", choices=WORK, default="mind", help="the lengths of the prompts")
-    parser.add_argument(
-        "--repeats", type=int, default=3, help="timings, of which the median counts"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
-    return parser
+# ---- Models
 
 
-def models(
-    args, device: torch.device, dtype: torch.dtype, peer: bool = True
+def make_models(
+    settings: Settings, device: torch.device, dtype: torch.dtype, peer: bool
 ) -> tuple[Llama, LlamaForCausalLM | None]:
-    """Return this project's model and (if peer) transformers' model on the same random weights."""
-    fields = SHAPES["small" if args.shape == "tiny" else args.shape] | {"rms_norm_eps": 1e-5}
-    fields |= {"num_hidden_layers": args.layers} if args.layers else {}
-    heads = fields["num_attention_heads"]
-    sizes = {"num_key_value_heads": heads, "head_dim": fields["hidden_size"] // heads}
-    sizes["vocab_size"] = vocabulary_of(args.shape)
+    """Return this project's model and, if peer, transformers', with the same random weights."""
+    fields = settings.fields
     with torch.device("meta"):
-        ours = Llama(Config(**fields | sizes | {"max_position_embeddings": 2048}))
-        theirs = (
-            LlamaForCausalLM(LlamaConfig(**fields | sizes | {"max_position_embeddings": 2048}))
-            if peer
-            else None
-        )
-    generator = torch.Generator(device).manual_seed(args.seed)
-    weights = {}
-    for name, parameter in ours.named_parameters():
-        weights[name] = torch.ones(parameter.shape, device=device, dtype=dtype)
-        if parameter.dim() > 1:
-            weights[name].normal_(0, 0.02, generator=generator)
+        ours = Llama(Config(**fields))
+    weights = random_weights(ours, settings.seed, device, dtype)
     ours.load_state_dict(weights, strict=False, assign=True)
     if fields["tie_word_embeddings"]:
         ours.lm_head.weight = ours.model.embed_tokens.weight
-    if not peer:
-        return ours.eval(), None
-    theirs.load_state_dict(weights, strict=False, assign=True)
-    theirs.tie_weights()
-    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config).to(
-        device
-    )  # it was on meta too
-    return ours.eval(), theirs.eval()
+    return ours.eval(), transformers_model(fields, weights, device) if peer else None
 
 
-def random_trees(args, users: int, branches: int) -> list[Tree]:
-    """Return users' prompts as trees of random tokens, with the lengths of the work; seeded."""
-    rng = random.Random(f"bench {args.seed} {args.work}")
-    (prefix, tail), vocabulary = WORK[args.work], vocabulary_of(args.shape)
-
-    def tokens(mean: float) -> list[int]:
-        return [
-            rng.randrange(3, vocabulary)
-            for _ in range(round(mean * rng.uniform(1 - VARIED, 1 + VARIED)))
-        ]
-
-    instruction = [rng.randrange(3, vocabulary) for _ in range(INSTRUCTION)]
-    return [
-        Tree(instruction + tokens(prefix - INSTRUCTION), [tokens(tail) for _ in range(branches)])
-        for _ in range(users)
-    ]
+def random_weights(
+    model: Llama, seed: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Return normal matrices of a standard deviation of 0.02, and norms of 1, by name."""
+    generator = torch.Generator(device).manual_seed(seed)
+    weights = {}
+    for name, parameter in model.named_parameters():
+        weights[name] = torch.ones(parameter.shape, device=device, dtype=dtype)
+        if parameter.dim() > 1:
+            weights[name].normal_(0, 0.02, generator=generator)
+    return weights
 
 
-def weights_read(model: nn.Module) -> int:
-    """Return the weights that each token is multiplied with: the layers' matrices."""
-    return sum(
-        p.numel() for name, p in model.named_parameters() if ".layers." in name and p.dim() > 1
-    )
+def transformers_model(
+    fields: dict, weights: dict[str, Tensor], device: torch.device
+) -> LlamaForCausalLM:
+    """Return transformers' model with these weights."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**fields))
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    # Its rotary tables are no weights, so they are still on meta.
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device)
+    return model.eval()
+
+
+def layer_matrices(model: nn.Module) -> list[Tensor]:
+    """Return the layers' matrices: the weights that every token is multiplied with."""
+    return [p for name, p in model.named_parameters() if ".layers." in name and p.dim() > 1]
+
+
+# ---- Prompts
+
+
+def random_trees(settings: Settings, users: int, branches: int) -> list[Tree]:
+    """Return users' prompts as trees of random tokens; seeded."""
+    rng = random.Random(f"bench {settings.seed} {settings.work}")
+    prefix, tail = WORK[settings.work]
+
+    def exactly(n: int) -> list[int]:
+        return [rng.randrange(3, settings.vocabulary) for _ in range(n)]
+
+    def about(n: int) -> list[int]:
+        return exactly(round(n * rng.uniform(1 - VARIED, 1 + VARIED)))
+
+    instruction = exactly(INSTRUCTION)
+    trees = []
+    for _ in range(users):
+        beginning = instruction + about(prefix - INSTRUCTION)
+        trees.append(Tree(beginning, [about(tail) for _ in range(branches)]))
+    return trees
+
+
+def padded_left(prompts: list[list[int]], width: int, device: torch.device) -> tuple:
+    """Return token ids and mask (B, width) of prompts, padded at their start."""
+    rows = [[0] * (width - len(p)) + p for p in prompts]
+    mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
+    return torch.tensor(rows, device=device), torch.tensor(mask, device=device)
+
+
+@dataclass(frozen=True)
+class Filling:
+    """How full packs are."""
+
+    tokens: int
+    places: int  # padding included
+    leaves: int
+
+    @classmethod
+    def of(cls, shares: list[list[Pack]]) -> "Filling":
+        """Return the filling of all processes' packs."""
+        packs = [pack for share in shares for pack in share]
+        places = sum(len(pack.ids) for pack in packs)
+        return cls(sum(p.tokens for p in packs), places, sum(len(p.leaves) for p in packs))
+
+    @property
+    def share(self) -> float:
+        """The share of places that hold a token."""
+        return self.tokens / self.places
+
+
+# ---- Time
 
 
 def seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Return the median time of work in seconds, after one warm-up; of several processes, until the last is done."""
+    """Return the median time of work in seconds, after one warm-up.
+
+    Of several processes, it lasts until the last one is done.
+    """
 
     def together() -> float:
         if device.type == "cuda":
@@ -124,19 +180,22 @@ def seconds(work: Callable[[], object], device: torch.device, repeats: int) -> f
     return statistics.median(times[1:])
 
 
+def ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the FLOP/s that a large matrix product reaches here."""
+    gpu = device.type == "cuda"
+    n, inner = (8192, 20) if gpu else (2048, 3)
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return 2 * n**3 * inner / seconds(lambda: [a @ b for _ in range(inner)], device, 5)
+
+
 def device_name(device: torch.device, world: int) -> str:
-    """Return what the benchmark runs on, in words."""
-    name = (
-        torch.cuda.get_device_name()
-        if device.type == "cuda"
-        else f"cpu, {torch.get_num_threads()} threads"
-    )
+    """Return what the comparison runs on, in words."""
+    name = f"cpu, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name()
     return f"{world} x {name}" if world > 1 else name
 
 
-def ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the FLOP/s that this machine's library reaches on a large matrix product."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    inner = 20 if device.type == "cuda" else 3
-    return 2 * n**3 * inner / seconds(lambda: [a @ b for _ in range(inner)], device, 5)
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a dtype's name without torch's."""
+    return str(dtype).split(".")[1]

@@ -1,80 +1,108 @@
-"""How far 8-bit weights are from the full model: the logits of prompts, and how much of greedy texts stays the same.
+"""How close 8-bit weights are to the full model: prompts' logits, and texts written greedily.
 
-    python -m bench.int8                                        # models/tiny on the demo's first users
+    python -m bench.int8                                # models/tiny on the demo's first users
     python -m bench.int8 --model FOLDER --data FOLDER --users 20
 
-Compares this project's int8 weights and bitsandbytes' LLM.int8 with thresholds 6 (its default, the paper's) and 0. The
-texts are the block summaries of the users; a text counts as far as it agrees from its start.
+Compares this project's int8 weights, and bitsandbytes' LLM.int8 with thresholds 6 (its default, and
+the paper's) and 0. The texts are summaries of the users' blocks; a text counts up to the first
+token that differs.
 """
 
-import argparse
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import trsr
-from launch.command import positive, run_main
-from llama import load_model
+from launch.command import option, parse_settings, run_main
+from launch.numbers import positive
+from llama import Llama
+from models.hub import load_model
 from models.tokenizer import Tokenizer
+from ops.packs import common_prefix
 from prepare.dataset import load_dataset
-from summarize import generate
+from summarize import Generator
+
+BLOCK, ROWS = 5, 16  # items of a block, texts that are written together
+WAYS = (
+    ("int8 weights", "weights", 0.0),
+    ("LLM.int8, threshold 6", "bitsandbytes", 6.0),
+    ("LLM.int8, threshold 0", "bitsandbytes", 0.0),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The flags."""
+
+    model: Path = option(Path("models/tiny"), "model folder", Path)
+    data: str = option("data/demo", "dataset folder made by prepare")
+    users: int = option(40, "test users whose blocks are summarized", positive)
+    max_new_tokens: int = option(120, "longest summary, in tokens", positive)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model makes of the prompts."""
+
+    logits: Tensor  # (prompts, V), after the last token
+    texts: list[list[int]]
+
+    @classmethod
+    def of(cls, model: Llama, prompts: list[list[int]], max_new_tokens: int) -> "Answers":
+        """Return a model's answers."""
+        device, rows = model.lm_head.weight.device, []
+        with torch.inference_mode():
+            for ids in prompts:
+                rows.append(model(torch.tensor([ids], device=device))[0, -1:].float())
+        return cls(torch.cat(rows), write(model, prompts, max_new_tokens))
+
+
+def write(model: Llama, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+    """Return the greedy continuation of each prompt."""
+    generator, written = Generator(model, ROWS, max_new_tokens, model.config.eos_token_id), {}
+    generator.submit(sorted(enumerate(prompts), key=lambda pair: -len(pair[1])))
+    while len(written) < len(prompts):
+        written |= generator.step()
+    return [written[i] for i in range(len(prompts))]
+
+
+def block_prompts(settings: Settings, model: Llama) -> list[list[int]]:
+    """Return the prompts that summarize.py would ask about the users' blocks."""
+    domain, items, splits = load_dataset(settings.data, ("test",))
+    tokenizer = Tokenizer(settings.model, model.config.vocab_size)
+    context = model.config.max_position_embeddings - settings.max_new_tokens
+    budget = trsr.Budget(context, tokenizer.encode, Counter())
+    prompts = []
+    for example in splits["test"][: settings.users]:
+        history = [items[i] for i in example.history]
+        for first, end in trsr.split_blocks(len(history), BLOCK):
+            prompts.append(trsr.block_prompt(history[first:end], domain, budget))
+    return tokenizer.encode(prompts)
 
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", type=Path, default=Path("models/tiny"))
-    parser.add_argument("--data", default="data/demo")
-    parser.add_argument("--users", type=positive, default=40)
-    parser.add_argument("--max-new-tokens", type=positive, default=120)
-    args = parser.parse_args()
+    settings = parse_settings(Settings, __doc__)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    domain, items, splits = load_dataset(args.data, ("test",))
-    model = load_model(args.model, device, dtype)
-    tokenizer = Tokenizer(args.model, model.config.vocab_size)
-    budget = trsr.Budget(
-        model.config.max_position_embeddings - args.max_new_tokens, tokenizer.encode, Counter()
-    )
-    histories = [[items[i] for i in example.history] for example in splits["test"][: args.users]]
-    texts = [
-        trsr.block_prompt(h[a:b], domain, budget)
-        for h in histories
-        for a, b in trsr.split_blocks(len(h), 5)
-    ]
-    prompts = tokenizer.encode(texts)
-
-    def told(model) -> tuple[torch.Tensor, list[list[int]]]:
-        with torch.inference_mode():
-            logits = torch.cat(
-                [model(torch.tensor([ids], device=device))[0, -1:].float() for ids in prompts]
-            )
-        return logits, generate(model, prompts, args.max_new_tokens, model.config.eos_token_id)
-
-    logits, written = told(model)
-    print(
-        f"{args.model}, {len(prompts)} prompts of {args.users} users, {str(dtype).split('.')[1]} on {device.type}"
-    )
+    model = load_model(settings.model, device, dtype)
+    prompts = block_prompts(settings, model)
+    full = Answers.of(model, prompts, settings.max_new_tokens)
+    kind = str(dtype).split(".")[1]
+    users = f"{len(prompts)} prompts of {settings.users} users"
+    print(f"{settings.model}, {users}, {kind} on {device.type}")
     print(f"{'':<28}logits' relative error   greedy tokens the same   texts the same")
-    rows = [
-        ("int8 weights", "weights", 0.0),
-        *((f"LLM.int8, threshold {t:g}", "bitsandbytes", t) for t in (6.0, 0.0)),
-    ]
-    for name, way, threshold in rows:
-        found, texts = told(load_model(args.model, device, dtype, int8=way, threshold=threshold))
-        error = ((found - logits).norm() / logits.norm()).item()
-        same = [
-            next(
-                (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y),
-                min(len(a), len(b)),
-            )
-            for a, b in zip(texts, written, strict=True)
-        ]
-        share = sum(same) / sum(map(len, written))
-        equal = sum(a == b for a, b in zip(texts, written, strict=True)) / len(written)
+
+    for name, way, threshold in WAYS:
+        model = load_model(settings.model, device, dtype, int8=way, threshold=threshold)
+        found = Answers.of(model, prompts, settings.max_new_tokens)
+        error = ((found.logits - full.logits).norm() / full.logits.norm()).item()
+        pairs = list(zip(found.texts, full.texts, strict=True))
+        share = sum(common_prefix(pair) for pair in pairs) / sum(map(len, full.texts))
+        equal = sum(a == b for a, b in pairs) / len(pairs)
         print(f"{name:<28}{error:>22.4%}{share:>25.2%}{equal:>17.1%}")
 
 

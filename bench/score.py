@@ -1,24 +1,28 @@
-"""Scoring candidates side by side: this project, transformers with a batch a user, and the authors' way.
+"""Scoring candidates: this project, transformers with one user per batch, and the authors' way.
 
-    python -m bench.score --shape 100m --work mind              # on a CPU in fp32, on a GPU in bf16
+    python -m bench.score --shape 100m --work mind              # fp32 on a CPU, bf16 on a GPU
     python -m bench.score --shape llama-2-7b --work amazon --candidates 5 21 100 1000
-    python -m bench.score --shape llama-2-7b --data data/mind --tokenizer tokenizer.model --no-peer
-    torchrun --nproc_per_node 2 -m bench.score --shape llama-2-7b                    # this project alone
+    python -m bench.score --shape llama-2-7b --no-peer --data data/mind --tokenizer tokenizer.model
+    torchrun --nproc_per_node 2 -m bench.score --shape llama-2-7b          # this project alone
 
-transformers: a user's 21 prompts in one batch, padded on the left, the last position's logits alone. The authors' way:
-each prompt padded to 2,048 tokens, one a forward pass (the last position's logits alone too). The same random weights
-and prompts for all. FLOP are 2 a weight and token that meet, without attention; the fill is the share of the packs'
-places that hold a token. With several numbers of candidates, this project's cost a user for each. With --data, the time
-of evaluate.py's own way from a dataset's texts to scores, when the GPU begins (evaluate.py tokenizes while it loads
-weights), and the share of the time from then on in which it computes.
+All use the same random weights and prompts.
+
+    transformers    a user's 21 prompts in one batch, padded on the left
+    authors         one prompt per forward pass, padded to 2,048 tokens
+
+Both compute the logits of the last position alone. FLOP are 2 per weight and token, without
+attention. The packs' filling is the share of their places that hold a token. With several numbers
+of --candidates, each is timed. With --data, the whole way from a dataset's texts to scores is timed
+as evaluate.py goes it: when the GPU begins to compute (evaluate.py tokenizes while it loads
+weights), and how much of the time from then on it computes.
 """
 
-import argparse
 import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -26,97 +30,183 @@ import torch
 
 import evaluate
 import trsr
-from batches.stream import stream_packs
+from batches.prompts import Batching, Ranking
+from batches.stream import own_packs, stream_packs
+from bench import common
 from bench.common import (
     CANDIDATES,
-    bench_parser,
+    Filling,
     ceiling,
     device_name,
-    models,
+    dtype_name,
+    layer_matrices,
+    make_models,
+    padded_left,
     random_trees,
     seconds,
-    weights_read,
 )
-from evaluate import score_packs
-from launch.processes import gather, host_workers, join_processes, prefetch, run_script, share_out
+from launch.command import option, parse_settings
+from launch.numbers import positive
+from launch.processes import gather, join_processes, prefetch, ranks, run_script, share_out
 from llama import Llama, compile_layers
 from ops.packs import Pack, Tree
 from prepare.dataset import load_dataset
-from train import make_recommender
 from trsr import InputError
 
 ANSWERS = (17, 1711)  # two tokens in place of Yes and No
 AUTHORS_LENGTH = 2048
 
 
-def prompts_of(tree: Tree) -> list[list[int]]:
-    """Return the tree's prompts, each apart."""
-    return [tree.prefix + branch for branch in tree.branches]
+@dataclass(frozen=True)
+class Settings(common.Settings):
+    """The flags."""
+
+    users: int | None = option(
+        None, "users that this project scores (unset: 160 on GPUs, 6 on CPUs)", positive
+    )
+    peer_users: int = option(2, "users that the others score", positive)
+    candidates: tuple[int, ...] = option(
+        (CANDIDATES,), "numbers of candidates to time", positive, nargs="+"
+    )
+    pack_tokens: int | None = option(
+        None, "tokens in a forward pass (unset: as in evaluate.py)", positive
+    )
+    no_peer: bool = option(False, "this project alone")
+    data: Path | None = option(None, "dataset whose training users are scored from texts", Path)
+    tokenizer: Path | None = option(
+        None, "SentencePiece model with 32,000 pieces, for --data", Path
+    )
+
+
+# ---- This project
+
+
+@dataclass(frozen=True)
+class Ours:
+    """Scores trees with this project's packs, shared out over the processes."""
+
+    model: Llama
+    batching: Batching
+
+    def packs(self, trees: list[Tree]) -> Iterator[Pack]:
+        """Return this process's packs."""
+        rank, world = ranks()
+        mine = sorted(share_out([tree.size for tree in trees], world)[rank])
+        return stream_packs(((i, trees[i]) for i in mine), len(mine), self.batching)
+
+    def score(self, trees: list[Tree]) -> list[dict]:
+        """Return the logits of ANSWERS by (tree, branch), from each process."""
+        return gather(evaluate.score_packs(self.model, prefetch(self.packs(trees)), ANSWERS))
+
+    def filling(self, trees: list[Tree]) -> Filling:
+        """Return how full all processes' packs are."""
+        return Filling.of(gather(list(self.packs(trees))))
+
+    def flops(self, filling: Filling) -> float:
+        """Return the FLOP of scoring packs of this filling."""
+        # The last layer's second half is computed for the candidates' last tokens alone.
+        last = self.model.model.layers[-1]
+        parts = (last.self_attn.o_proj, last.mlp)
+        tail = sum(p.numel() for part in parts for p in part.parameters())
+        weights = sum(p.numel() for p in layer_matrices(self.model))
+        return 2 * ((weights - tail) * filling.tokens + tail * filling.leaves)
+
+
+# ---- transformers
 
 
 @torch.inference_mode()
 def score_batches(
     model, trees: list[Tree], width: int | None, batch: int, device: torch.device
 ) -> list:
-    """Return transformers' logits of ANSWERS for all prompts, `batch` at a time, padded on the left to width."""
+    """Return transformers' logits of ANSWERS for all prompts, `batch` at a time.
+
+    width: the tokens that prompts are padded to; None for the longest in the batch.
+    """
     scores = []
-    for prompts in map(prompts_of, trees):
+    for tree in trees:
+        prompts = [tree.prefix + branch for branch in tree.branches]
         for part in (prompts[i : i + batch] for i in range(0, len(prompts), batch)):
-            longest = width or max(map(len, part))
-            ids = torch.tensor([[0] * (longest - len(p)) + p for p in part], device=device)
-            mask = torch.tensor(
-                [[0] * (longest - len(p)) + [1] * len(p) for p in part], device=device
-            )
+            ids, mask = padded_left(part, width or max(map(len, part)), device)
             positions = (mask.cumsum(1) - 1).clamp(min=0)
             inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-            scores.append(
-                model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1, list(ANSWERS)]
-            )
+            logits = model(**inputs, logits_to_keep=1, use_cache=False).logits
+            scores.append(logits[:, -1, list(ANSWERS)])
     return torch.cat(scores).float().tolist()
 
 
 def agreement(ours: dict, theirs: list, trees: list[Tree]) -> tuple[float, float]:
-    """Return the largest difference of two scores, and the share of pairs of a user's candidates in the same order."""
-    flat = [ours[t, b] for t, tree in enumerate(trees) for b in range(len(tree.branches))]
-    a, b = torch.tensor(flat[: len(theirs)]), torch.tensor(theirs)
+    """Return the largest difference of two scores, and the share of pairs in the same order.
+
+    The pairs are of candidates of one user.
+    """
+    leaves = [(t, b) for t, tree in enumerate(trees) for b in range(len(tree.branches))]
+    a, b = torch.tensor([ours[leaf] for leaf in leaves]), torch.tensor(theirs)
     margins = [(x[:, 0] - x[:, 1]).view(-1, CANDIDATES) for x in (a, b)]
     orders = [m[:, :, None] > m[:, None, :] for m in margins]
     return (a - b).abs().max().item(), (orders[0] == orders[1]).float().mean().item()
 
 
-def recommender_of(args, model: Llama, users: int) -> tuple:
-    """Return (recommender, answers, examples, candidates) of training users, whole histories in the prompt."""
-    domain, items, splits = load_dataset(args.data, ("train",))
+def measure_peers(
+    settings: Settings, model, trees: list[Tree], ours: dict, device: torch.device
+) -> tuple[dict, dict]:
+    """Return the users/s of transformers and of the authors' way, and how scores agree.
+
+    ours: this project's scores. Raises InputError if those in fp32 differ.
+    """
+    score = partial(score_batches, model, device=device)
+    rates = {}
+    took = seconds(lambda: score(trees, None, CANDIDATES), device, settings.repeats)
+    rates["transformers"] = len(trees) / took
+    two = [Tree(trees[0].prefix, trees[0].branches[:2])]  # prompts, to extrapolate from
+    took = seconds(lambda: score(two, AUTHORS_LENGTH, 1), device, settings.repeats)
+    rates["authors"] = 2 / CANDIDATES / took
+
+    error, ordered = agreement(ours, score(trees, None, CANDIDATES), trees)
+    if model.dtype is torch.float32 and error > 1e-4:
+        raise InputError(f"the scores differ by {error:.1e}, so the times mean nothing")
+    return rates, {"largest_difference": error, "same_order": ordered}
+
+
+# ---- From a dataset's texts
+
+
+def text_scorer(settings: Settings, ours: Ours, users: int) -> tuple[Callable[[], object], int]:
+    """Return evaluate.py's scoring of training users from their texts, and their number.
+
+    The prompts show whole histories.
+    """
+    domain, items, splits = load_dataset(settings.data, ("train",))
     with tempfile.TemporaryDirectory() as folder:
-        shutil.copyfile(args.tokenizer, Path(folder) / "tokenizer.model")
-        settings = argparse.Namespace(max_length=2048, paradigm="whole-history", history_items=0)
-        recommender, answers = make_recommender(
-            settings, model.config, Path(folder), domain, items, {}
-        )
-    examples = splits["train"][:users]
-    return (
-        recommender,
-        answers,
-        examples,
-        [trsr.shuffled_candidates(example) for example in examples],
-    )
+        shutil.copyfile(settings.tokenizer, Path(folder) / "tokenizer.model")
+        budget = evaluate.prompt_budget(Path(folder), ours.model.config, 2048)
+    recommender = trsr.Recommender("whole-history", domain, items, {}, 0, budget)
+    answers = trsr.answer_ids(budget.encode, domain)
+    ranking = Ranking.of(recommender, splits["train"][:users])
+
+    def score() -> None:
+        packs = own_packs(ranking, ours.batching, show=False)
+        evaluate.score_users(ours.model, packs, answers, budget)
+
+    return score, len(ranking.examples)
 
 
-def busy_share(work) -> tuple[float, float, float]:
-    """Return the seconds that work takes, the seconds before the GPU begins to compute, and the share of the others in
-    which it does.
+def busy_share(work: Callable[[], object]) -> tuple[float, float, float]:
+    """Return the seconds of work, those before the GPU computes, and its share of the others.
+
+    The share is that of the time in which it computes.
     """
     activity = torch.profiler.ProfilerActivity.CUDA
     with torch.profiler.profile(activities=[activity]) as profile:
         began = time.perf_counter()
-        torch.zeros(1, device="cuda")  # in the profile, where the work begins
+        torch.zeros(1, device="cuda")  # marks in the profile where the work begins
         work()
         torch.cuda.synchronize()
         took = time.perf_counter() - began
-    events = [
-        e for e in profile.events() if e.device_type.name == "CUDA" and not e.name.startswith("Mem")
-    ]  # kernels
-    spans = sorted((e.time_range.start, e.time_range.end) for e in events)
+
+    events = [event for event in profile.events() if event.device_type.name == "CUDA"]
+    kernels = [event.time_range for event in events if not event.name.startswith("Mem")]
+    spans = sorted((span.start, span.end) for span in kernels)
     busy, reached = 0.0, 0.0
     for start, end in spans:
         busy += max(0.0, end - max(start, reached))
@@ -125,133 +215,84 @@ def busy_share(work) -> tuple[float, float, float]:
     return took, before, busy / 1e6 / (took - before)
 
 
+# ---- The comparison
+
+
 def main() -> None:
-    """Print users/s of each way, ratios, and how near to the machine's ceiling this project is."""
-    parser = bench_parser(__doc__)
-    parser.add_argument(
-        "--users",
-        type=int,
-        help="users that this project scores (without it: 160 on GPUs, 6 on CPUs)",
-    )
-    parser.add_argument("--peer-users", type=int, default=2, help="users that the others score")
-    parser.add_argument(
-        "--candidates",
-        type=int,
-        nargs="+",
-        default=[CANDIDATES],
-        help="numbers of candidates to time",
-    )
-    parser.add_argument(
-        "--pack-tokens", type=int, help="tokens in a forward pass (without it: as evaluate.py)"
-    )
-    parser.add_argument("--no-peer", action="store_true", help="this project alone")
-    parser.add_argument(
-        "--data", type=Path, help="dataset, of whose training users evaluate.py's way is timed"
-    )
-    parser.add_argument(
-        "--tokenizer", type=Path, help="SentencePiece model with 32,000 pieces, for --data"
-    )
-    args = parser.parse_args()
+    """Print the users/s of each way, ratios, and how close to the ceiling this project is."""
+    settings = parse_settings(Settings, __doc__)
     rank, world, device = join_processes()
-    gpu, args.no_peer = device.type == "cuda", args.no_peer or world > 1
+    gpu, peer = device.type == "cuda", not settings.no_peer and world == 1
     dtype = torch.bfloat16 if gpu else torch.float32
-    users = args.users or (160 if gpu else 6)
-    args.pack_tokens = args.pack_tokens or (16384 if gpu else 4096)
-    args.pad_to, args.workers = (args.pack_tokens if gpu else 1), host_workers(device)
-    ours, theirs = models(args, device, dtype, peer=not args.no_peer)
-    trees = random_trees(args, users, CANDIDATES)
+    users = settings.users or (160 if gpu else 6)
+    model, theirs = make_models(settings, device, dtype, peer)
     if gpu:
-        compile_layers(ours)
+        compile_layers(model)
+    ours = Ours(model, Batching.on(device, settings.pack_tokens, on_gpus=16384))
+    trees = random_trees(settings, users, CANDIDATES)
 
-    def packs_of(trees: list[Tree]) -> Iterator[Pack]:
-        mine = sorted(share_out([tree.size for tree in trees], world)[rank])
-        return stream_packs(((i, trees[i]) for i in mine), len(mine), args)
+    limit, scored = world * ceiling(device, dtype), []
+    took = seconds(lambda: scored.append(ours.score(trees)), device, settings.repeats)
+    rates, filling = {"ours": users / took}, ours.filling(trees)
+    flops = ours.flops(filling) / took
+    found = {"shape": settings.shape, "work": settings.work, "device": device_name(device, world)}
+    found |= {"dtype": dtype_name(dtype), "torch": torch.__version__, "users_per_second": rates}
+    found |= {"tokens_a_user": filling.tokens / users, "fill": filling.share, "flops": flops}
+    found |= {"ceiling": limit, "share_of_ceiling": flops / limit}
+    found["seconds_a_user"] = candidate_times(settings, ours, users, device)
+    if peer:
+        few = trees[: settings.peer_users]
+        more, agreed = measure_peers(settings, theirs, few, scored[-1][0], device)
+        rates |= more
+        found |= agreed
+    from_texts = 0
+    if settings.data:
+        score, from_texts = text_scorer(settings, ours, users)
+        score()  # compiles what it needs
+        times = busy_share(score) if gpu else (seconds(score, device, 1),)
+        found["from_texts"] = times
+    if rank == 0:
+        report(settings, found, from_texts)
+        if settings.json:
+            print(json.dumps(found))
 
-    def score(trees: list[Tree]) -> dict:
-        return score_packs(ours, prefetch(packs_of(trees)), ANSWERS)
 
-    few, scored = trees[: args.peer_users], []
-    limit = world * ceiling(device, dtype)
-    found = {"shape": args.shape, "work": args.work, "device": device_name(device, world)}
-    found |= {"dtype": str(dtype).split(".")[1], "torch": torch.__version__}
-    rates = {
-        "ours": users / seconds(lambda: scored.append(gather(score(trees))), device, args.repeats)
-    }
-    packs = [pack for share in gather(list(packs_of(trees))) for pack in share]
-    real, places = sum(pack.tokens for pack in packs), sum(len(pack.ids) for pack in packs)
-    last = ours.model.layers[
-        -1
-    ]  # whose second half is computed for the candidates' last tokens alone
-    tail = sum(p.numel() for part in (last.self_attn.o_proj, last.mlp) for p in part.parameters())
-    computed = (weights_read(ours) - tail) * real + tail * sum(len(pack.leaves) for pack in packs)
-    flops = 2 * computed / users * rates["ours"]
-    found |= {
-        "users_per_second": rates,
-        "tokens_a_user": real / users,
-        "fill": real / places,
-        "flops": flops,
-    }
-    found |= {"ceiling": limit, "share_of_ceiling": flops / limit, "seconds_a_user": {}}
-    if not args.no_peer:
-        together, alone = (
-            (few, None, CANDIDATES),
-            ([Tree(few[0].prefix, few[0].branches[:2])], AUTHORS_LENGTH, 1),
-        )
-        theirs_of = partial(score_batches, theirs, device=device)
-        rates["transformers"] = len(few) / seconds(
-            partial(theirs_of, *together), device, args.repeats
-        )
-        rates["authors"] = (
-            2 / CANDIDATES / seconds(partial(theirs_of, *alone), device, args.repeats)
-        )  # of two prompts
-        error, ordered = agreement(scored[-1][0], theirs_of(*together), few)
-        found |= {"largest_difference": error, "same_order": ordered}
-        if dtype is torch.float32 and error > 1e-4:
-            raise InputError(f"the scores differ by {error:.1e}, so the times mean nothing")
-    for n in args.candidates if args.candidates != [CANDIDATES] else ():
-        some = random_trees(args, max(1, users * CANDIDATES // n), n)
-        found["seconds_a_user"][n] = seconds(
-            lambda some=some: gather(score(some)), device, 1
-        ) / len(some)
-    if args.data:
-        recommender, answers, examples, candidates = recommender_of(args, ours, users)
+def candidate_times(
+    settings: Settings, ours: Ours, users: int, device: torch.device
+) -> dict[int, float]:
+    """Return the seconds per user for each of several numbers of candidates."""
+    times = {}
+    for n in settings.candidates if tuple(settings.candidates) != (CANDIDATES,) else ():
+        trees = random_trees(settings, max(1, users * CANDIDATES // n), n)
+        took = seconds(partial(ours.score, trees), device, 1)
+        times[n] = took / len(trees)
+    return times
 
-        def from_texts() -> None:
-            own = evaluate.own_packs(recommender, examples, candidates, args, show=False)
-            evaluate.score(ours, own, len(examples), answers, recommender.budget)
 
-        from_texts()  # compiled
-        found["from_texts"] = busy_share(from_texts) if gpu else (seconds(from_texts, device, 1),)
-    if rank:
-        return
-    print(
-        f"{args.shape}, {args.work}, {found['dtype']} on {found['device']}, torch {torch.__version__}"
-    )
+def report(settings: Settings, found: dict, from_texts: int) -> None:
+    """Print the table; from_texts: how many users were scored from texts."""
+    where = f"{found['dtype']} on {found['device']}, torch {found['torch']}"
+    print(f"{settings.shape}, {settings.work}, {where}")
+    rates = found["users_per_second"]
     for name, rate in rates.items():
         ratio = f"   ours is {rates['ours'] / rate:.1f} times as fast" if name != "ours" else ""
         print(f"{name:<14}{rate:>9.3f} users/s{ratio}")
-    print(
-        f"{flops / 1e12:.2f} of {limit / 1e12:.2f} TFLOP/s ({flops / limit:.0%}), packs {real / places:.1%} full"
-    )
-    if not args.no_peer:
-        print(
-            f"largest difference {error:.1e}; {ordered:.2%} of the pairs of candidates in the same order"
-        )
+    speed = f"{found['flops'] / 1e12:.2f} of {found['ceiling'] / 1e12:.2f} TFLOP/s"
+    print(f"{speed} ({found['share_of_ceiling']:.0%}), packs {found['fill']:.1%} full")
+    if "same_order" in found:
+        pairs = f"{found['same_order']:.2%} of the pairs of candidates in the same order"
+        print(f"largest difference {found['largest_difference']:.1e}; {pairs}")
     for n, cost in found["seconds_a_user"].items():
         print(f"{n:>6} candidates: {cost:.4f} s a user")
-    if args.data:
-        took, *more = found["from_texts"]
-        share = (
-            "; the GPU begins after {:.2f} s, then it computes in {:.1%} of the time".format(*more)
-            if more
-            else ""
-        )
-        print(
-            f"{len(examples)} users of {args.data} from texts to scores in {took:.2f} s{share}",
-            flush=True,
-        )
-    if args.json:
-        print(json.dumps(found))
+    if "from_texts" in found:
+        took, *gpu = found["from_texts"]
+        busy = ""
+        if gpu:
+            before, share = gpu
+            busy = f"; the GPU begins after {before:.2f} s, then it computes in {share:.1%}"
+            busy += " of the time"
+        users = f"{from_texts} users of {settings.data}"
+        print(f"{users} from texts to scores in {took:.2f} s{busy}", flush=True)
 
 
 if __name__ == "__main__":

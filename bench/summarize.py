@@ -1,45 +1,127 @@
-"""Greedy generation side by side: this project's slots, and transformers' generate at several batch sizes.
+"""Greedy generation: this project's slots, and transformers' generate at several batch sizes.
 
-    python -m bench.summarize --shape 100m                      # on a CPU in fp32, on a GPU in bf16
+    python -m bench.summarize --shape 100m                      # fp32 on a CPU, bf16 on a GPU
     python -m bench.summarize --shape llama-2-7b --batch-size 96 --batches 1 32 64
     python -m bench.summarize --shape llama-2-7b --prompt-tokens 700 700 --new-tokens 128 128
     python -m bench.summarize --shape llama-30b --int8 --peer-layers 6
-    torchrun --nproc_per_node 2 -m bench.summarize --shape llama-2-7b                # this project alone
+    torchrun --nproc_per_node 2 -m bench.summarize --shape llama-2-7b      # this project alone
 
-Prompts have 300 to 1,200 tokens, of which the first 100 are the instruction; outputs have 40 to 150, as real ones vary
-(random weights never end a text, so each prompt comes with its length). transformers' batches hold prompts of similar
-length and go on until the longest output of a batch is written; what is beyond an output's length does not count.
-Bytes are those of the layers' matrices once a step, and of the keys and values that rows have.
-With --int8 this project has int8 weights and transformers bitsandbytes' LLM.int8.
+Prompts have 300 to 1,200 tokens, of which the first 100 are the instruction, and outputs 40 to 150,
+as real ones vary. Random weights never end a text, so each prompt comes with its output's length.
+transformers' batches hold prompts of similar length and run until the longest output of a batch is
+written; what is beyond an output's own length does not count. Bytes are those of the layers'
+matrices once per step, and of the keys and values in use. With --int8, this project has int8
+weights and transformers has bitsandbytes' LLM.int8.
 """
 
 import gc
 import json
 import random
 import time
+from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
-from bench.common import INSTRUCTION, bench_parser, device_name, models, seconds, vocabulary_of
+from bench import common
+from bench.common import (
+    INSTRUCTION,
+    device_name,
+    dtype_name,
+    layer_matrices,
+    make_models,
+    padded_left,
+    seconds,
+)
+from launch.command import option, parse_settings
 from launch.estimate import rows_that_fit
-from launch.processes import gather, join_processes, run_script, share_out
-from llama import compile_layers
+from launch.numbers import positive, real
+from launch.processes import gather, join_processes, ranks, run_script, share_out
+from llama import Llama, compile_layers
 from ops.int8 import bitsandbytes_linear, quantized, replace_linears
-from summarize import Generator, Row
+from ops.packs import common_prefix
+from summarize import PREFILL_TOKENS, Generator, Row
 from trsr import InputError
 
 
+@dataclass(frozen=True)
+class Settings(common.Settings):
+    """The flags."""
+
+    prompts: int | None = option(
+        None, "prompts that this project reads (unset: four batches)", positive
+    )
+    prompt_tokens: tuple[int, int] = option(
+        (300, 1200), "least and most of a prompt", positive, nargs=2
+    )
+    new_tokens: tuple[int, int] = option(
+        (40, 150), "least and most of an output", positive, nargs=2
+    )
+    batch_size: int | None = option(
+        None, "rows that decode together (unset: as in summarize.py)", positive
+    )
+    batches: tuple[int, ...] | None = option(
+        None,
+        "batch sizes of the peer (unset: 1 32 64 on GPUs, 1 8 16 on CPUs)",
+        positive,
+        nargs="+",
+    )
+    peer_layers: int | None = option(
+        None, "layers of the peer's model, whose times are scaled up to all (unset: all)", positive
+    )
+    int8: bool = option(False, "8-bit weights on both sides")
+    threshold: float = option(6.0, "of bitsandbytes", real)
+    no_peer: bool = option(False, "this project alone")
+
+
+class Prompt(NamedTuple):
+    """A prompt, and how many tokens its output has."""
+
+    ids: list[int]
+    new: int
+
+
+Written = dict[int, list[int]]  # the output of each prompt, by its number
+
+
+def random_prompts(settings: Settings, n: int) -> list[Prompt]:
+    """Return n prompts of random tokens, the longest first; seeded."""
+    rng = random.Random(f"bench {settings.seed}")
+
+    def tokens(n: int) -> list[int]:
+        return [rng.randrange(3, settings.vocabulary) for _ in range(n)]
+
+    instruction = tokens(INSTRUCTION)
+    sizes = []
+    for _ in range(n):
+        sizes.append((rng.randint(*settings.prompt_tokens), rng.randint(*settings.new_tokens)))
+    prompts = [Prompt(instruction + tokens(size - INSTRUCTION), new) for size, new in sizes]
+    return sorted(prompts, key=lambda prompt: -len(prompt.ids))
+
+
+# ---- This project
+
+
 class MeasuredGenerator(Generator):
-    """Ends each text at its own length, where keys are (number, length), and counts what decoding reads."""
+    """Ends each text at its own length and counts what decoding reads.
+
+    Keys are (number, length).
+    """
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
-        self.steps = self.cached = 0
-        self.decoding = 0.0
+        self.reset()
 
-    def ends(self, row: Row) -> bool:  # noqa: D102
-        return len(row.tokens) == row.key[1]
+    def reset(self) -> None:
+        """Start counting again."""
+        self.steps = self.cached = 0  # decoding steps, and the slots that they read
+        self.decoding = 0.0  # seconds
+
+    def ends(self, row: Row) -> bool:
+        """Return whether the row has its length."""
+        _, length = row.key
+        return len(row.tokens) == length
 
     def _decode(self) -> list[int]:
         began = time.perf_counter()
@@ -49,201 +131,226 @@ class MeasuredGenerator(Generator):
         self.cached += sum(row.length + 1 for row in self.rows)
         return tokens
 
+    def write(self, prompts: dict[int, Prompt]) -> Written:
+        """Return the outputs of numbered prompts."""
+        self.reset()
+        self.submit([((i, prompt.new), prompt.ids) for i, prompt in prompts.items()])
+        written: Written = {}
+        while len(written) < len(prompts):
+            written |= {number: tokens for (number, _), tokens in self.step()}
+        return written
 
-def random_prompts(args, n: int) -> list[tuple[list[int], int]]:
-    """Return n prompts of random tokens, each with the length of its output; seeded."""
-    rng, vocabulary = random.Random(f"bench {args.seed}"), vocabulary_of(args.shape)
-    instruction = [rng.randrange(3, vocabulary) for _ in range(INSTRUCTION)]
-    lengths = [(rng.randint(*args.prompt_tokens), rng.randint(*args.new_tokens)) for _ in range(n)]
-    made = [
-        (instruction + [rng.randrange(3, vocabulary) for _ in range(p - INSTRUCTION)], o)
-        for p, o in lengths
-    ]
-    return sorted(made, key=lambda pair: -len(pair[0]))
-
-
-def write_ours(
-    generator: MeasuredGenerator, prompts: list[tuple[list[int], int]]
-) -> dict[int, list[int]]:
-    """Return the tokens written for each prompt."""
-    generator.steps = generator.cached = 0
-    generator.decoding = 0.0
-    generator.submit([((i, length), ids) for i, (ids, length) in enumerate(prompts)])
-    written = {}
-    while len(written) < len(prompts):
-        written |= {key[0]: tokens for key, tokens in generator.step()}
-    return written
-
-
-@torch.inference_mode()
-def write_theirs(
-    model, prompts: list[tuple[list[int], int]], batch: int, device: torch.device
-) -> dict[int, list[int]]:
-    """Return the tokens that transformers writes for each prompt, `batch` prompts at a time."""
-    written = {}
-    for start in range(0, len(prompts), batch):
-        part = prompts[start : start + batch]
-        longest = max(len(ids) for ids, _ in part)
-        ids = torch.tensor([[0] * (longest - len(p)) + p for p, _ in part], device=device)
-        mask = torch.tensor(
-            [[0] * (longest - len(p)) + [1] * len(p) for p, _ in part], device=device
-        )
-        new = max(length for _, length in part)
-        out = model.generate(
-            ids, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0
-        )
-        for i, (row, (_, length)) in enumerate(zip(out[:, longest:].tolist(), part, strict=True)):
-            written[start + i] = row[:length]
-    return written
+    def bytes_per_second(self) -> float:
+        """Return the rate at which decoding has read weights, keys and values."""
+        head, config = self.model.lm_head.weight, self.model.config
+        weights = sum(p.numel() * p.itemsize for p in layer_matrices(self.model))
+        weights += head.numel() * head.itemsize
+        heads = config.num_key_value_heads * config.head_dim
+        slot = 2 * len(self.model.model.layers) * heads * head.itemsize
+        return (self.steps * weights + self.cached * slot) / self.decoding
 
 
 def copy_rate(device: torch.device) -> float:
-    """Return the bytes a second that a large copy reads and writes."""
-    source = torch.empty(
-        (1 << 30) if device.type == "cuda" else (1 << 27), dtype=torch.uint8, device=device
-    )
+    """Return the bytes per second that a large copy reads and writes."""
+    size = (1 << 30) if device.type == "cuda" else (1 << 27)
+    source = torch.empty(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return (
-        2 * len(source) * 5 / seconds(lambda: [target.copy_(source) for _ in range(5)], device, 5)
-    )
+    took = seconds(lambda: [target.copy_(source) for _ in range(5)], device, 5)
+    return 2 * size * 5 / took
 
 
-def equal_share(a: dict, b: dict) -> float:
-    """Return the mean share of b's tokens that a writes too before the first that differs."""
-    shares = []
-    for i, tokens in b.items():
-        same = next(
-            (t for t, (x, y) in enumerate(zip(a[i], tokens, strict=True)) if x != y), len(tokens)
-        )
-        shares.append(same / len(tokens))
+# ---- transformers
+
+
+@torch.inference_mode()
+def write_batches(model, prompts: list[Prompt], batch: int, device: torch.device) -> Written:
+    """Return the outputs of transformers, `batch` prompts at a time."""
+    written: Written = {}
+    for start in range(0, len(prompts), batch):
+        part = prompts[start : start + batch]
+        longest = max(len(prompt.ids) for prompt in part)
+        ids, mask = padded_left([prompt.ids for prompt in part], longest, device)
+        options = {"max_new_tokens": max(prompt.new for prompt in part), "do_sample": False}
+        out = model.generate(ids, attention_mask=mask, pad_token_id=0, **options)
+        rows = out[:, longest:].tolist()
+        for i, (row, prompt) in enumerate(zip(rows, part, strict=True)):
+            written[start + i] = row[: prompt.new]
+    return written
+
+
+def chosen(n: int, batch: int) -> list[int]:
+    """Return the numbers of the prompts for a batch size: spread out, or a few of middle length."""
+    if batch < 4:
+        return list(range(n))[n // 2 :][:batch]
+    return list(range(n))[:: max(1, n // batch)][:batch]
+
+
+def measure_peer(
+    model, prompts: list[Prompt], batch: int, device: torch.device
+) -> tuple[float, Written]:
+    """Return the new tokens/s of transformers, and its outputs."""
+    short = [Prompt(ids, min(new, 8)) for ids, new in prompts]
+    write_batches(model, short, batch, device)  # warm-up
+    began = time.perf_counter()
+    written = write_batches(model, prompts, batch, device)
+    took = time.perf_counter() - began
+    return sum(prompt.new for prompt in prompts) / took, written
+
+
+def equal_share(a: Written, b: Written) -> float:
+    """Return the mean share of b's tokens that a has too, before the first that differs."""
+    shares = [common_prefix((a[i], tokens)) / len(tokens) for i, tokens in b.items()]
     return sum(shares) / len(shares)
 
 
+# ---- The comparison
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of this project: all processes together, but for steps and decoding."""
+
+    rows: int
+    prompts: int
+    tokens: int  # written
+    seconds: float
+    steps: int
+    decoding: float  # seconds
+    bytes_per_second: float
+    copy: float  # a copy's bytes per second
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The new tokens per second."""
+        return self.tokens / self.seconds
+
+    def record(self) -> dict:
+        """Return what the JSON object says of it."""
+        return {
+            "rows": self.rows,
+            "prompts": self.prompts,
+            "tokens_per_second": self.tokens_per_second,
+            "ms_a_step": 1000 * self.decoding / self.steps,
+            "decoding_share": self.decoding / self.seconds,
+            "bytes_per_second": self.bytes_per_second,
+            "copy": self.copy,
+        }
+
+
 def main() -> None:
-    """Print new tokens/s of each way, ratios, and how near to the machine's copy rate decoding is."""
-    parser = bench_parser(__doc__)
-    parser.add_argument(
-        "--prompts", type=int, help="prompts that this project reads (without it: 4 batches)"
-    )
-    parser.add_argument(
-        "--prompt-tokens", type=int, nargs=2, default=(300, 1200), help="least and most of a prompt"
-    )
-    parser.add_argument(
-        "--new-tokens", type=int, nargs=2, default=(40, 150), help="least and most of an output"
-    )
-    parser.add_argument(
-        "--batch-size", type=int, help="rows that decode together (without it: as summarize.py)"
-    )
-    parser.add_argument(
-        "--batches", type=int, nargs="+", help="of the peer (1 32 64 on GPUs, 1 8 16 on CPUs)"
-    )
-    parser.add_argument(
-        "--peer-layers",
-        type=int,
-        help="layers of the peer's model, whose times are scaled up to all",
-    )
-    parser.add_argument("--int8", action="store_true")
-    parser.add_argument("--threshold", type=float, default=6.0, help="of bitsandbytes")
-    parser.add_argument("--no-peer", action="store_true", help="this project alone")
-    args = parser.parse_args()
+    """Print the new tokens/s of each way, ratios, and how close to a copy's rate decoding is."""
+    settings = parse_settings(Settings, __doc__)
     rank, world, device = join_processes()
-    gpu, args.no_peer = device.type == "cuda", args.no_peer or world > 1
+    gpu, peer = device.type == "cuda", not settings.no_peer and world == 1
     dtype = torch.bfloat16 if gpu else torch.float32
-    batches = args.batches or ([1, 32, 64] if gpu else [1, 8, 16])
-    ours, theirs = models(args, device, dtype, peer=not args.no_peer)
-    layers = len(ours.model.layers)
-    if args.peer_layers and theirs is not None:
-        theirs.model.layers = theirs.model.layers[: args.peer_layers]
-        theirs.config.num_hidden_layers = args.peer_layers
-    if args.int8:  # after the peer's layers are few, since all in 16 bit and in 8 may not fit
+    ours, theirs = make_models(settings, device, dtype, peer)
+    prepare_models(settings, ours, theirs, device)
+
+    slots = settings.prompt_tokens[1] + settings.new_tokens[1]
+    rows = settings.batch_size or rows_that_fit(ours, slots, PREFILL_TOKENS, device)
+    prompts = random_prompts(settings, settings.prompts or 4 * rows * world)
+    generator = MeasuredGenerator(ours, rows, settings.new_tokens[1], (), slots if gpu else 0)
+    measured, written = measure_ours(settings, generator, prompts, device)
+    if rank > 0:
+        return
+    kind = "int8" if settings.int8 else dtype_name(dtype)
+    report_ours(measured, f"{settings.shape}, {kind} on {device_name(device, world)}", world)
+
+    del generator
+    gc.collect()
+    torch.cuda.empty_cache()  # the cache's rows make room for the peer
+    rates = {}
+    if peer:
+        speed = measured.tokens_per_second
+        rates = measure_peers(settings, theirs, prompts, written, speed)
+    if settings.json:
+        about = {"shape": settings.shape, "kind": kind, "torch": torch.__version__}
+        print(json.dumps(about | measured.record() | {"peers": rates}))
+
+
+def prepare_models(settings: Settings, ours: Llama, theirs, device: torch.device) -> None:
+    """Cut the peer's layers, quantize both models, and compile this project's."""
+    if settings.peer_layers and theirs is not None:
+        theirs.model.layers = theirs.model.layers[: settings.peer_layers]
+        theirs.config.num_hidden_layers = settings.peer_layers
+    if settings.int8:  # only now, since all layers in 16 bit and in 8 bit may not fit
         replace_linears(ours, quantized)
-    if theirs is not None and args.int8:
-        replace_linears(theirs, lambda base: bitsandbytes_linear(base, args.threshold))
+    if settings.int8 and theirs is not None:
+        replace_linears(theirs, partial(bitsandbytes_linear, threshold=settings.threshold))
         theirs.to(device)
-    if gpu:
+    if device.type == "cuda":
         torch.cuda.empty_cache()
         compile_layers(ours)
-    slots = args.prompt_tokens[1] + args.new_tokens[1]
-    rows = args.batch_size or rows_that_fit(ours, slots, device)
-    prompts = random_prompts(args, args.prompts or 4 * rows * world)
-    generator = MeasuredGenerator(ours, rows, args.new_tokens[1], (), slots if gpu else 0)
-    mine = [
-        prompts[i] for i in sorted(share_out([len(ids) + 8 * n for ids, n in prompts], world)[rank])
-    ]
-    write_mine = partial(write_ours, generator, mine)
-    took = seconds(lambda write=write_mine: gather(write()), device, args.repeats)
-    written, new = write_mine(), sum(length for _, length in prompts)
-    matrices = sum(
-        p.numel() * p.itemsize
-        for n, p in ours.named_parameters()
-        if ".layers." in n and p.dim() > 1
+
+
+def measure_ours(
+    settings: Settings, generator: MeasuredGenerator, prompts: list[Prompt], device: torch.device
+) -> tuple[Measured, Written]:
+    """Return what was measured, and this process's outputs."""
+    # A token that is written costs about as much as reading eight.
+    sizes = [len(prompt.ids) + 8 * prompt.new for prompt in prompts]
+    rank, world = ranks()
+    mine = {i: prompts[i] for i in sorted(share_out(sizes, world)[rank])}
+    took = seconds(lambda: gather(generator.write(mine)), device, settings.repeats)
+    written = generator.write(mine)
+    measured = Measured(
+        rows=generator.n_rows,
+        prompts=len(prompts),
+        tokens=sum(prompt.new for prompt in prompts),
+        seconds=took,
+        steps=generator.steps,
+        decoding=generator.decoding,
+        bytes_per_second=generator.bytes_per_second(),
+        copy=copy_rate(device),
     )
-    head = ours.lm_head.weight.numel() * ours.lm_head.weight.itemsize
-    heads = ours.config.num_key_value_heads * ours.config.head_dim
-    token = 2 * layers * heads * ours.lm_head.weight.itemsize
-    read = (generator.steps * (matrices + head) + generator.cached * token) / generator.decoding
-    limit = copy_rate(device)
-    if rank:
-        return
-    peak = f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if gpu else ""
-    kind = "int8" if args.int8 else str(dtype).split(".")[1]
-    found = {
-        "shape": args.shape,
-        "kind": kind,
-        "torch": torch.__version__,
-        "rows": rows,
-        "prompts": len(prompts),
-    }
-    found |= {
-        "tokens_per_second": new / took,
-        "ms_a_step": 1000 * generator.decoding / generator.steps,
-    }
-    found |= {
-        "decoding_share": generator.decoding / took,
-        "bytes_per_second": read,
-        "copy": limit,
-        "peers": {},
-    }
-    print(f"{args.shape}, {kind} on {device_name(device, world)}, torch {torch.__version__}{peak}")
-    name = f"ours, {rows} rows" + (" a GPU" if world > 1 else "")
-    print(f"{name:<28}{new / took:>9.1f} new tokens/s, {len(prompts) / took:.2f} prompts/s")
-    share = f"{found['decoding_share']:.0%} of the time"
-    print(f"{generator.steps} steps of {found['ms_a_step']:.2f} ms, {share}; they read", flush=True)
-    print(
-        f"{read / 1e9:.1f} GB/s, {read / limit:.0%} of a copy's {limit / 1e9:.1f} GB/s", flush=True
-    )
-    del generator, write_mine
-    gc.collect(), torch.cuda.empty_cache()  # its rows make room for the peer's
-    for batch in batches if theirs is not None else ():
-        some = (
-            prompts[len(prompts) // 2 :][:batch]
-            if batch < 4
-            else prompts[:: max(1, len(prompts) // batch)][:batch]
-        )
+    return measured, written
+
+
+def report_ours(measured: Measured, what: str, world: int) -> None:
+    """Print this project's part of the table."""
+    found, peak = measured.record(), ""
+    if torch.cuda.is_available():
+        peak = f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+    print(f"{what}, torch {torch.__version__}{peak}")
+    name = f"ours, {measured.rows} rows" + (" a GPU" if world > 1 else "")
+    speed = f"{measured.tokens_per_second:>9.1f} new tokens/s"
+    print(f"{name:<28}{speed}, {measured.prompts / measured.seconds:.2f} prompts/s")
+    steps = f"{measured.steps} steps of {found['ms_a_step']:.2f} ms"
+    print(f"{steps}, {found['decoding_share']:.0%} of the time; they read")
+    read, limit = measured.bytes_per_second, measured.copy
+    share = f"{read / limit:.0%} of a copy's {limit / 1e9:.1f} GB/s"
+    print(f"{read / 1e9:.1f} GB/s, {share}", flush=True)
+
+
+def measure_peers(
+    settings: Settings, model, prompts: list[Prompt], written: Written, ours: float
+) -> dict[int, float]:
+    """Return the new tokens/s of transformers by batch size, and print a line for each.
+
+    written, ours: this project's outputs and its new tokens/s. Raises InputError if outputs in fp32
+    differ.
+    """
+    device, rates = model.device, {}
+    sizes = settings.batches or ([1, 32, 64] if device.type == "cuda" else [1, 8, 16])
+    scale, note = 1.0, ""
+    if settings.peer_layers:
+        scale = settings.peer_layers / settings.fields["num_hidden_layers"]
+        note = f"from {settings.peer_layers} layers"
+    for batch in sizes:
+        numbers = chosen(len(prompts), batch)
         try:
-            write_theirs(theirs, [(ids, min(length, 8)) for ids, length in some], batch, device)
-            began = time.perf_counter()
-            told = write_theirs(theirs, some, batch, device)
-            rate = sum(length for _, length in some) / (time.perf_counter() - began)
+            rate, theirs = measure_peer(model, [prompts[i] for i in numbers], batch, device)
         except torch.OutOfMemoryError:
             print(f"a batch of {batch} does not fit")
             continue
-        rate *= (args.peer_layers or layers) / layers
-        found["peers"][batch] = rate
-        numbers = {id(ids): i for i, (ids, _) in enumerate(prompts)}
-        equal = equal_share({i: written[numbers[id(ids)]] for i, (ids, _) in enumerate(some)}, told)
-        note = (
-            f"{equal:.1%} of the tokens equal"
-            if not args.peer_layers
-            else f"from {args.peer_layers} layers"
-        )
-        name = f"transformers, {batch} a batch"
-        ratio = f"ours is {new / took / rate:.1f} times as fast"
-        print(f"{name:<28}{rate:>9.1f} new tokens/s   {ratio}; {note}", flush=True)
-        if dtype is torch.float32 and not args.int8 and equal < 1:
+        rates[batch] = rate = rate * scale
+        equal = equal_share({j: written[i] for j, i in enumerate(numbers)}, theirs)
+        name, ratio = f"transformers, {batch} a batch", f"ours is {ours / rate:.1f} times as fast"
+        line = f"{name:<28}{rate:>9.1f} new tokens/s   {ratio}"
+        print(f"{line}; {note or f'{equal:.1%} of the tokens equal'}", flush=True)
+        if model.dtype is torch.float32 and not settings.int8 and equal < 1:
             raise InputError("the tokens differ, so the times mean nothing")
-    if args.json:
-        print(json.dumps(found))
+    return rates
 
 
 if __name__ == "__main__":

@@ -1,65 +1,154 @@
-"""LoRA fine-tuning side by side: this project's optimizer steps, and transformers + PEFT's on the same examples.
+"""LoRA fine-tuning: this project's optimizer steps, and those of transformers + PEFT.
 
-    python -m bench.train --shape tiny --work mind              # on a CPU in fp32, on a GPU in bf16
+    python -m bench.train --shape tiny --work mind              # fp32 on a CPU, bf16 on a GPU
     python -m bench.train --shape llama-2-7b --work amazon --pack-tokens 8192
-    torchrun --nproc_per_node 2 -m bench.train --shape llama-2-7b --shard zero3       # this project alone
+    torchrun --nproc_per_node 2 -m bench.train --shape llama-2-7b --shard zero3   # this alone
 
-A user gives two examples, the positive and a negative; the loss is that of the whole prompt, the adapters have rank 8
-on q, k, v and o, with dropout 0.05. The steps are train.py's own, the packs made in a thread as there. transformers +
-PEFT take one example a forward pass (as the paper does), and padded batches of the sizes of --batches, of which the
-fastest that fits counts. FLOP are 4 a weight of the layers and token that is computed, without attention: the frozen
-weights need no gradient. Before the timing, the losses of both are compared without dropout.
+A user gives two examples, the positive and a negative. The loss is that of the whole prompt; the
+adapters have rank 8 on q, k, v and o, with a dropout of 0.05. This project's steps are train.py's
+own, with packs made in a thread, as there. transformers + PEFT takes one example per forward pass,
+as the paper does, and padded batches of the sizes in --batches, of which the fastest counts. FLOP
+are 4 per weight of the layers and token, without attention, since frozen weights need no gradient.
+Before the timing, both losses are compared without dropout.
 """
 
-import argparse
 import json
+from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
 
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from torch import nn
 
+from batches.prompts import Batching
+from batches.steps import make_step
+from bench import common
 from bench.common import (
-    bench_parser,
+    Filling,
     ceiling,
     device_name,
-    models,
+    dtype_name,
+    layer_matrices,
+    make_models,
     random_trees,
     seconds,
-    weights_read,
 )
-from launch.processes import gather, join_processes, prefetch, run_script
-from llama import compile_layers
+from launch.command import option, parse_settings
+from launch.numbers import positive
+from launch.processes import gather, join_processes, prefetch, ranks, run_script
+from llama import Llama, compile_layers
 from lora import ATTENTION, LoRAConfig, adapter_tensors, apply_lora
 from ops.packs import Tree
-from train import shard, step_packs, train_step
+from train import SHARDS, shard, train_step
 from trsr import InputError
+
+RANK, ALPHA, DROPOUT = 8, 16, 0.05
+
+
+@dataclass(frozen=True)
+class Settings(common.Settings):
+    """The flags."""
+
+    users: int | None = option(
+        None, "users in an optimizer step (unset: 32 on GPUs, 8 on CPUs)", positive
+    )
+    batches: tuple[int, ...] | None = option(
+        None,
+        "batch sizes of the peer to try (unset: 12 8 6 4 on GPUs, 8 4 2 on CPUs)",
+        positive,
+        nargs="+",
+    )
+    pack_tokens: int | None = option(
+        None, "tokens in a forward pass (unset: as in train.py)", positive
+    )
+    unshared: bool = option(False, "this project without shared prefixes")
+    no_peer: bool = option(False, "this project alone")
+    activation_checkpointing: bool = option(False, "as in train.py")
+    shard: str = option("zero2", "as in train.py", choices=SHARDS)
 
 
 def sequences_of(trees: list[Tree]) -> list[list[int]]:
-    """Return all examples, each apart."""
+    """Return all examples, each with its prefix."""
     return [tree.prefix + branch for tree in trees for branch in tree.branches]
 
 
-def padded_step(model, optimizer, trees: list[Tree], batch: int, device: torch.device) -> float:
-    """Make one optimizer step of transformers' model on padded batches of similar length; return the loss."""
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    """Return an optimizer that does all its work and changes nothing."""
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
+
+
+# ---- This project
+
+
+def add_adapter(model: Llama, seed: int) -> None:
+    """Add an adapter with random values in both of its matrices."""
+    apply_lora(model, LoRAConfig(dropout=DROPOUT))
+    torch.manual_seed(seed)
+    for parameter in adapter_tensors(model).values():
+        nn.init.normal_(parameter, std=0.02)
+
+
+class Ours:
+    """Makes the same optimizer step again and again, as train.py would."""
+
+    def __init__(self, model: Llama, trees: list[Tree], batching: Batching, mode: str):
+        self.model, self.mode = model, mode
+        self.optimizer = optimizer_of(model)
+        users = list(range(len(trees)))
+        self.make = partial(make_step, trees, users, "prompt", batching)
+        self.steps = prefetch(self.make() for _ in repeat(None))
+
+    def step(self) -> float:
+        """Make the step; return its loss."""
+        return train_step(self.model, self.optimizer, next(self.steps), mode=self.mode)[0]
+
+    def filling(self) -> Filling:
+        """Return how full all processes' packs are."""
+        return Filling.of(gather(self.make().packs))
+
+
+# ---- transformers + PEFT
+
+
+def peft_model(model: nn.Module, ours: Llama) -> nn.Module:
+    """Return transformers' model with this project's adapter."""
+    config = LoraConfig(
+        r=RANK,
+        lora_alpha=ALPHA,
+        lora_dropout=DROPOUT,
+        target_modules=list(ATTENTION),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(model, config)
+    found = {}
+    for name, parameter in model.named_parameters():
+        found[name.replace("base_model.model.", "").replace(".default", "")] = parameter
+    with torch.no_grad():
+        for name, parameter in adapter_tensors(ours).items():
+            found[name].copy_(parameter)
+    return model
+
+
+def padded_step(
+    model: nn.Module, optimizer, trees: list[Tree], batch: int, device: torch.device
+) -> float:
+    """Make one optimizer step on padded batches of similar length; return the loss."""
     rows = sorted(sequences_of(trees), key=len)
     count, total = sum(len(row) - 1 for row in rows), 0.0
     for part in (rows[i : i + batch] for i in range(0, len(rows), batch)):
         longest = max(map(len, part))
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in part], device=device)
-        mask = torch.tensor(
-            [[1] * len(row) + [0] * (longest - len(row)) for row in part], device=device
-        )
+        mask = [[1] * len(row) + [0] * (longest - len(row)) for row in part]
+        mask = torch.tensor(mask, device=device)
         targets = ids.masked_fill(mask == 0, -100)[:, 1:]
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
-        loss = (
-            F.cross_entropy(
-                logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
-            )
-            / count
+        losses = F.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
         )
+        loss = losses / count
         loss.backward()
         total += loss.detach()
     optimizer.step()
@@ -67,146 +156,126 @@ def padded_step(model, optimizer, trees: list[Tree], batch: int, device: torch.d
     return float(total)
 
 
-def main() -> None:
-    """Print examples/s of each way, ratios, and how near to the machine's ceiling this project is."""
-    parser = bench_parser(__doc__)
-    parser.add_argument(
-        "--users", type=int, help="users in an optimizer step (without it: 32 on GPUs, 8 on CPUs)"
-    )
-    parser.add_argument(
-        "--batches", type=int, nargs="+", help="batch sizes of the peer to try (12 8 6 4 or 8 4 2)"
-    )
-    parser.add_argument(
-        "--pack-tokens", type=int, help="tokens in a forward pass (without it: as train.py)"
-    )
-    parser.add_argument(
-        "--unshared", action="store_true", help="this project with every example apart, none shared"
-    )
-    parser.add_argument("--no-peer", action="store_true", help="this project alone")
-    parser.add_argument("--activation-checkpointing", action="store_true", help="as train.py's")
-    parser.add_argument(
-        "--shard", choices=["zero2", "zero3", "replicate"], default="zero2", help="as train.py's"
-    )
-    args = parser.parse_args()
-    rank, world, device = join_processes()
-    gpu, args.no_peer = device.type == "cuda", args.no_peer or world > 1
-    dtype = torch.bfloat16 if gpu else torch.float32
-    users, batches = (
-        args.users or (32 if gpu else 8),
-        args.batches or ([12, 8, 6, 4] if gpu else [8, 4, 2]),
-    )
-    args.pack_tokens = args.pack_tokens or (8192 if gpu else 4096)
-    args.pad_to = args.pack_tokens if gpu else 1
-    step_args = argparse.Namespace(**vars(args), loss="prompt", autocast=False, max_grad_norm=1.0)
-    ours, theirs = models(args, device, dtype, peer=not args.no_peer)
-    weights = weights_read(ours)
-    trees = random_trees(args, users, 2)
-    examples, apart = 2 * users, sum(map(len, sequences_of(trees)))
-    if args.unshared:
-        trees = [Tree([], [ids]) for ids in sequences_of(trees)]
-    apply_lora(ours, LoRAConfig(dropout=0.05))
-    torch.manual_seed(args.seed)
-    for parameter in adapter_tensors(ours).values():
-        torch.nn.init.normal_(parameter, std=0.02)
-    if not args.no_peer:
-        options = {
-            "r": 8,
-            "lora_alpha": 16,
-            "lora_dropout": 0.05,
-            "target_modules": list(ATTENTION),
-        }
-        theirs = get_peft_model(theirs, LoraConfig(**options, bias="none", task_type="CAUSAL_LM"))
-        peers = {
-            n.replace("base_model.model.", "").replace(".default", ""): p
-            for n, p in theirs.named_parameters()
-        }
-        with torch.no_grad():
-            for name, parameter in adapter_tensors(ours).items():
-                peers[name].copy_(parameter)
-    if world > 1 and args.shard != "replicate":
-        shard(ours, device, args.shard)
-    if gpu:
-        compile_layers(ours)
+def check_losses(model: nn.Module, trees: list[Tree], ours: float, device: torch.device) -> float:
+    """Return the loss of transformers + PEFT without dropout; InputError if ours differs."""
+    theirs = padded_step(model.eval(), optimizer_of(model), trees, 2, device)
+    tolerance = 2e-2 if device.type == "cuda" else 1e-4
+    if abs(ours - theirs) > tolerance * theirs:
+        losses = f"the losses are {ours:.6f} and {theirs:.6f}"
+        raise InputError(f"{losses}, so the times mean nothing")
+    return theirs
 
-    def optimizer_of(model) -> torch.optim.Optimizer:
-        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
 
-    optimizer = optimizer_of(ours)
-    packing = (
-        step_packs(trees, batch, rank, world, step_args)
-        for batch in repeat(list(range(len(trees))))
-    )
-    steps = prefetch(packing)
-
-    def step_ours() -> float:
-        _, packs, _, count = next(steps)
-        return train_step(ours, optimizer, packs, count, step_args, device)[0]
-
-    ours.model.checkpointing = args.activation_checkpointing
-    ours.eval()  # no dropout
-    losses = [step_ours()]
-    if not args.no_peer:
-        losses.append(padded_step(theirs.eval(), optimizer_of(theirs), trees, 2, device))
-        if abs(losses[0] - losses[1]) > (1e-4 if not gpu else 2e-2) * losses[1]:
-            raise InputError(
-                f"the losses are {losses[0]:.6f} and {losses[1]:.6f}, so the times mean nothing"
-            )
-        theirs.train()
-    ours.train()
-    step_ours(), step_ours()  # ready to be timed: compiled, and with what the allocator keeps
-    if gpu:
-        torch.cuda.reset_peak_memory_stats()
-    rates = {"ours": examples / seconds(step_ours, device, args.repeats)}
-    peak = max(gather(torch.cuda.max_memory_allocated() / 2**30)) if gpu else None
-    theirs_optimizer = None if args.no_peer else optimizer_of(theirs)
-    for batch in () if args.no_peer else (1, *batches):
+def measure_peer(
+    settings: Settings, model: nn.Module, trees: list[Tree], device: torch.device
+) -> dict[str, float]:
+    """Return the examples/s at each batch size that fits."""
+    optimizer, rates = optimizer_of(model), {}
+    model.train()
+    sizes = settings.batches or ([12, 8, 6, 4] if device.type == "cuda" else [8, 4, 2])
+    for batch in (1, *sizes):
+        step = partial(padded_step, model, optimizer, trees, batch, device)
         try:
-            step = partial(padded_step, theirs, theirs_optimizer, trees, batch, device)
-            took = seconds(step, device, args.repeats)
+            took = seconds(step, device, settings.repeats)
         except torch.OutOfMemoryError:
             print(f"a batch of {batch} does not fit")
-            theirs_optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=True)
             continue
         name = f"{batch} a batch" if batch > 1 else "1 example a forward"
-        rates[f"transformers + PEFT, {name}"] = examples / took
-    shares = gather(step_packs(trees, list(range(len(trees))), rank, world, step_args)[1])
-    packs = [pack for share in shares for pack in share]
-    real, places = sum(pack.tokens for pack in packs), sum(len(pack.ids) for pack in packs)
-    flops, limit = 4 * weights * real / examples * rates["ours"], world * ceiling(device, dtype)
-    if rank:
-        return
+        rates[f"transformers + PEFT, {name}"] = len(sequences_of(trees)) / took
+    return rates
+
+
+# ---- The comparison
+
+
+def main() -> None:
+    """Print the examples/s of each way, ratios, and how close to the ceiling this project is."""
+    settings = parse_settings(Settings, __doc__)
+    rank, world, device = join_processes()
+    gpu, peer = device.type == "cuda", not settings.no_peer and world == 1
+    dtype = torch.bfloat16 if gpu else torch.float32
+    model, theirs = make_models(settings, device, dtype, peer)
+    weights = sum(p.numel() for p in layer_matrices(model))
+    trees = random_trees(settings, settings.users or (32 if gpu else 8), 2)
+    examples = sequences_of(trees)
+    if settings.unshared:
+        trees = [Tree([], [ids]) for ids in examples]
+
+    theirs = prepare_models(settings, model, theirs, device)
+    batching = Batching.on(device, settings.pack_tokens, on_gpus=8192)
+    ours = Ours(model, trees, batching, settings.shard)
+    model.eval()  # without dropout
+    losses = [ours.step()]
+    if peer:
+        losses.append(check_losses(theirs, trees, losses[0], device))
+    model.train()
+    rates, peak = measure_ours(settings, ours, len(examples), device)
+    if peer:
+        rates |= measure_peer(settings, theirs, trees, device)
+    filling, limit = ours.filling(), world * ceiling(device, dtype)
+    flops = 4 * weights * filling.tokens / len(examples) * rates["ours"]
+    found = {"shape": settings.shape, "work": settings.work, "torch": torch.__version__}
+    found |= {"examples_per_second": rates, "flops": flops, "ceiling": limit}
+    found |= {"fill": filling.share, "losses": losses, "peak_gib": peak}
+    if rank == 0:
+        where = device_name(device, world) + (f", {settings.shard}" if world > 1 else "")
+        what = f"{settings.shape}, {settings.work}, {dtype_name(dtype)} on {where}"
+        print(f"{what}, torch {torch.__version__}")
+        steps_per_second = rates["ours"] / len(examples)
+        apart = steps_per_second * sum(map(len, examples))
+        report(found, apart, steps_per_second * filling.tokens)
+        if settings.json:
+            print(json.dumps(found))
+
+
+def prepare_models(
+    settings: Settings, model: Llama, theirs: nn.Module | None, device: torch.device
+) -> nn.Module | None:
+    """Add the same adapter to both models, and place this project's as train.py does.
+
+    Returns the peer's model.
+    """
+    add_adapter(model, settings.seed)
+    if theirs is not None:
+        theirs = peft_model(theirs, model)
+    if ranks()[1] > 1 and settings.shard != "replicate":
+        shard(model, device, settings.shard)
+    if device.type == "cuda":
+        compile_layers(model)
+    model.model.checkpointing = settings.activation_checkpointing
+    return theirs
+
+
+def measure_ours(
+    settings: Settings, ours: Ours, examples: int, device: torch.device
+) -> tuple[dict[str, float], float | None]:
+    """Return this project's examples/s, and on a GPU the peak memory in GiB."""
+    # Two steps compile what is needed and settle what the allocator keeps.
+    ours.step()
+    ours.step()
+    gpu = device.type == "cuda"
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+    rates = {"ours": examples / seconds(ours.step, device, settings.repeats)}
+    peak = max(gather(torch.cuda.max_memory_allocated() / 2**30)) if gpu else None
+    return rates, peak
+
+
+def report(found: dict, apart: float, computed: float) -> None:
+    """Print the table; apart, computed: tokens/s of examples, and those that are computed."""
+    rates = found["examples_per_second"]
     best = max((name for name in rates if name != "ours"), key=rates.get, default="")
-    where = device_name(device, world) + (f", {args.shard}" if world > 1 else "")
-    print(
-        f"{args.shape}, {args.work}, {str(dtype).split('.')[1]} on {where}, torch {torch.__version__}"
-    )
     for name, rate in rates.items():
         ratio = f"   ours is {rates['ours'] / rate:.2f} times as fast" if name != "ours" else ""
         print(f"{name:<42}{rate:>9.3f} examples/s{ratio}{' (its best)' if name == best else ''}")
-    speed = rates["ours"] / examples
-    print(
-        f"{speed * apart:.0f} tokens/s of examples apart, of which {speed * real:.0f} are computed"
-    )
-    print(
-        f"{flops / 1e12:.3f} of {limit / 1e12:.3f} TFLOP/s ({flops / limit:.0%}), packs {real / places:.1%} full"
-    )
-    told = " and ".join(f"{loss:.6f}" for loss in losses)
-    print(f"loss {told}" + (f"; peak of ours {peak:.1f} GiB" if peak else ""), flush=True)
-    if args.json:
-        found = {
-            "shape": args.shape,
-            "work": args.work,
-            "torch": torch.__version__,
-            "examples_per_second": rates,
-        }
-        found |= {
-            "flops": flops,
-            "ceiling": limit,
-            "fill": real / places,
-            "losses": losses,
-            "peak_gib": peak,
-        }
-        print(json.dumps(found))
+    print(f"{apart:.0f} tokens/s of examples apart, of which {computed:.0f} are computed")
+    flops, limit = found["flops"], found["ceiling"]
+    speed = f"{flops / 1e12:.3f} of {limit / 1e12:.3f} TFLOP/s ({flops / limit:.0%})"
+    print(f"{speed}, packs {found['fill']:.1%} full")
+    losses = " and ".join(f"{loss:.6f}" for loss in found["losses"])
+    peak = f"; peak of ours {found['peak_gib']:.1f} GiB" if found["peak_gib"] else ""
+    print(f"loss {losses}{peak}", flush=True)
 
 
 if __name__ == "__main__":

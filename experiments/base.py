@@ -43,7 +43,8 @@ from experiments.scratch import (
     write_tokenizer,
 )
 from files.jsonl import read_json, write_json
-from launch.command import natural, option, parse_settings, positive, run_main
+from launch.command import option, parse_settings, run_main
+from launch.numbers import positive, positive_real, seed_number
 from launch.processes import host_workers, peak_memory
 from llama import Llama, compile_layers, load_config
 from models.tokenizer import Tokenizer
@@ -64,15 +65,15 @@ class Settings:
 
     data: str = option(SUPPRESS, "dataset folder made by prepare", required=True)
     out: Path = option(SUPPRESS, "model folder to write", Path, required=True)
-    seed: int = option(0, "of weights and examples", natural)
+    seed: int = option(0, "of weights and examples", seed_number)
     hidden_size: int = option(384, "a multiple of 64", positive)
     layers: int = option(8, "number of layers", positive)
     vocabulary: int = option(8192, "pieces of the tokenizer", positive)
-    tokens: float = option(40e6, "tokens to compute, approximately", float)
+    tokens: float = option(40e6, "tokens to compute, approximately", positive_real)
     pack_tokens: int = option(
         16384, "tokens of questions in a step; writings have a quarter", positive
     )
-    lr: float = option(2e-3, "highest learning rate", float)
+    lr: float = option(2e-3, "highest learning rate", positive_real)
     negatives: int = option(4, "negatives per positive", positive)
 
 

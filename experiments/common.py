@@ -15,7 +15,7 @@ from files.jsonl import read_json, read_jsonl, write_json
 from launch.command import option, run_main
 from llama import CheckpointError
 from prepare.dataset import load_dataset, popularity
-from runfolder.scores import means_and_intervals, popularity_ranks, random_metrics
+from runfolder.scores import chance_metrics, means_and_intervals, popularity_ranks
 from state.settings import locked
 from trsr import SUMMARIZED, InputError
 
@@ -135,7 +135,7 @@ class Experiment:
                 counts = popularity(self.splits["train"])
                 row.measured = means_and_intervals(popularity_ranks(test, counts, 0), ks)
             elif row.name == "random":
-                chance = random_metrics(1 + len(test[0].negatives), ks)
+                chance = chance_metrics(test, ks)
                 row.measured = {name: {"mean": mean} for name, mean in chance.items()}
 
     def write_results(self, rows: list[Row]) -> None:

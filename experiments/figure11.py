@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from experiments.common import MODEL, Experiment, FigureSettings, run_command
 from experiments.runs import language_model_run
 from experiments.tables import Row
-from launch.command import natural, option, parse_settings
+from launch.command import option, parse_settings
+from launch.numbers import natural
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from experiments import paper
 from files.jsonl import read_json, write_json
-from launch.command import natural, option, positive
+from launch.command import option
+from launch.numbers import natural, positive, seed_number
 from models.hub import find_model
 from ops.checkpoint import fingerprint
 from state.summaries import share_summaries
@@ -51,7 +52,7 @@ class Settings:
     )
     history_items: int = option(paper.HISTORY_ITEMS, "recent items in the prompt", natural)
     seeds: tuple[int, ...] = option(
-        (0,), "one run each; the table shows their means", natural, nargs="+"
+        (0,), "one run each; the table shows their means", seed_number, nargs="+"
     )
     k: tuple[int, ...] = option((3, 5, 10), "cut-offs of the metrics", positive, nargs="+")
     nproc: int = option(

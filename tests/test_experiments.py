@@ -330,7 +330,7 @@ def test_a_model_made_for_each_seed_has_summaries_of_its_own(world, model_folder
     [
         (
             ("--data", "/nowhere"),
-            "/nowhere: no dataset (no meta.json); make one with python -m prepare.demo",
+            "/nowhere: no dataset (no meta.json); docs/data.md says how to make one",
         ),
         (("--recommender", "/nowhere"), "/nowhere: no such model folder"),
         (("--train", "--seed 5"), "--train: the experiment sets --seed itself; leave it out"),

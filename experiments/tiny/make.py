@@ -33,7 +33,8 @@ from experiments.scratch import (
 )
 from experiments.tiny import corpus
 from experiments.tiny.summaries import DOMAIN, WORDS, Text
-from launch.command import natural, option, parse_settings, positive, run_main
+from launch.command import option, parse_settings, run_main
+from launch.numbers import natural, positive, positive_real, seed_number
 from launch.processes import ranks
 from llama import Llama, load_config, load_model
 from models.tokenizer import Tokenizer
@@ -52,8 +53,8 @@ class Settings:
     steps: int = option(1397, "optimizer steps", positive)
     step_tokens: int = option(32768, "tokens per step, over all processes", positive)
     batch_tokens: int = option(65536, "tokens in a forward pass, padding included", positive)
-    lr: float = option(4e-3, "highest learning rate", float)
-    seed: int = option(0, "of weights and text", natural)
+    lr: float = option(4e-3, "highest learning rate", positive_real)
+    seed: int = option(0, "of weights and text", seed_number)
     workers: int = option(0, "processes that write text", natural)
     log_every: int = option(100, "steps between printed lines", positive)
     save_every: int = option(500, "steps between saved weights", positive)

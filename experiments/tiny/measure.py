@@ -34,7 +34,8 @@ from experiments.tiny.questions import (
     taste_claim,
 )
 from experiments.tiny.summaries import DOMAIN, Memory, text_of
-from launch.command import option, parse_settings, positive, run_main
+from launch.command import option, parse_settings, run_main
+from launch.numbers import positive
 from llama import load_model
 from models.tokenizer import Tokenizer
 from prepare.shop import User, make_shop, make_user
