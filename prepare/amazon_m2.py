@@ -1,4 +1,4 @@
-"""Amazon-M2, the paper's product dataset (section 5.1), to the project's schema.
+"""Convert Amazon-M2, the paper's product dataset (section 5.1), to the project's schema.
 
     python -m prepare.amazon_m2 --raw DIR --out data/amazon-m2
     python -m prepare.amazon_m2 --raw DIR --out data/amazon-m2-de --locale DE
@@ -35,7 +35,7 @@ ATTRIBUTES = {
 PRODUCTS = ("id", "locale", *ATTRIBUTES.values())
 SESSIONS = ("prev_items", "next_item", "locale")
 ID = re.compile(r"'([^'\s]+)'")
-# The text of a NumPy array: no commas, and line breaks if it is long.
+# Lists are printed NumPy arrays: no commas, and line breaks if they are long.
 IDS = re.compile(r"\s*\[\s*(?:'[^'\s]+'\s*)*\]\s*")
 FIELD_LIMIT = 2**24  # characters; an unclosed quote fails here instead of swallowing the file
 OTHER_LOCALE = "sessions of other locales"
@@ -85,7 +85,7 @@ def of_locale(table: Table, locale: str) -> Iterator[tuple[str, dict[str, str]]]
 
 
 def read_products(table: Table, locale: str) -> Iterator[Item]:
-    """Yield the products of one locale; in another, the same id may have other texts."""
+    """Yield the products of one locale; in another, an id may have other texts."""
     for where, row in of_locale(table, locale):
         texts = attributes((name, row[column]) for name, column in ATTRIBUTES.items())
         yield where, row["id"], texts

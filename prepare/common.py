@@ -1,8 +1,8 @@
 """From raw sessions to a dataset: filters, users, splits and negatives (section 5.1).
 
-A reader (mind, amazon_m2, recbole) turns raw rows into items and `Session`s; `prepare` does the
-rest, and knows no raw format. It keeps the catalogue's ids and the chosen users in memory. Item
-texts are read twice instead: there may be gigabytes of them.
+A reader (mind, amazon_m2, recbole) turns raw rows into items and `Session`s. `prepare` does the
+rest, without knowing any raw format. It keeps the catalogue's ids and the chosen users in memory,
+but not the item texts, which can be gigabytes: it reads those twice.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from prepare.dataset import save_dataset
 from prepare.tables import Table
 from trsr import InputError
 
-# ---- What a reader gives, and what is asked of it
+# ---- The flags, and what a reader provides
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Session:
     """One user's raw row or rows.
 
     where: `file:line` of the session, or one for each item of the history.
-    target: None if the data name none; it is then the last known item of the history.
-    shown: what was shown with the target and not chosen, if that is recorded.
+    target: None if the data does not name it; the last known item of the history is then used.
+    shown: what was shown with the target and not chosen, if the data records it.
     """
 
     where: Sequence[str]
@@ -65,9 +65,10 @@ class Session:
 
 @dataclass(frozen=True)
 class Source:
-    """A raw dataset, and how to read it. `items` and `sessions` each start a new reading.
+    """A raw dataset, and how to read it. `items` and `sessions` read from the beginning each time.
 
-    sessions: takes a counter, for what the reader itself drops; filters: the names it counts.
+    sessions: takes a counter for what the reader itself drops.
+    filters: the reader's names in that counter.
     """
 
     made_by: str  # the reader, as in `python -m prepare.mind`
@@ -113,15 +114,15 @@ def eligible(
 ) -> Iterator[Session]:
     """Yield the sessions that pass every filter, without unknown ids and with a target.
 
-    What is dropped is counted. What passes is counted as BEYOND, until the caller subtracts the
-    users that it keeps. Raises InputError for an unknown id unless options.drop_unknown.
+    Counts what it drops, and counts what passes as BEYOND; the caller subtracts the users that it
+    keeps. Raises InputError for an unknown id unless options.drop_unknown.
     """
     taken = set()
     for session in sessions:
         if session.user in taken:
             dropped["rows of a user already taken"] += 1
             continue
-        # Of impressions, a user's next row has another target and may pass.
+        # With impressions, every row has its own target, so a user's next row may still pass.
         if session.shown is None:
             taken.add(session.user)
 
@@ -162,7 +163,7 @@ def resolve(
 
 
 def unknown_id(session: Session, items: list[str], known: dict[str, bool]) -> str:
-    """Return the message about the first of the session's items that has no text."""
+    """Return the error message for the first of the session's items that has no text."""
     position, item = next((n, item) for n, item in enumerate(items) if not known.get(item))
     where = session.where[min(position, len(session.where) - 1)]
     reason = "has no text in the catalogue" if item in known else "is not in the catalogue"
@@ -187,18 +188,18 @@ def reason_to_drop(session: Session, options: Options) -> str | None:
 
 
 def choose(sessions: Iterable[Session], limit: int, seed: int) -> list[Session]:
-    """Return at most limit sessions in a seeded random order, whatever order they come in."""
+    """Return up to limit sessions, in a random order that only the seed and the users determine."""
 
     def key(session: Session) -> bytes:
         return hashlib.sha256(f"{seed}\0{session.user}".encode()).digest()
 
-    return heapq.nsmallest(limit, sessions, key)  # holds no more than limit of them
+    return heapq.nsmallest(limit, sessions, key)  # never holds more than limit
 
 
 def split_sizes(n_users: int) -> dict[str, int]:
     """Return the number of users in each split, 10 : 1 : 1; InputError below 3 users."""
     if n_users < 3:
-        raise InputError(f"{n_users} users left, at least 3 are needed, one a split")
+        raise InputError(f"{n_users} users left, at least 3 are needed, one per split")
     part = max(1, n_users // 12)
     return {"train": n_users - 2 * part, "val": part, "test": part}
 
@@ -212,7 +213,7 @@ def draw_negatives(
     too few items.
     """
     excluded = {*session.history, session.target}
-    # A session's own pool holds nothing that is excluded; the catalogue holds all of it.
+    # What a user was shown holds none of the excluded items, the catalogue holds all of them.
     free = len(items) if session.shown else len(items) - len(excluded)
     if free < n:
         what = f"only {free} items can be negatives, {n} are needed"
@@ -222,7 +223,7 @@ def draw_negatives(
     rng = random.Random(f"{seed} {session.user}")
     negatives: dict[str, None] = {}
     while len(negatives) < n:
-        # Only random() is promised to give the same numbers in every version of Python.
+        # Python promises the same numbers in every version for random() only.
         item = items[bisect_right(cumulative, rng.random() * cumulative[-1])]
         if item not in excluded:
             negatives[item] = None
@@ -257,11 +258,11 @@ def make_splits(
     return splits
 
 
-# ---- The whole way
+# ---- The whole preparation
 
 
 def prepare(options: Options, source: Source) -> None:
-    """Read, filter, split, draw and write a dataset, and print what is done.
+    """Prepare a dataset from its source, and print what is done.
 
     Raises InputError for what the user can fix.
     """

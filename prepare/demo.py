@@ -3,9 +3,9 @@
     python -m prepare.demo --out data/demo                 # 1000 train, 100 val, 200 test users
     python -m prepare.demo --out data/large --users 12000 --items 20000 --seed 1
 
-prepare/shop.py has the rule by which users choose. Its point is that the recent items say which
-category comes next, the items before them say which product of it, and only both together rank the
-target first. The oracles here measure that, and meta.json records their Recall@3.
+prepare/shop.py has the rule by which users choose. Its point: the recent items reveal the target's
+category, the earlier items reveal which product of it, and only both together rank the target
+first. The oracles here measure that, and meta.json records their Recall@3.
 """
 
 import random
@@ -90,7 +90,7 @@ def oracle_scores(shop: Shop, example: dict, counts: Counter) -> Iterator[dict[s
     taste, need = inferred_taste(history[:-RECENT]), history[-1].category
     for product in (shop.products[i] for i in [example["positive"], *example["negatives"]]):
         needed, fit = int(product.category == need), taste.matches(product)
-        # Without the need, one still knows that it is in no favorite category.
+        # Even without the need, it is known that the target's category is no favorite.
         new = int(product.category not in taste.categories)
         yield {
             "full history": 4 * needed + fit,
@@ -108,7 +108,7 @@ def oracle_table(shop: Shop, train: Sequence[dict], test: Sequence[dict]) -> dic
         rng = random.Random(f"demo ties {example['user']}")
         rows = list(oracle_scores(shop, example, counts))
         for name in rows[0]:
-            # Scores are whole numbers: a fraction puts equal ones in random order.
+            # Scores are whole numbers, so a random fraction only breaks ties.
             scores = [row[name] + rng.random() for row in rows]
             hits[name] += rank_of_positive(scores, 0) <= 3
     return {name: n / len(test) for name, n in hits.items()} | {"random order": 3 / len(rows)}

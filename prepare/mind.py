@@ -1,12 +1,12 @@
-"""MIND, the paper's news dataset (section 5.1), to the project's schema.
+"""Convert MIND, the paper's news dataset (section 5.1), to the project's schema.
 
     python -m prepare.mind --raw MINDlarge_train --out data/mind
     python -m prepare.mind --raw MINDlarge_train --out data/mind-impressions --target impressions
 
-The raw folder holds news.tsv and behaviors.tsv as published. By default a user's first row counts,
-and the last article of its history is the target, as in the authors' code; impressions are not
-used. With --target impressions, the target is the first article clicked in the impression, and the
-negatives are articles shown beside it and not clicked.
+The raw folder holds news.tsv and behaviors.tsv as published. By default only a user's first row is
+used, and the last article in its history is the target, as in the authors' code; impressions are
+ignored. With --target impressions, the target is the first article clicked in the impression, and
+the negatives are articles that were shown with it and not clicked.
 """
 
 from argparse import SUPPRESS
@@ -37,7 +37,7 @@ ATTRIBUTES = {
     "Title": "title",
     "Abstract": "abstract",
 }
-# The files have no header, but programs that save them again may add one.
+# The published files have no header, but programs that save them again may add one.
 NEWS_HEADERS = ("id", "news id", "newsid", "nid", "0")
 BEHAVIOR_HEADERS = ("id", "impression id", "impressionid", "0")
 NO_CLICK, TOO_FEW = "rows without a click", "rows with too few shown and unclicked"

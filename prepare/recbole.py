@@ -1,4 +1,4 @@
-"""RecBole's atomic files, a form that many public datasets come in, to the project's schema.
+"""Convert RecBole's atomic files, a common form of public datasets, to the project's schema.
 
     python -m prepare.recbole --inter g.inter --item g.item --domain products --out data/games
 
@@ -34,7 +34,7 @@ class Settings(Options):
     item: Path = option(SUPPRESS, "file with the items", Path, required=True)
     domain: str = option(SUPPRESS, "what the items are", choices=sorted(DOMAINS), required=True)
     rows: str = option(
-        "last", "of a user with several session rows; all: another user each", choices=ROWS
+        "last", "which of a user's session rows count; all: each as a user of its own", choices=ROWS
     )
 
 
@@ -83,8 +83,8 @@ def read_sessions(
 ) -> Iterator[Session]:
     """Yield the sessions of a file with one per row: a user's last row, first row, or all rows.
 
-    RecBole's own files often have a row for every item of a user, the last one with the longest
-    history. A second row that is kept is another user, named USER#2.
+    RecBole's own files often have a row for every item of a user; the last one has the longest
+    history. With all rows, a user's second row becomes a user named USER#2.
     """
     user_of, counts = columns["user_id"], Counter()
     totals = Counter(row[user_of] for _, row in table)

@@ -21,8 +21,8 @@ class Table:
 
     header: whether the first line names the columns, which must then include `columns`.
     split: turns lines into (number of the first line, columns).
-    header_words: with header False, what a first column says in a header that someone has added;
-    such a line is passed over.
+    header_words: with header False, what the first column says if the file has a header after all;
+    that line is skipped.
     Raises InputError at once for a missing file or column, and for a broken row when reached.
     """
 
