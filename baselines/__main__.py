@@ -3,10 +3,11 @@
     python -m baselines                                         # all, on the demo with models/tiny
     python -m baselines --data data/games --run runs/games --encoder FOLDER --seeds 0 1 2
 
-The models learn from the training users alone, by softmax over the target and its negatives: those
-of the file, and others drawn anew in every epoch (uniform, as in `prepare`: never the target or an
-item of the history). With --every-position each item of a history is a target too, given the items
-before it. The epoch with the best validation recall ranks the test users.
+The models learn from the training users alone, by a softmax over the target and its negatives:
+those in the file, and others drawn again in every epoch. The drawn ones are uniform and, as in
+`prepare`, neither the target nor in the history. With --every-position, each item of a history is a
+target too, given the items before it. The epoch with the best validation recall ranks the test
+users.
 
 Writes RUN/baselines/NAME-SEED/ with scores-test.jsonl and results.json, and prints one table.
 """
@@ -48,17 +49,19 @@ class Settings:
     seeds: tuple[int, ...] = option((0,), "one training each", seed_number, nargs="+")
     k: tuple[int, ...] = option((3, 5, 10), "cut-offs of the metrics", positive, nargs="+")
     size: int = option(64, "dimensions of an item", positive)
-    dropout: float = option(0.2, "on what the models combine", fraction)
-    longest: int = option(200, "most recent items of a history that are looked at", positive)
+    dropout: float = option(0.2, "on the vectors that the models combine", fraction)
+    longest: int = option(200, "how many of the most recent items a model sees", positive)
 
     lr: float = option(1e-3, "learning rate", positive_real, "training")
     weight_decay: float = option(1e-4, "AdamW's weight decay", real)
     batch_size: int = option(128, "targets per step", positive)
-    negatives: int = option(20, "negatives drawn for each target in every epoch", positive)
+    negatives: int = option(20, "negatives drawn per target in every epoch", positive)
     epochs: int = option(60, "most passes over the training users", positive)
-    patience: int = option(8, "epochs without a better validation recall before the end", positive)
+    patience: int = option(
+        8, "stop after so many epochs without a better validation recall", positive
+    )
     every_position: bool = option(
-        False, "learn every item of a history but the first, given those before it"
+        False, "also learn to predict each item of a history from those before it"
     )
 
 
@@ -95,10 +98,10 @@ def every_position(examples: list[Example]) -> list[Example]:
 
 
 def draw_negatives(users: Users, n_items: int, n: int, rng: np.random.Generator) -> Tensor:
-    """Return n items for each user (users, n), neither the target nor in the history, uniform.
+    """Return n uniform items for each user (users, n), neither the target nor in the history.
 
-    With --every-position the history is what comes before the target, so a later item may be drawn,
-    as rarely as any other.
+    With --every-position, the history is what comes before the target, so the user's later items
+    can be drawn like any other.
     """
     drawn = rng.integers(n_items, size=(len(users.examples), n))
     taken = np.concatenate((users.histories.numpy(), users.candidates[:, :1].numpy()), axis=1)
@@ -119,7 +122,7 @@ def scores_of(model: Baseline, users: Users, device: torch.device) -> Tensor:
 
 
 def ranked(model: Baseline, users: Users, device: torch.device) -> tuple[list, list[int]]:
-    """Return each user's scores and the target's rank, from the function that evaluate.py uses."""
+    """Return each user's scores and the target's rank, computed as in evaluate.py."""
     logits = {}
     for u, row in enumerate(scores_of(model, users, device).tolist()):
         logits |= {(u, c): (score, 0.0) for c, score in enumerate(row)}
@@ -147,7 +150,7 @@ class Training:
         )
 
     def fit(self, name: str) -> None:
-        """Train the model, and leave it as it was after the epoch with the best validation."""
+        """Train the model and restore its weights of the epoch with the best validation."""
         best, kept, since = -1.0, {}, 0
         with tqdm(range(self.settings.epochs), name, unit="epoch") as bar:
             for _ in bar:
@@ -229,7 +232,7 @@ def main() -> None:
 def load_users(
     settings: Settings, items: dict[str, str], splits: dict[str, list[Example]]
 ) -> dict[str, Users]:
-    """Return each split's users; those to rank have the candidates that evaluate.py ranks."""
+    """Return each split's users; val and test have the candidates that evaluate.py ranks."""
     number = {name: i for i, name in enumerate(items)}
     train = splits["train"]
     if settings.every_position:

@@ -1,4 +1,4 @@
-"""Texts to frozen embeddings: by a sentence encoder, or by a Llama's own hidden states."""
+"""Frozen embeddings of texts, from a sentence encoder or from a Llama's own hidden states."""
 
 from pathlib import Path
 
@@ -15,12 +15,12 @@ from models.tokenizer import Tokenizer
 from ops.packs import Tree, pack_trees
 from trsr import InputError, content_hash
 
-LONGEST = 256  # tokens of a text that are read
+LONGEST = 256  # tokens of a text; the rest is not read
 
 
 @torch.no_grad()
 def by_llama(folder: Path, texts: list[str], device: torch.device) -> Tensor:
-    """Return the mean of a Llama's last states over each text's tokens, of length 1: (n, C)."""
+    """Return a Llama's last hidden states, averaged over each text and normalized: (n, C)."""
     model = load_model(folder, device, torch.float32)
     encoded = Tokenizer(folder, model.config.vocab_size).encode(texts)
     ids = [row[:LONGEST] for row in encoded]
@@ -29,7 +29,7 @@ def by_llama(folder: Path, texts: list[str], device: torch.device) -> Tensor:
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     for start in tqdm(range(0, len(order), 512), "items", unit="512 texts"):
         part = order[start : start + 512]
-        # Trees without a prefix keep each text's tokens together.
+        # Without a prefix, a tree's tokens are next to each other in the pack.
         for pack in pack_trees([Tree([], [ids[i]]) for i in part], pack_tokens):
             here = pack.to(device)
             states = model.model(here.ids[None], here.positions[None], here.mask(), None)[0]
@@ -42,7 +42,7 @@ def by_llama(folder: Path, texts: list[str], device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def by_sentence_encoder(name: str, texts: list[str], device: torch.device) -> Tensor:
-    """Return the mean of an encoder's states over each text's tokens, of length 1: (n, E).
+    """Return an encoder's states, averaged over each text and normalized: (n, E).
 
     name: a folder or hub id that transformers loads, such as a sentence-transformers model.
     """
@@ -68,7 +68,7 @@ def by_sentence_encoder(name: str, texts: list[str], device: torch.device) -> Te
 
 
 def embeddings(encoder: str, items: dict[str, str], cache: Path, device: torch.device) -> Tensor:
-    """Return the items' text embeddings (n, E) in their order; made once, then read from cache.
+    """Return the items' text embeddings (n, E), in order; computed once, then read from cache.
 
     encoder: `llama:FOLDER_OR_HUB_ID`, or a name for by_sentence_encoder.
     """

@@ -1,9 +1,9 @@
-"""Seven sequential recommenders over frozen text embeddings, those of the paper (section 5.2.1).
+"""The paper's seven sequential recommenders (section 5.2.1), over frozen text embeddings.
 
 Each scores candidates given a user's history: forward(h, mask, c) returns scores (B, C) for the
 history's items h (B, L, D), oldest first, mask (B, L), true where there is an item, and candidates
-c (B, C, D). Baseline holds what all share: the projection of an item's text embedding to D
-dimensions. No model knows an item by its id.
+c (B, C, D). Baseline holds what they share: the projection of an item's text embedding to D
+dimensions. No model uses an item's id.
 """
 
 from itertools import pairwise
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class Baseline(nn.Module):
-    """Scores items by their numbers; texts (n, E): the items' embeddings."""
+    """Scores items, which are given as rows of texts (n, E), the items' embeddings."""
 
     def __init__(self, texts: Tensor, size: int, dropout: float):
         super().__init__()
@@ -64,10 +64,7 @@ class NCF(Baseline):
 
 
 class DIN(Baseline):
-    """Zhou et al., 2018: a weighted sum of the history.
-
-    A perceptron weighs each item by the candidate.
-    """
+    """Zhou et al., 2018: a sum of the history, which a perceptron weighs by the candidate."""
 
     def __init__(self, texts: Tensor, size: int, dropout: float):
         super().__init__(texts, size, dropout)
@@ -113,7 +110,7 @@ class DIEN(Baseline):
         return self.output(self.dropout(torch.cat((state, c, state * c), -1)))[..., 0]
 
     def auxiliary_loss(self, h: Tensor, mask: Tensor) -> Tensor:
-        """Return the loss of telling the item after each interest from another user's."""
+        """Return the loss of telling the item after each interest from an item of another user."""
         states, _ = self.interests(h)
         real = mask[:, 1:]
         yes, no = ((states[:, :-1] * x[:, 1:]).sum(-1)[real] for x in (h, h.roll(1, 0)))
@@ -155,7 +152,7 @@ class NARM(Baseline):
 
 
 def encoder(size: int, dropout: float, layers: int = 2, heads: int = 2) -> nn.TransformerEncoder:
-    """Return SASRec's transformer: normalized after each part, four times as wide in its MLP."""
+    """Return SASRec's transformer: post-norm, with an MLP four times as wide."""
     layer = nn.TransformerEncoderLayer(
         size, heads, 4 * size, dropout, "gelu", batch_first=True, layer_norm_eps=1e-12
     )

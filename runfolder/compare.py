@@ -2,8 +2,8 @@
 
     python -m runfolder.compare runs/demo runs/demo-recurrent
 
-The rows are random, popularity, the untrained model where it was evaluated, and the runs. A run is
-named by its paradigm, and by its folder where two runs share one.
+The rows are a random order, popularity, the untrained model if it was evaluated, and the runs. A
+run is named after its paradigm, and after its folder too if another run has the same paradigm.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from trsr import InputError
 
 
 def results_of(run: Path) -> dict:
-    """Return a run's results.json; InputError if it was not evaluated."""
+    """Return a run's results.json; InputError if the run was not evaluated."""
     path = run / "results.json"
     if not path.is_file():
         raise InputError(f"{path}: no results; first run python evaluate.py --run {run}")

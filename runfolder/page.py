@@ -1,12 +1,16 @@
 """Write a run's report: one HTML page that needs neither network nor scripts.
 
     python evaluate.py --report
-    python -m runfolder.page runs/demo                          # the same, of what is there already
+    python -m runfolder.page runs/demo                          # the same, without evaluating again
 
-The page shows the results table, together with other runs on the same users; the loss and
-validation curves; the first metric against the number of recent items in the prompt, if runs in the
-same parent folder differ in it; the prompts' lengths against the context; and, for some users, the
-blocks, the summaries and the ranked candidates. All texts are escaped, and the plots are SVG.
+The page shows
+
+    results     the table, with other runs on the same users
+    curves      training loss and validation recall; the first metric by the number of recent items,
+                if neighboring runs differ in it; the lengths of the prompts
+    users       for some of them the blocks, the summaries and the ranked candidates
+
+All texts are escaped, and the plots are SVG.
 """
 
 import argparse
@@ -81,9 +85,9 @@ li { overflow-wrap: anywhere; margin: .15rem 0; font-size: .92rem; }
 
 
 def neighbors(run: Path, results: dict) -> dict[str, dict]:
-    """Return the results of runs in the same parent folder, by folder name.
+    """Return the results of the other runs in the parent folder, by folder name.
 
-    They are on the same users, with the same metrics.
+    Only those on the same users and with the same metrics are returned.
     """
     found = {}
     for path in sorted(run.resolve().parent.glob("*/results.json")):
@@ -97,7 +101,7 @@ def neighbors(run: Path, results: dict) -> dict[str, dict]:
 
 
 def results_table(run: Path, results: dict, others: dict[str, dict]) -> str:
-    """Return the table of the run's rows, followed by other runs."""
+    """Return the table of the run's rows, followed by those of other runs."""
     rows = dict(results["table"])
     untrained = run / "results-untrained.json"
     if untrained.is_file():
@@ -138,7 +142,7 @@ def curves(run: Path) -> list[str]:
         for name, recall in line.get("validation", {}).items():
             recalls.setdefault(name, []).append((line["epoch"], recall))
     return [
-        line_plot("Training loss", "step", "nats a token", {"loss": losses}),
+        line_plot("Training loss", "step", "nats per token", {"loss": losses}),
         line_plot("Validation", "epoch", "recall", recalls),
     ]
 
@@ -152,7 +156,7 @@ def history_plot(run: Path, results: dict, others: dict[str, dict]) -> str:
         if items is not None and found["row"] == "trained":
             point = items, found["table"]["trained"][metric]["mean"]
             lines.setdefault(found["paradigm"], []).append(point)
-    # A paradigm with a single number of items would be a dot.
+    # A single number of items makes no line.
     varied = {name: line for name, line in lines.items() if len({x for x, _ in line}) > 1}
     varied = {name: sorted(line) for name, line in varied.items()}
     return line_plot("By recent items in the prompt", "recent items", metric, varied)
@@ -171,7 +175,7 @@ def length_plot(run: Path, scores: list[dict]) -> str:
 
 
 def chosen_users(scores: list[dict]) -> list[dict]:
-    """Return some users' score lines, from the best rank to the worst."""
+    """Return the score lines of users spread evenly from the best rank to the worst."""
     ordered = sorted(scores, key=lambda line: line["rank"])
     places = np.linspace(0, len(ordered) - 1, min(SHOWN_USERS, len(ordered)))
     return [ordered[round(place)] for place in places]
@@ -220,7 +224,7 @@ def candidates_table(line: dict, items: dict[str, str]) -> str:
 
 
 def users_part(run: Path, results: dict, scores: list[dict]) -> str:
-    """Return some of the users, from the best rank to the worst."""
+    """Return the part of the page about some users."""
     _, items, splits = load_dataset(results["data"], (results["split"],))
     examples = splits[results["split"]]
     histories = {example.user: [items[i] for i in example.history] for example in examples}
@@ -258,7 +262,7 @@ def write_report(question: Question) -> Path:
 
 
 def page_body(run: Path, results: dict, scores: list[dict]) -> str:
-    """Return all that the page shows."""
+    """Return the page's content."""
     others = neighbors(run, results)
     body = tag("h1", escape(f"LLM-TRSR: {run}"))
     for text in about(run, results):

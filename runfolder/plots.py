@@ -1,4 +1,4 @@
-"""Plots as SVG: for a run's report, inside its page, and for figures, as files of their own."""
+"""SVG plots: those inside a run's report, and figures in files of their own."""
 
 from collections.abc import Callable, Sequence
 from html import escape
@@ -70,7 +70,7 @@ def axes(xs: Sequence[float], ys: Sequence[float], x_name: str) -> tuple[str, Ca
 
 
 def figure(title: str, drawing: str, y_name: str, names: Sequence[str] = ()) -> str:
-    """Return a plot with its caption; names: of its lines, in the order of COLORS."""
+    """Return a plot with a caption; names: the names of its lines, in the order of COLORS."""
     keys = ""
     for name, color in zip(names, COLORS, strict=False):
         keys += tag("span", "", class_="key", style=f"background:{color}") + escape(name)
@@ -113,13 +113,13 @@ def histogram(title: str, x_name: str, values: Sequence[float], limit: float) ->
 
 # ---- Figures as files: panels side by side
 #
-# A panel shows what was measured, with intervals, and marks: values from elsewhere, drawn as
+# A panel shows measured values with their intervals. Values from elsewhere are marks, drawn as
 # diamonds.
 
 
 Point = tuple[float, float, float]  # mean, and the low and high end of its interval
 PANEL_TITLE, BAR = 26, 13  # heights
-LABELS, VALUES = 170, 44  # widths of what is beside the bars
+LABELS, VALUES = 170, 44  # widths of the columns left and right of the bars
 
 
 class Panel(NamedTuple):
@@ -153,7 +153,7 @@ def line_panel(
     ys = [y for _, low, high in values.values() for y in (low, high)]
     drawing, x_of, y_of = axes(xs, [*ys, *marks.values()], x_name)
     for i, (name, color) in enumerate(zip(series, COLORS, strict=False)):
-        # A little aside, so that one series does not hide another's intervals.
+        # Shifted a little, so that series do not hide each other's intervals.
         aside = 6 * (i - (len(series) - 1) / 2)
         own = {x: point for (x, of), point in values.items() if of == name}
         points = sorted((x_of(x) + aside, *map(y_of, point)) for x, point in own.items())
@@ -195,7 +195,7 @@ def bar_panel(
 
 
 def _bar(point: Point, y: float, x_of: Callable[[float], float], color: str) -> str:
-    """Return a bar around y, with its interval, and its mean as a number."""
+    """Return a bar centered at y, with its interval and the mean as a number."""
     mean, low, high = point
     size = {"x": LABELS, "y": y - BAR / 2 + 1, "width": x_of(mean) - LABELS, "height": BAR - 2}
     bar = tag("rect", **size, fill=color, fill_opacity=0.7)
@@ -206,9 +206,9 @@ def _bar(point: Point, y: float, x_of: Callable[[float], float], color: str) -> 
 def svg_file(
     title: str, panels: dict[str, Panel], columns: int, series: Sequence[str], mark: str
 ) -> str:
-    """Return an SVG file with panels by title, below a key to the series and the marks.
+    """Return an SVG file: a key to series and marks, then the panels, which come by title.
 
-    mark: what the marks are; nothing if there are none.
+    mark: what the marks mean; empty if there are none.
     """
     parts, y = [_key(series, mark)], PANEL_TITLE
     cells = list(panels.items())
@@ -232,7 +232,7 @@ def svg_file(
 
 
 def _key(series: Sequence[str], mark: str) -> str:
-    """Return the line that explains colors, if there are several, and marks."""
+    """Return the key: the colors, if there are several, and the mark."""
     signs = []
     if len(series) > 1:
         signs += [(name, _dot, color) for name, color in zip(series, COLORS, strict=False)]

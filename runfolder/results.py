@@ -1,10 +1,10 @@
-"""The files that an evaluation writes, named after what was asked.
+"""The files that an evaluation writes, whose names say what was asked.
 
     results.json            the table of the trained model on all test users
     scores-test.jsonl       a line per user
-    report.html             both, to look at
+    report.html             both, for a browser
 
-Whatever differs from that question is in the names, so that no answer replaces another's:
+The names say what differs from that question, so that no evaluation replaces another's files:
 results-untrained.json, results-val.json, results-20-users.json, results-mind.json (other data),
 results-interim.json (before the last epoch).
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of a run: which users are ranked, and by what."""
+    """What an evaluation asks: which users are ranked, and by which model."""
 
     run: Path
     split: str = "test"

@@ -1,4 +1,4 @@
-"""Show how a user's summary grows: the blocks of the history, and what the model wrote about each.
+"""Show how a user's summary grows: the history's blocks, and what the model wrote about each.
 
 python -m runfolder.show runs/demo                          # the run's first test user
 python -m runfolder.show runs/demo --user S0-test-00007
@@ -20,7 +20,7 @@ WIDTH = 110
 
 
 def steps(node: Node, depth: int = 0) -> Iterator[tuple[int, str, list[int], str]]:
-    """Yield (depth, what was summarized, its items, summary) in the order of writing.
+    """Yield (depth, what was summarized, its items, summary) in the order they were written.
 
     The items are [first, last + 1], or [0, 0] for a merge of summaries.
     """
