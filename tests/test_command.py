@@ -46,7 +46,6 @@ def test_help_shows_groups_defaults_and_the_docstring_as_written(monkeypatch, ca
 
 TORCHRUN = {
     "WORLD_SIZE": "2",
-    "LOCAL_RANK": "0",
     "LOCAL_WORLD_SIZE": "2",
     "MASTER_ADDR": "localhost",
     "MASTER_PORT": "1",
@@ -61,13 +60,14 @@ TORCHRUN = {
         (("--resolved", "x"), "unrecognized arguments: --resolved x"),
     ],
 )
-def test_a_wrong_flag_ends_the_script_and_only_the_first_process_says_why(
+def test_a_wrong_flag_ends_the_script_and_one_process_per_node_says_why(
     monkeypatch, capsys, flags, message
 ):
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
     for rank, said in (("0", True), ("1", False)):
         monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
         with pytest.raises(SystemExit) as end:
             parse(monkeypatch, *flags)
         assert end.value.code == 2

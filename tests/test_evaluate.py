@@ -98,10 +98,10 @@ def test_a_worker_process_reports_bad_input_in_one_line(copied, monkeypatch):
 def test_the_untrained_model_is_ranked_without_the_adapter(copied):
     done = run("evaluate.py", run=copied, untrained=True, split="val", users=2)
     assert "untrained" in done.stdout
-    untrained = scores(copied, "scores-val-untrained.jsonl")
+    untrained = scores(copied, "scores-val-untrained-2-users.jsonl")
     assert len(untrained) == 2
     run("evaluate.py", run=copied, split="val", users=2)
-    assert scores(copied, "scores-val.jsonl")[0]["scores"] != untrained[0]["scores"]
+    assert scores(copied, "scores-val-2-users.jsonl")[0]["scores"] != untrained[0]["scores"]
 
 
 # ---- The table

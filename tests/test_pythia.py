@@ -66,7 +66,7 @@ def test_targets_that_are_asked_for_and_bf16(tmp_path, data_folder, pythia_folde
     assert losses(whole)[-1][1] < losses(whole)[0][1] - 0.5
     for folder in (lora, whole):
         run("evaluate.py", run=folder, split="val")
-        assert read_json(folder / "results.json")["users"] == 4
+        assert read_json(folder / "results-val.json")["users"] == 4
 
 
 @pytest.mark.parametrize(("rank", "shard"), [(8, "zero3"), (0, "zero2")])

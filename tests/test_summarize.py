@@ -268,7 +268,7 @@ def test_another_model_in_the_same_run_is_refused(tmp_path, finished, summarize,
     write_model(tmp_path, seed=5, tokenizer=tokenizer_model)
     done = summarize(finished["hierarchical"], model=tmp_path, check=False)
     assert done.returncode == 2
-    assert "fingerprint" in done.stderr
+    assert "the model's files are other ones now; use what it was made with" in done.stderr
 
 
 def test_bad_input_is_answered_in_one_line(tmp_path, summarize):
@@ -278,7 +278,7 @@ def test_bad_input_is_answered_in_one_line(tmp_path, summarize):
         assert "Traceback" not in done.stderr
         return done.stderr.strip().splitlines()[-1]
 
-    assert "python -m prepare.demo" in message(data=tmp_path / "nowhere")
+    assert "docs/data.md says how to make one" in message(data=tmp_path / "nowhere")
     assert "no such model folder" in message(model=tmp_path / "nowhere")
     write_model(tmp_path / "model")
     assert "copy the model's own there" in message(model=tmp_path / "model")
