@@ -352,8 +352,7 @@ def main() -> None:
     tokenizer = Tokenizer(folder, model.config.vocab_size)
     context = min(settings.max_length, model.config.max_position_embeddings)
     budget = trsr.Budget(context - settings.max_new_tokens, tokenizer.encode, Counter())
-    ends = tokenizer.end_ids(model.config.eos_token_id)
-    generator = make_generator(model, settings, texts, domain, budget, ends)
+    generator = make_generator(model, settings, texts, domain, budget, tokenizer)
 
     with locked(settings.run, hold=rank == 0):
         if rank == 0:
@@ -399,7 +398,7 @@ def make_generator(
     texts: dict[str, list[str]],
     domain: trsr.Domain,
     budget: trsr.Budget,
-    ends: Sequence[int],
+    tokenizer: Tokenizer,
 ) -> Generator:
     """Return a generator with --batch-size rows, or as many as the GPU's memory holds."""
     device, new = model.lm_head.weight.device, settings.max_new_tokens
@@ -410,7 +409,7 @@ def make_generator(
     rows = settings.batch_size or rows_that_fit(model, slots, PREFILL_TOKENS, device)
     if device.type == "cuda" and settings.int8 != "bitsandbytes" and not settings.no_compile:
         compile_layers(model)
-    return Generator(model, rows, new, ends, slots)
+    return Generator(model, rows, new, tokenizer.end_ids(model.config.eos_token_id), slots)
 
 
 def summarization_tasks(

@@ -127,7 +127,7 @@ def check_values(path: Path, config) -> None:
             continue
         limit = LARGEST if field.type is int else float("inf")
         if type(value) not in kinds or not (0 < value <= limit and math.isfinite(value)):
-            expected = f"expected a {field.type.__name__} above 0"
+            expected = "expected bool" if field.type is bool else f"expected {named(field.type)}"
             raise CheckpointError(f"{path}: field {field.name} is {value!r}, {expected}")
     if config.num_hidden_layers > MOST_LAYERS:
         what = f"num_hidden_layers is {config.num_hidden_layers}, at most {MOST_LAYERS} are built"
@@ -138,6 +138,11 @@ def check_values(path: Path, config) -> None:
     for name, number in (config.rope_scaling or {}).items():
         if name != "rope_type" and not 0 < number < float("inf"):
             raise CheckpointError(f"{path}: rope {name} is {number}, expected a number above 0")
+
+
+def named(kind: type) -> str:
+    """Return what a number of that type has to be, in words."""
+    return "a whole number above 0" if kind is int else "a number above 0"
 
 
 def check_shape(path: Path, config, derived: bool) -> None:

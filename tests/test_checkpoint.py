@@ -70,7 +70,8 @@ BAD_LLAMAS = [
 BAD_PYTHIAS = [
     ({"model_type": "gptj"}, "model_type is 'gptj', only 'llama' and 'gpt_neox' are supported"),
     ({"model_type": None}, "model_type is None"),
-    ({"model_type": "llama", "hidden_act": None}, "config.json has no place for it"),
+    ({"model_type": "llama", "hidden_act": None, **rope()}, "config.json has no place for it"),
+    ({"model_type": "llama", "hidden_act": None}, "partial_rotary_factor is 0.25"),
     (
         {"hidden_act": "relu"},
         "hidden_act is 'relu', only gelu, gelu_new, gelu_fast, gelu_pytorch_tanh",
@@ -85,7 +86,7 @@ BAD_PYTHIAS = [
     ({"num_attention_heads": None}, "field 'num_attention_heads' is missing"),
     ({"layer_norm_eps": "small"}, "field layer_norm_eps is 'small'"),
     ({"use_parallel_residual": 1}, "field use_parallel_residual is 1, expected bool"),
-    ({"num_attention_heads": 7}, "dense.weight has shape (64, 64), expected shape (64, 63)"),
+    ({"num_attention_heads": 7}, "hidden_size 64 is no multiple of num_attention_heads 7"),
     (
         {"intermediate_size": 100},
         "dense_4h_to_h.weight has shape (64, 96), expected shape (64, 100)",
@@ -189,3 +190,50 @@ def test_fingerprint_tells_models_apart(tmp_path):
     write_model(tmp_path / "c", seed=1)
     a, b, c = (fingerprint(tmp_path / name) for name in "abc")
     assert a == b != c
+
+
+# ---- Two sets of weights, and tied ones
+
+
+def logits_of(folder):
+    with torch.no_grad():
+        return load_model(folder, CPU, torch.float32)(random_ids(1, 12))
+
+
+def test_a_whole_file_goes_before_an_index_whose_shards_are_gone(tmp_path):
+    write_model(tmp_path, shards=3)
+    for shard in tmp_path.glob("model-*.safetensors"):
+        shard.unlink()
+    reference = write_model(tmp_path, seed=1)
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    with torch.no_grad():
+        expected = reference(random_ids(1, 12)).logits
+    assert (logits_of(tmp_path) - expected).abs().max() < 1e-4
+
+
+def test_two_sets_of_weights_are_refused(tmp_path):
+    write_model(tmp_path / "whole", seed=1)
+    write_model(tmp_path / "both", shards=3)
+    whole = (tmp_path / "whole/model.safetensors").read_bytes()
+    (tmp_path / "both/model.safetensors").write_bytes(whole)
+    with pytest.raises(CheckpointError, match=r"two sets of weights.*delete the one"):
+        load_model(tmp_path / "both", CPU, torch.float32)
+    with pytest.raises(CheckpointError, match="two sets of weights"):
+        fingerprint(tmp_path / "both")
+
+
+def test_a_tied_model_s_own_head_is_refused_if_it_differs(tmp_path):
+    write_model(tmp_path, tie_word_embeddings=True)
+    path = tmp_path / "model.safetensors"
+    expected, tensors = logits_of(tmp_path), load_file(path)
+    embedding = tensors["model.embed_tokens.weight"]
+    # The same tensor under both names, and under the head's alone, as save_model writes it.
+    save_file(tensors | {"lm_head.weight": embedding.clone()}, path)
+    assert torch.equal(logits_of(tmp_path), expected)
+    others = {name: t for name, t in tensors.items() if name != "model.embed_tokens.weight"}
+    save_file(others | {"lm_head.weight": embedding}, path)
+    assert torch.equal(logits_of(tmp_path), expected)
+
+    save_file(tensors | {"lm_head.weight": embedding + 1}, path)
+    with pytest.raises(CheckpointError, match=r"ties lm_head\.weight to model\.embed_tokens"):
+        load_model(tmp_path, CPU, torch.float32)

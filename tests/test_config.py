@@ -36,7 +36,7 @@ def test_the_tables_know_every_field_of_transformers_configurations(theirs):
             "48 is no",
         ),
         ({"num_hidden_layers": 1025}, "num_hidden_layers is 1025, at most 1024"),
-        ({"rms_norm_eps": 0}, "field rms_norm_eps is 0, expected a float above 0"),
+        ({"rms_norm_eps": 0}, "field rms_norm_eps is 0, expected a number above 0"),
         ({"vocab_size": 2**31}, "field vocab_size is 2147483648"),
         ({"eos_token_id": ["</s>"]}, "eos_token_id is"),
     ],

@@ -5,7 +5,7 @@ import json
 import pytest
 from helpers import meta, write_dataset
 
-from prepare.dataset import load_dataset, popularity, save_dataset
+from prepare.dataset import SHOP, default_model, load_dataset, popularity, save_dataset
 from prepare.domains import DOMAINS
 from trsr import InputError
 
@@ -95,7 +95,7 @@ def test_a_broken_line_is_named(data, file, change, message):
 
 
 def test_missing_pieces_are_named(data, tmp_path):
-    with pytest.raises(InputError, match=r"prepare\.demo"):
+    with pytest.raises(InputError, match=r"no dataset \(no meta\.json\)"):
         load_dataset(tmp_path / "nothing", ("train",))
     (data / "val.jsonl").write_text("")
     with pytest.raises(InputError, match=r"val\.jsonl: no users"):
@@ -110,7 +110,7 @@ def test_missing_pieces_are_named(data, tmp_path):
 
 def test_meta_is_written_last_so_that_a_folder_with_one_is_complete(tmp_path):
     example = {"user": "ü", "history": ["a", "b"], "positive": "c", "negatives": ["d"]}
-    (tmp_path / "meta.json").write_text("old")
+    (tmp_path / "meta.json").write_text('{"made_by": "prepare.test"}')
 
     def items():
         assert not (tmp_path / "meta.json").exists()
@@ -118,8 +118,9 @@ def test_meta_is_written_last_so_that_a_folder_with_one_is_complete(tmp_path):
         yield {"id": "b", "attributes": {"Title": "x", "Brand": "y"}}
 
     splits = {"train": [example], "val": [], "test": []}
-    saved = save_dataset(tmp_path, splits, items(), {"domain": "news"})
+    saved = save_dataset(tmp_path, splits, items(), {"made_by": "prepare.test", "domain": "news"})
     assert saved == {
+        "made_by": "prepare.test",
         "domain": "news",
         "examples": {"train": 1, "val": 0, "test": 0},
         "items": 2,
@@ -132,3 +133,45 @@ def test_meta_is_written_last_so_that_a_folder_with_one_is_complete(tmp_path):
     assert (tmp_path / "train.jsonl").read_text("utf-8") == line
     line = '{"id": "a", "attributes": {"Title": "é\\n"}}\n'
     assert (tmp_path / "items.jsonl").read_text("utf-8").startswith(line)
+
+
+# ---- What is not overwritten, and whose model is the default
+
+
+def saved(out, command="prepare.test", text="lamp"):
+    example = {"user": "u", "history": ["1"], "positive": "2", "negatives": ["3"]}
+    items = [{"id": str(n), "attributes": {"Title": f"{text} {n}"}} for n in (1, 2, 3)]
+    return save_dataset(out, {"train": [example]}, items, {"made_by": command, "domain": "news"})
+
+
+def test_a_dataset_of_another_hand_is_not_overwritten(tmp_path, data, capsys):
+    saved(tmp_path / "own")
+    saved(tmp_path / "own", text="chair")
+    assert "replacing the dataset that python -m prepare.test wrote" in capsys.readouterr().out
+    assert "chair 1" in (tmp_path / "own/items.jsonl").read_text()
+
+    written_by_hand = {path: path.read_bytes() for path in data.iterdir()}
+    with pytest.raises(InputError, match=r"did not write \(meta\.json, items\.jsonl, train"):
+        saved(data)
+    with pytest.raises(InputError, match="choose another --out, or delete it first"):
+        saved(tmp_path / "own", "prepare.other")
+    assert {path: path.read_bytes() for path in data.iterdir()} == written_by_hand
+
+
+def test_no_message_suggests_to_write_over_data(data, tmp_path):
+    (data / "meta.json").unlink()
+    with pytest.raises(InputError, match=r'add one with {"domain": "products"}') as error:
+        load_dataset(data, ("train",))
+    assert "prepare.demo" not in str(error.value)
+    with pytest.raises(InputError, match=r"docs/data\.md says how to make one"):
+        load_dataset(tmp_path / "nowhere", ("train",))
+
+
+def test_the_embedded_model_is_the_default_of_its_own_shop_alone(data, tmp_path):
+    assert default_model(str(tmp_path / "nowhere"), "models/tiny") == "models/tiny"
+    saved(tmp_path / "shop", SHOP)
+    assert default_model(str(tmp_path / "shop"), "models/tiny") == "models/tiny"
+    saved(tmp_path / "games", "prepare.recbole")
+    for folder in (data, tmp_path / "games"):
+        with pytest.raises(InputError, match="--model is needed: models/tiny, the default, knows"):
+            default_model(str(folder), "models/tiny")

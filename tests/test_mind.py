@@ -247,3 +247,21 @@ def test_real_mind(tmp_path):
     assert meta(out)["mean_history"] == 16.31
     with pytest.raises(InputError, match=r"behaviors.tsv:1: item 'N27288' is not in the catalogue"):
         prepared(mind, raw=SHARED / "data/mind", out=tmp_path / "out")
+
+
+def test_a_header_line_is_passed_over_and_told(tmp_path, capsys):
+    users = [(f"U{n}", f"N{n} N{n + 1} N{n + 2}", "") for n in range(4)]
+    write_mind(tmp_path / "plain", users)
+    write_mind(tmp_path / "headed", users)
+    for name, header in (
+        ("news.tsv", "news_id\tcategory\tsubcategory\ttitle\tabstract\turl\ta\tb"),
+        ("behaviors.tsv", "impression_id\tuser_id\ttime\thistory\timpressions"),
+    ):
+        path = tmp_path / "headed" / name
+        path.write_text(f"{header}\n{path.read_text('utf-8')}", "utf-8")
+    for name in ("plain", "headed"):
+        prepared(mind, raw=tmp_path / name, out=tmp_path / f"out-{name}", **SMALL)
+    assert capsys.readouterr().out.count(":1: a header line, passed over") == 2
+    for name in ("items.jsonl", "train.jsonl", "val.jsonl", "test.jsonl"):
+        texts = [(tmp_path / f"out-{kind}" / name).read_text() for kind in ("plain", "headed")]
+        assert texts[0] == texts[1]

@@ -1,12 +1,17 @@
 """launch/processes.py: sharing work out, working ahead, and one line for every failure."""
 
+import os
 import random
+import signal
+import socket
+import subprocess
 import threading
 
 import pytest
 import torch
+from helpers import command, own_lines, wait_until
 
-from launch.processes import all_reduce, gather, prefetch, ranks, share_out
+from launch.processes import all_reduce, gather, join_processes, prefetch, ranks, share_out
 from trsr import InputError
 
 
@@ -79,3 +84,74 @@ def test_a_script_ends_with_one_line(monkeypatch, capsys, run_script_here, error
 
     monkeypatch.setattr("sys.argv", ["script.py"])
     assert (run_script_here(main), capsys.readouterr().err) == (status, line)
+
+
+# ---- torchrun's environment, whole or not at all
+
+WHOLE = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+WHOLE |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
+def set_only(monkeypatch, variables):
+    for name in WHOLE:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+    "stray",
+    [
+        {"RANK": "1"},
+        {"WORLD_SIZE": "2"},
+        {"RANK": "", "WORLD_SIZE": ""},
+        {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
+        WHOLE | {"RANK": "2"},
+        WHOLE | {"MASTER_PORT": ""},
+        WHOLE | {"RANK": "x"},
+    ],
+)
+def test_what_another_job_has_left_over_is_one_process_and_a_line(monkeypatch, capsys, stray):
+    set_only(monkeypatch, stray)
+    assert join_processes()[:2] == (0, 1)
+    assert "without the rest of torchrun's environment is ignored" in capsys.readouterr().err
+
+
+def test_without_torchrun_nothing_is_said(monkeypatch, capsys):
+    set_only(monkeypatch, {})
+    assert join_processes()[:2] == (0, 1)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_rendezvous_that_does_not_come_ends_in_one_line(tmp_path, rank):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    variables = WHOLE | {"RANK": rank, "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "1"}
+    line = command("train.py", run=tmp_path, timeout=2)
+    done = subprocess.run(line, env=os.environ | variables, capture_output=True, text=True)
+    assert done.returncode == 2
+    (told,) = own_lines(done.stderr, "train")
+    assert f"the 2 processes did not meet at 127.0.0.1:{port} within 2 seconds" in told
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_a_signal_ends_the_wait_for_a_rendezvous(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    variables = WHOLE | {"MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "1"}
+    line = command("train.py", run=tmp_path, timeout=1000)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(line, env=os.environ | variables, **pipes) as process:
+
+        def waits():
+            with socket.socket() as probe:
+                return probe.connect_ex(("127.0.0.1", port)) == 0
+
+        wait_until(waits, process)  # it holds the store that the others should come to
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "interrupted" in errors

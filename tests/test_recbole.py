@@ -161,3 +161,31 @@ def test_real_games(tmp_path):
     _, texts, loaded = load_dataset(out, SPLITS)
     assert len(texts) == meta(out)["items"] == 15678
     assert all(10 <= len(e.history) <= 25 for split in SPLITS for e in loaded[split])
+
+
+def test_times_are_exact_beyond_what_a_float_can_tell_apart(tmp_path):
+    start = 2**53
+    times = [str(start + n) for n in (3, 1, 2, 0)] + [f"{start + 4}.0"]
+    inter = [EVENT_HEADER, *(["u", str(n), time] for n, time in enumerate(times))]
+    inter += [[user, str(n), str(n)] for user in ("v", "w") for n in range(4)]
+    games = write_games(tmp_path, inter)
+    found = examples(prepared(recbole, **games, out=tmp_path / "out", **SMALL | {"max_history": 4}))
+    assert (found["u"]["history"], found["u"]["positive"]) == (["3", "1", "2", "0"], "4")
+
+
+def test_two_columns_of_one_attribute_are_refused(tmp_path):
+    item = [["item_id:token", "release_year:float", "Release_year:float"], ["1", "1999", "2001"]]
+    inter = [SESSION_HEADER, ["0", "1", "1"]]
+    with pytest.raises(InputError, match=r"g\.item:1: columns .* both become 'Release year'"):
+        prepared(recbole, **write_games(tmp_path, inter, item), out=tmp_path / "out", **SMALL)
+
+
+@pytest.mark.parametrize("missing", ["NaN", "nan", "None", "NULL", " null "])
+def test_words_for_a_missing_value_are_no_texts(tmp_path, missing):
+    names = [["item_id:token", "title:token_seq", "price:float"]]
+    names += [[str(n), f"Game {n}", missing if n == 1 else "9.99"] for n in range(10)]
+    inter = [SESSION_HEADER, *([str(u), "1 2", str(3 + u)] for u in range(3))]
+    out = prepared(recbole, **write_games(tmp_path, inter, names), out=tmp_path / "out", **SMALL)
+    items = {item["id"]: item["attributes"] for item in read_lines(out / "items.jsonl")}
+    assert items["1"] == {"Title": "Game 1"}
+    assert items["2"] == {"Title": "Game 2", "Price": "9.99"}

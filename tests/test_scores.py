@@ -1,12 +1,20 @@
 """runfolder/scores.py: what chance and popularity score, and how sure a mean is."""
 
+import itertools
+import json
 from collections import Counter
 
 import numpy as np
 import pytest
 
 import trsr
-from runfolder.scores import bootstrap_intervals, popularity_ranks, random_metrics
+from runfolder.scores import (
+    bootstrap_intervals,
+    chance_metrics,
+    popularity_ranks,
+    random_metrics,
+    read_scores,
+)
 
 
 def test_popularity_ranks_by_counts_with_ties_in_random_order():
@@ -34,3 +42,42 @@ def test_intervals_agree_with_the_normal_approximation():
     assert low == pytest.approx(0.3 - half, abs=4e-3)
     assert high == pytest.approx(0.3 + half, abs=4e-3)
     assert bootstrap_intervals({"Recall@3": hits}) == {"Recall@3": (low, high)}
+
+
+def users_with(*negatives):
+    names = itertools.count()
+    return [
+        trsr.Example(f"u{u}", [], f"i{next(names)}", [f"i{next(names)}" for _ in range(n)])
+        for u, n in enumerate(negatives)
+    ]
+
+
+def test_chance_is_exact_for_candidate_lists_of_any_length():
+    examples = users_with(4, 9, 9)
+    expected = (random_metrics(5, [3])["Recall@3"] + 2 * random_metrics(10, [3])["Recall@3"]) / 3
+    assert chance_metrics(examples, [3])["Recall@3"] == pytest.approx(expected, abs=1e-12)
+    assert chance_metrics(users_with(20, 20), [3]) == random_metrics(21, [3])
+
+
+def test_the_interval_of_a_perfect_recall_is_exactly_one():
+    for n in (3, 7, 49, 200):
+        assert bootstrap_intervals({"Recall@3": np.ones(n)})["Recall@3"] == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("candidates", "scores", "message"),
+    [
+        (["i0", "i1", "i1"], "[1, 2, 3]", "names 'i1' twice"),
+        (["i0", "i1", "i2"], f"[1, 2, {'9' * 401}]", "no finite number"),
+        (["i0", "i1", "i2"], "[1, 2, Infinity]", "no finite number"),
+        (["i0", "i1", "i2"], "[1, 2, true]", "no finite number"),
+    ],
+)
+def test_scores_that_cannot_be_ranked_are_named(tmp_path, candidates, scores, message):
+    names = json.dumps(candidates)
+    (tmp_path / "s.jsonl").write_text(
+        f'{{"user": "u0", "candidates": {names}, "scores": {scores}}}\n'
+    )
+    examples = users_with(2)
+    with pytest.raises(trsr.InputError, match=rf"s\.jsonl:1: .*{message}"):
+        read_scores(tmp_path / "s.jsonl", examples, [["i0", "i1", "i2"]])

@@ -1,5 +1,6 @@
 """state/settings.py: one set of settings per script, and one process per run folder."""
 
+import os
 import subprocess
 import sys
 
@@ -9,6 +10,8 @@ from helpers import ROOT, run
 from files.jsonl import write_json
 from state.settings import claim_config, locked, read_config
 from trsr import InputError
+
+PIPED = {"capture_output": True, "text": True, "check": True}
 
 COMMON = {
     "data": "d",
@@ -97,3 +100,27 @@ def test_scripts_refuse_a_run_folder_while_another_process_works_there(
     holder.kill()
     holder.communicate()
     run("summarize.py", **common, **short)
+
+
+def test_a_run_removes_what_a_killed_process_left_half_written(tmp_path):
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], **PIPED).stdout
+    (tmp_path / "adapter").mkdir()
+    torn = [tmp_path / f".a.json.{gone.strip()}.tmp", tmp_path / f"adapter/.b.{gone.strip()}.tmp"]
+    alive = tmp_path / f".c.json.{os.getpid()}.tmp"
+    for path in (*torn, alive):
+        path.write_text("half")
+    with locked(tmp_path):
+        assert not any(path.exists() for path in torn)
+        assert alive.exists()  # another process is writing it
+
+
+def test_what_changed_is_told_in_words(tmp_path):
+    settings = {"data": "d", "model": "m", "paradigm": "none", "dtype": "fp32", "max_length": 9}
+    settings |= {"fingerprint": "f", "history_items": 3, "lora_r": 8, "content": "1", "prompt": "a"}
+    claim_config(tmp_path, "train", settings, started=False)
+    changed = settings | {"content": "2", "prompt": "b", "fingerprint": "g", "lora_r": 4}
+    with pytest.raises(InputError) as error:
+        claim_config(tmp_path, "train", changed, started=True)
+    assert "train.py worked here with lora_r 8 (now 4)" in str(error.value)
+    for what in ("texts or users are other ones", "model's files are", "prompt has other words"):
+        assert what in str(error.value)

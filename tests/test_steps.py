@@ -6,8 +6,9 @@ from helpers import random_trees, sequences
 
 from batches import steps
 from batches.prompts import Batching
-from batches.steps import make_step, step_batches, target_count
+from batches.steps import check_batch_size, make_step, step_batches, target_count
 from ops.packs import Tree, pack_trees
+from trsr import Example, InputError
 
 
 def test_an_epoch_is_a_permutation_that_the_seed_determines():
@@ -43,3 +44,12 @@ def test_the_shares_of_all_processes_make_the_step(monkeypatch, world, loss):
     counts = {"prompt": lambda ids: len(ids) - 1, "answer": lambda ids: 1}
     apart = sum(counts[loss](ids) for u in users for ids in sequences(trees[u]))
     assert weights == torch.tensor(float(apart))
+
+
+def test_users_with_unequal_examples_are_refused_by_name():
+    users = [Example(f"u{n}", ["a"], "b", ["c"] * (2 if n == 2 else 1)) for n in range(4)]
+    with pytest.raises(InputError, match="user 'u2' has other than 2 examples"):
+        check_batch_size(8, users)
+    with pytest.raises(InputError, match="--batch-size is no multiple of the 2 examples"):
+        check_batch_size(7, users[:2])
+    check_batch_size(8, users[:2])

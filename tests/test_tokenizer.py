@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+import tokenizers
 from conftest import SHARED, needs_shared
 
 import trsr
@@ -88,3 +89,47 @@ def test_yes_and_no_on_the_real_llama2_tokenizer():
     tokenizer = Tokenizer(SHARED / "tokenizers" / "llama2", 32000)
     for domain in DOMAINS.values():
         assert trsr.answer_ids(tokenizer.encode, domain) == (8241, 3782)
+
+
+def fast_folder(model_folder, folder, **options):
+    """Save the model's tokenizer as a tokenizer.json."""
+    from transformers import LlamaTokenizerFast
+
+    folder.mkdir()
+    options = {"legacy": True, "add_bos_token": True} | options
+    LlamaTokenizerFast.from_pretrained(model_folder, **options).save_pretrained(folder)
+    (folder / "tokenizer.model").unlink(missing_ok=True)
+    return folder
+
+
+def test_what_a_post_processor_puts_behind_a_text_is_left_out(tmp_path, model_folder):
+    plain = Tokenizer(fast_folder(model_folder, tmp_path / "plain"), 640)
+    folder = fast_folder(model_folder, tmp_path / "eos")
+    processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    own = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    own.post_processor = processor
+    own.save(str(folder / "tokenizer.json"))
+    assert own.encode("blue lamp").ids[-1] == 2
+    texts = ["blue lamp", "### Assistant:\n", ""]
+    assert Tokenizer(folder, 640).encode(texts) == plain.encode(texts)
+
+
+def test_ids_beyond_the_pieces_are_passed_over(tmp_path, model_folder):
+    for tokenizer in (
+        Tokenizer(model_folder, 650),
+        Tokenizer(fast_folder(model_folder, tmp_path / "fast"), 650),
+    ):
+        (ids,) = tokenizer.encode(["blue lamp"])
+        assert tokenizer.decode([*ids, 645, 649]) == "blue lamp"
+
+
+@pytest.mark.parametrize(
+    ("of_model", "expected"),
+    [((2,), [2]), ((1,), [1, 2]), ((), [2]), ((-1,), [2]), ((32000,), [2]), ((2, 7), [2, 7])],
+)
+def test_the_tokenizer_s_end_token_ends_a_text_too(tmp_path, model_folder, of_model, expected):
+    fast = Tokenizer(fast_folder(model_folder, tmp_path / "fast"), 640)
+    for tokenizer in (Tokenizer(model_folder, 640), fast):
+        assert tokenizer.end_ids(of_model) == expected
