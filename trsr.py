@@ -7,8 +7,7 @@ Read this file first, from top to bottom; it follows section 4 of the paper:
     prompts     what the model is asked, to summarize and to recommend       4.1 to 4.3
     answers     logits of Yes and No -> a probability                        equations 2, 3
     ranking     ranks -> Recall, MRR, NDCG                                   5.2.1
-    budgets     what is trimmed from a prompt that is too long
-    scheduling  many users' summaries at once
+    budgets     what is trimmed from a prompt that is too long; then many users at once
 
 It knows neither the model nor torch. A language model appears only as functions: `generate` turns
 prompts into texts, `encode` turns texts into token ids.
