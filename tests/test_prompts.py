@@ -10,7 +10,7 @@ import torch
 from helpers import CPU, wait_until
 
 import trsr
-from batches.prompts import Batching, Prompts, tokenize
+from batches.prompts import Batching, Prompts, Ranking, tokenize
 from batches.stream import user_packs
 from launch.processes import prefetch
 from models.tokenizer import Tokenizer
@@ -56,10 +56,11 @@ class Refusing:
 
 
 def test_an_error_ends_the_worker_processes_at_once_and_not_when_garbage_is_collected():
-    refusing, users = Refusing(trsr.Budget(99, list, Counter())), range(400)
+    users, budget = range(400), trsr.Budget(99, list, Counter())
+    ranking = Ranking(Refusing(budget), users, [[]] * 400)
 
     def packs():
-        return user_packs(refusing, users, [[]] * 400, users, Batching(64, 1, 2), show=False)
+        return user_packs(ranking, users, Batching(64, 1, 2), show=False)
 
     def all_ended():
         return not multiprocessing.active_children()

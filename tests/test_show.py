@@ -13,7 +13,7 @@ def test_show_prints_blocks_and_summaries_in_order(evaluated_runs, capsys, monke
     assert out.index("items 1 to 5") < out.index("the summary before and items 6 to")
     assert "   1. Title" in out
     monkeypatch.setattr("sys.argv", ["show", str(evaluated_runs / "one"), "--user", "nobody"])
-    with pytest.raises(InputError, match="no user 'nobody'; train, val and test.jsonl name the"):
+    with pytest.raises(InputError, match=r"no user 'nobody'; train, val and test.jsonl name the"):
         show.main()
 
 
