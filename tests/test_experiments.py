@@ -1,30 +1,29 @@
-"""The experiments: their tables equal what the runs' files tell, nothing is run twice, and errors are one line."""
+"""The experiments: tables that say what the runs' files say, and nothing that is run twice."""
 
-import json
 import os
 import re
 import shutil
 import xml.etree.ElementTree as ET
-from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-from helpers import run, write_dataset
+from helpers import flags, read_lines, run, scores, write_dataset
 
 import trsr
 from experiments import paper, runs
-from files.jsonl import read_json, read_jsonl
-from runfolder import plots
+from files.jsonl import read_json
 
 ROWS = ("hierarchical", "whole-history", "core", "sasrec")
 LAUNCH = runs.launch
+SVG = "{http://www.w3.org/2000/svg}"
 
 
-def in_process(script, flags, processes, log):
-    """What experiments.runs.launch does, without a new process and the seconds that torch takes to start there."""
-    done = run(script if script.endswith(".py") else f"{script}.__main__.py", *flags, check=False)
+def in_process(script, arguments, processes, log):
+    """Do what experiments.runs.launch does, in this process: torch takes seconds to start."""
+    name = script if script.endswith(".py") else f"{script}.__main__.py"
+    done = run(name, *arguments, check=False)
     log.write_text(done.stdout + done.stderr)
     return done.returncode, done.stdout + done.stderr
 
@@ -34,238 +33,248 @@ def launched(monkeypatch):
     """The stages that are run, as (run folder's name, script)."""
     found = []
 
-    def launch(script, flags, processes, log):
+    def launch(script, arguments, processes, log):
         found.append((log.parent.name, script))
-        return in_process(script, flags, processes, log)
+        return in_process(script, arguments, processes, log)
 
     monkeypatch.setattr(runs, "launch", launch)
     return found
 
 
-def experiment(name, *flags, check=True):
-    return run(f"experiments.{name}.py", *flags, check=check)
+def experiment(name, check=True, **settings):
+    return run(f"experiments.{name}.py", check=check, **settings)
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, model_folder):
-    """A dataset, and the flags of an experiment with a table that was made: two seeds, four rows."""
-    torch.set_num_threads(2)  # a module's fixture comes before the one that sets it for a test
+    """A dataset, the settings of experiments on it, and a table of two seeds and four rows."""
     folder = tmp_path_factory.mktemp("experiments")
-    write_dataset(folder / "data", history=(6, 12))
-    flags = ["--data", folder / "data", "--out", folder / "out", "--summarize=--max-new-tokens 8"]
-    flags += ["--train", "--epochs 1 --batch-size 8 --lr 0.01 --lora-dropout 0", "--seeds", 0, 1]
-    models = ["--summarizer", model_folder, "--recommender", model_folder]
-    table = [*flags, *models, "--rows", *ROWS, "--baselines", "--epochs 2 --size 8"]
+    data, out = write_dataset(folder / "data", history=(6, 12)), folder / "out"
+    settings = {
+        "data": data,
+        "out": out,
+        "summarize": "--max-new-tokens 8",
+        "train": "--epochs 1 --batch-size 8 --lr 0.01 --lora-dropout 0",
+        "seeds": [0, 1],
+    }
+    models = {"summarizer": model_folder, "recommender": model_folder}
+    table = settings | models | {"rows": ROWS, "baselines": "--epochs 2 --size 8"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "launch", in_process)
-        done = experiment("table2", *table)
-    return Namespace(
-        folder=folder,
-        out=folder / "out",
-        flags=flags,
+        first = experiment("table2", **table).stdout
+    model = runs.slug(model_folder)
+    return SimpleNamespace(
+        data=data,
+        out=out,
+        settings=settings,
         models=models,
         table=table,
-        first=done.stdout,
+        first=first,
+        hierarchical=f"hierarchical-{model}-{model}",  # how its run folders begin
     )
 
 
-def scores(folder):
-    return [r for _, r in read_jsonl(folder / "scores-test.jsonl", {})]
+def rows_of(world, name):
+    return read_json(world.out / "results.json")[name]["rows"]
+
+
+# ---- The table
 
 
 def test_the_table_is_that_of_the_runs_scores(world):
-    rows = {row["name"]: row for row in read_json(world.out / "results.json")["table2"]["rows"]}
+    rows = {row["name"]: row for row in rows_of(world, "table2")}
+    names = ["LLM-TRSR hierarchical", "TALLRec (whole history)", "CORE", "SASRec"]
+    assert list(rows) == ["random", "popularity", *names]
+    positives = {e["user"]: e["positive"] for e in read_lines(world.data / "test.jsonl")}
     text = (world.out / "table2.md").read_text()
-    assert list(rows) == [
-        "random",
-        "popularity",
-        "LLM-TRSR hierarchical",
-        "TALLRec (whole history)",
-        "CORE",
-        "SASRec",
-    ]
-    for name in list(rows)[2:]:
+    for name in names:
         values = []
         for folder in rows[name]["runs"]:
             for line in scores(Path(folder)):
-                positive = line["candidates"].index(
-                    line.get("positive") or positives(world)[line["user"]]
-                )
+                positive = line["candidates"].index(positives[line["user"]])
                 rank = trsr.rank_of_positive(line["scores"], positive)
                 values.append((rank <= 3, (rank <= 5) / rank))
         assert len(values) == 2 * 4
         measured = rows[name]["measured"]
-        assert [measured["Recall@3"]["mean"], measured["MRR@5"]["mean"]] == pytest.approx(
-            np.mean(values, axis=0)
-        )
+        means = [measured["Recall@3"]["mean"], measured["MRR@5"]["mean"]]
+        assert means == pytest.approx(np.mean(values, axis=0))
         line = next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
         found = [float(x) for x in re.findall(r"(?<![(–.\d])\d\.\d{4}", line)]
-        assert found == [
-            round(measured[f"{m}@{k}"]["mean"], 4) for m in ("Recall", "MRR") for k in (3, 5, 10)
-        ]
+        metrics = [f"{metric}@{k}" for metric in ("Recall", "MRR") for k in (3, 5, 10)]
+        assert found == [round(measured[metric]["mean"], 4) for metric in metrics]
         low, high = measured["MRR@10"]["interval"]
         assert f"({low:.3f}–{high:.3f})" in line
         assert low <= measured["MRR@10"]["mean"] <= high
 
 
-def positives(world):
-    return {
-        r["user"]: r["positive"] for _, r in read_jsonl(world.folder / "data" / "test.jsonl", {})
-    }
-
-
 def test_the_table_marks_the_best_and_what_is_the_paper_s(world):
     text = (world.out / "table2.md").read_text()
-    own = [line for line in text.splitlines() if line.startswith("| ") and "the paper" not in line][
-        1:
-    ]
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    _, *own = [line for line in lines if "the paper" not in line]
     columns = [[cell.strip() for cell in line.split("|")[2:-1]] for line in own]
     for cells in zip(*columns, strict=True):
         values = [float(re.search(r"\d\.\d+", cell).group()) for cell in cells]
-        assert [v for v, cell in zip(values, cells, strict=True) if "**" in cell] == [
-            max(values)
-        ] * values.count(max(values))
+        bold = [v for v, cell in zip(values, cells, strict=True) if "**" in cell]
+        assert bold == [max(values)] * values.count(max(values))
     assert "| *CORE: the paper, Amazon-M2* | *0.5230* | *0.4632*† | *0.6450* |" in text
-    assert (
-        "| *LLM-TRSR hierarchical: the paper, Amazon-M2* | *0.8910* | *0.9120* | *0.9490* | *0.8597* |"
-        in text
-    )
+    cells = "*0.8910* | *0.9120* | *0.9490* | *0.8597*"
+    assert f"| *LLM-TRSR hierarchical: the paper, Amazon-M2* | {cells} |" in text
     assert "misprint" in text
     assert paper.NOTES["table2"] in text
     assert text in world.first
 
 
+def test_the_figure_is_sound_and_shows_the_values(world):
+    root = ET.parse(world.out / "table2.svg").getroot()
+    assert root.tag == f"{SVG}svg"
+    texts = ["".join(node.itertext()) for node in root.iter(f"{SVG}text")]
+    for row in rows_of(world, "table2"):
+        assert texts.count(row["name"]) == 6  # in each panel
+        assert f"{row['measured']['Recall@3']['mean']:.3f}" in texts
+    assert {"Recall@3", "MRR@10"} < set(texts)
+
+
+# ---- The stages
+
+
 def test_seeds_share_summaries_and_differ_in_what_they_train(world):
-    first, second = (
-        world.out / f"{name_of(world, 'hierarchical')}-items3-seed{seed}" for seed in (0, 1)
-    )
+    folders = [world.out / f"{world.hierarchical}-items3-seed{seed}" for seed in (0, 1)]
     summaries = list(world.out.glob("summaries-*/summaries.jsonl"))
     assert len(summaries) == 1
-    for folder in (first, second):
+    for folder in folders:
         assert os.path.samefile(folder / "summaries.jsonl", summaries[0])
-    assert [s["scores"] for s in scores(first)] != [s["scores"] for s in scores(second)]
-
-
-def name_of(world, paradigm):
-    model = runs.slug(world.models[1])
-    return "-".join([paradigm, *([model] if paradigm in trsr.SUMMARIZED else []), model])
+    first, second = ([line["scores"] for line in scores(folder)] for folder in folders)
+    assert first != second
 
 
 def test_a_second_call_runs_nothing(world, launched):
-    before = (world.out / "table2.md").read_bytes(), (world.out / "table2.svg").read_bytes()
-    done = experiment("table2", *world.table)
+    paths = [world.out / "table2.md", world.out / "table2.svg"]
+    before = [path.read_bytes() for path in paths]
+    done = experiment("table2", **world.table)
     assert launched == []
     assert "13 done before, nothing to run" in done.stdout
-    assert (
-        (world.out / "table2.md").read_bytes(),
-        (world.out / "table2.svg").read_bytes(),
-    ) == before
+    assert [path.read_bytes() for path in paths] == before
 
 
 def test_a_stage_whose_result_is_gone_is_run_again_alone(world, launched):
-    name = f"{name_of(world, 'hierarchical')}-items3-seed1"
+    name = f"{world.hierarchical}-items3-seed1"
     folder, expected = world.out / name, (world.out / "table2.md").read_text()
     (folder / "scores-test.jsonl").unlink()
     (world.out / "baselines" / "core-0" / "scores-test.jsonl").unlink()
-    experiment("table2", *world.table)
+    experiment("table2", **world.table)
     assert launched == [(name, "evaluate.py"), ("core-0", "baselines")]
     launched.clear()
     adapter = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
     shutil.rmtree(folder / "adapter")
-    experiment("table2", *world.table)  # what depends on it is made again too
+    experiment("table2", **world.table)  # what depends on it is made again too
     assert launched == [(name, "train.py"), (name, "evaluate.py")]
     assert (folder / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
     assert (world.out / "table2.md").read_text() == expected
 
 
-def test_a_failing_stage_is_named_and_the_next_call_goes_on_there(
+def test_a_failing_stage_is_named_and_the_next_call_resumes_there(
     world, launched, monkeypatch, tmp_path
 ):
     counted = runs.launch
 
-    def failing(script, flags, processes, log):
-        return (
-            (1, "step 1\ntrain: out of everything\nbye")
-            if script == "train.py"
-            else counted(script, flags, 1, log)
-        )
+    def failing(script, arguments, processes, log):
+        if script == "train.py":
+            return 1, "step 1\ntrain: out of everything\nbye"
+        return counted(script, arguments, 1, log)
 
-    flags = [*world.table, "--rows", "hierarchical", "--out", tmp_path, "--seeds", 4]
+    settings = world.table | {"rows": "hierarchical", "out": tmp_path, "seeds": 4}
     monkeypatch.setattr(runs, "launch", failing)
-    done = experiment("table2", *flags, check=False)
-    name = f"{name_of(world, 'hierarchical')}-items3-seed4"
+    done = experiment("table2", **settings, check=False)
+    folder = tmp_path / f"{world.hierarchical}-items3-seed4"
     assert done.returncode == 2
-    line = f"experiments.table2: {tmp_path / name}: train.py failed: out of everything (its output is in "
-    assert done.stderr == f"{line}{tmp_path / name / 'train.log'})\n"
+    what = f"{folder}: train.py failed: out of everything"
+    where = f"its output is in {folder / 'train.log'}"
+    assert done.stderr == f"experiments.table2: {what} ({where})\n"
     monkeypatch.setattr(runs, "launch", counted)
-    done = experiment("table2", *flags)
+    done = experiment("table2", **settings)
     assert "3: 1 done before, 2 to run" in done.stdout
     assert [script for _, script in launched] == ["summarize.py", "train.py", "evaluate.py"]
-    other = experiment(
-        "table2", *flags, "--train", "--epochs 2 --batch-size 8", check=False
-    )  # not mixed into one folder
+
+    # Other settings are not mixed into one folder.
+    settings["train"] = "--epochs 2 --batch-size 8"
+    other = experiment("table2", **settings, check=False)
     assert other.returncode == 2
     assert "train.py worked here with" in other.stderr
     assert other.stderr.count("\n") == 1
 
 
+def test_a_model_made_for_each_seed_has_summaries_of_its_own(model_folder, tmp_path):
+    for seed in (0, 1):
+        shutil.copytree(model_folder, tmp_path / f"base-{seed}")
+    settings = runs.Settings(data="data/demo", out=tmp_path, k=(3,))
+    per_seed, fixed = str(tmp_path / "base-{seed}"), str(model_folder)
+
+    def stages(summarizer, recommender, seed):
+        return runs.language_model_run(settings, "recurrent", summarizer, recommender, 3, seed)
+
+    one, two = (stages(per_seed, fixed, seed) for seed in (0, 1))
+    assert one[0].run != two[0].run
+    assert str(tmp_path / "base-1") in two[0].flags
+    assert two[1].summaries == two[0].run
+    one, two = (stages(fixed, per_seed, seed) for seed in (0, 1))
+    assert one[0] == two[0]
+    assert str(tmp_path / "base-1") in two[1].flags
+
+
+def test_scripts_start_under_torchrun_and_say_why_they_fail(world, model_folder, tmp_path):
+    folder, log = tmp_path / "two", tmp_path / "log"
+    settings = {"data": world.data, "model": model_folder, "max_new_tokens": 8, "run_dir": folder}
+    assert LAUNCH("summarize.py", tuple(flags(**settings)), 2, log)[0] == 0
+    assert "on 2 x cpu" in log.read_text()
+    own = next(world.out.glob("summaries-*/summaries.jsonl"))
+    two, one = ([line["summary"] for line in read_lines(path)] for path in (folder / own.name, own))
+    assert two == one
+    status, output = LAUNCH("baselines", ("--data", "/nowhere"), 1, log)
+    assert status == 2
+    assert runs.reason("baselines", output).startswith("/nowhere: no dataset")
+
+
+# ---- The figures
+
+
 def test_figure9_takes_over_the_table_s_summaries_and_equal_runs(world, launched):
-    flags = [*world.flags, *world.models, "--paradigms", "hierarchical", "--history-items"]
-    experiment("figure9", *flags, 0, 3)
-    name = f"{name_of(world, 'hierarchical')}-items0-seed"
-    assert launched == [
-        (f"{name}{seed}", script) for seed in (0, 1) for script in ("train.py", "evaluate.py")
-    ]
-    results = read_json(world.out / "results.json")
-    assert list(results) == ["table2", "figure9"]
-    rows = {row["name"]: row for row in results["figure9"]["rows"]}
-    assert rows["hierarchical, 3 items"]["measured"] == results["table2"]["rows"][2]["measured"]
+    settings = world.settings | world.models | {"paradigms": "hierarchical"}
+    experiment("figure9", **settings, history_items=[0, 3])
+    name = f"{world.hierarchical}-items0-seed"
+    scripts = ("train.py", "evaluate.py")
+    assert launched == [(f"{name}{seed}", script) for seed in (0, 1) for script in scripts]
+    assert list(read_json(world.out / "results.json")) == ["table2", "figure9"]
+    rows = {row["name"]: row for row in rows_of(world, "figure9")}
+    assert rows["hierarchical, 3 items"]["measured"] == rows_of(world, "table2")[2]["measured"]
+    config = read_json(world.out / f"{name}0" / "config.json")
+    assert config["train"]["history_items"] == 0
+
+    of_paper = "| *hierarchical, 3 items: the paper, Amazon-M2* | *0.8910* |"
     text = (world.out / "figure9.md").read_text()
-    assert "| *hierarchical, 3 items: the paper, Amazon-M2* | *0.8910* |" in text
+    assert of_paper in text
     assert "hierarchical, 0 items: the paper" not in text
-    assert (
-        read_json(world.out / name.replace("seed", "seed0") / "config.json")["train"][
-            "history_items"
-        ]
-        == 0
-    )
-    experiment("figure9", *flags, 0)  # without 3 items of its own the paper's stand alone
+    # Without 3 items of its own the paper's stand alone.
+    experiment("figure9", **settings, history_items=0)
     text = (world.out / "figure9.md").read_text()
-    assert "| *hierarchical, 3 items: the paper, Amazon-M2* | *0.8910* |" in text
+    assert of_paper in text
     assert "| hierarchical, 3 items |" not in text
 
 
 @pytest.mark.parametrize("name", ["figure10", "figure11"])
 def test_models_of_any_name_beside_each_other(world, launched, model_folder, tmp_path, name):
-    other = tmp_path / "a<b & 'c'|d"
-    shutil.copytree(model_folder, other)
-    several, one = (
-        ("--recommenders", "--summarizer")
-        if name == "figure10"
-        else ("--summarizers", "--recommender")
-    )
-    flags = [
-        *world.flags,
-        "--seeds",
-        0,
-        "--paradigms",
-        "hierarchical",
-        several,
-        model_folder,
-        other,
-        one,
-        model_folder,
-    ]
-    experiment(name, *flags)
-    rows = read_json(world.out / "results.json")[name]["rows"]
+    other = shutil.copytree(model_folder, tmp_path / "a<b & 'c'|d")
+    several, one = ("summarizers", "recommender")
+    if name == "figure10":
+        several, one = ("recommenders", "summarizer")
+    models = {several: [model_folder, other], one: model_folder}
+    settings = world.settings | {"seeds": 0, "paradigms": "hierarchical"}
+    experiment(name, **settings, **models)
+    rows = rows_of(world, name)
     first, second = rows[:2]
     assert first["measured"] == second["measured"]  # it is the same model under two names
     assert first["runs"] != second["runs"]
-    items = {
-        read_json(Path(r["runs"][0]) / "config.json")["train"]["history_items"]
-        for r in rows
-        if r["runs"]
-    }
+    configs = [read_json(Path(row["runs"][0]) / "config.json") for row in rows if row["runs"]]
+    items = {config["train"]["history_items"] for config in configs}
     assert items == {3 if name == "figure10" else 0}
     summarized = [script for _, script in launched if script == "summarize.py"]
     assert len(summarized) == (0 if name == "figure10" else 1)
@@ -276,115 +285,32 @@ def test_models_of_any_name_beside_each_other(world, launched, model_folder, tmp
     assert ("Llama-2-7b, the paper" in text) == (name == "figure10")
 
 
-def test_the_figure_is_sound_and_shows_the_values(world):
-    root = ET.parse(world.out / "table2.svg").getroot()
-    assert root.tag == "{http://www.w3.org/2000/svg}svg"
-    texts = ["".join(node.itertext()) for node in root.iter("{http://www.w3.org/2000/svg}text")]
-    for row in read_json(world.out / "results.json")["table2"]["rows"]:
-        assert texts.count(row["name"]) == 6  # in each panel
-        assert f"{row['measured']['Recall@3']['mean']:.3f}" in texts
-    assert {"Recall@3", "MRR@10"} < set(texts)
-
-
-def test_panels_put_values_intervals_and_the_paper_s_marks_on_one_scale():
-    values, marks = (
-        {("x", "a"): (0.5, 0.25, 1.0), ("y", "b"): (0.25, 0.25, 0.25)},
-        {("x", "a"): 0.5, ("z", "a"): 0.75},
-    )
-    root = ET.fromstring(f"<g>{plots.bar_panel(['a', 'b'], values, marks)[0]}</g>")
-    widths = [float(bar.get("width")) for bar in root.iter("rect")]
-    starts = [float(bar.get("x")) for bar in root.iter("rect")]
-    tips = [float(re.match(r"M(\S+),", mark.get("d")).group(1)) + 5 for mark in root.iter("path")]
-    assert widths[0] == pytest.approx(2 * widths[1])
-    assert tips == pytest.approx([starts[0] + widths[0], starts[0] + 1.5 * widths[0]], abs=0.1)
-    line = next(line for line in root.iter("line") if line.get("class") is None)
-    assert float(line.get("x2")) - starts[0] == pytest.approx(2 * widths[0], abs=0.1)
-    numbers = {(0, "a"): (0.2, 0.1, 0.3), (2, "a"): (0.4, 0.3, 0.5)}
-    root = ET.fromstring(f"<g>{plots.line_panel('n', ['a'], numbers, {(2, 'a'): 0.4})[0]}</g>")
-    points = [(float(c.get("cx")), float(c.get("cy"))) for c in root.iter("circle")]
-    assert root.find("polyline").get("points") == " ".join(f"{x},{y}" for x, y in points)
-    assert points[0][0] < points[1][0]
-    assert points[0][1] > points[1][1]
-
-
-def test_a_model_made_for_each_seed_has_summaries_of_its_own(world, model_folder, tmp_path):
-    for seed in (0, 1):
-        shutil.copytree(model_folder, tmp_path / f"base-{seed}")
-    args = Namespace(data="data/demo", out=tmp_path, k=[3], summarize="", train="")
-    per_seed = str(tmp_path / "base-{seed}")
-
-    def stages(summarizer, recommender, seed):
-        return runs.language_model_run(args, "recurrent", summarizer, recommender, 3, seed)
-
-    one, two = (stages(per_seed, str(model_folder), seed) for seed in (0, 1))
-    assert one[0].run != two[0].run
-    assert str(tmp_path / "base-1") in two[0].flags
-    assert two[1].summaries == two[0].run
-    one, two = (stages(str(model_folder), per_seed, seed) for seed in (0, 1))
-    assert one[0] == two[0]
-    assert str(tmp_path / "base-1") in two[1].flags
+# ---- What is refused
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("setting", "message"),
     [
         (
-            ("--data", "/nowhere"),
+            {"data": "/nowhere"},
             "/nowhere: no dataset (no meta.json); docs/data.md says how to make one",
         ),
-        (("--recommender", "/nowhere"), "/nowhere: no such model folder"),
-        (("--train", "--seed 5"), "--train: the experiment sets --seed itself; leave it out"),
-        (("--summarize", "--int8 'x"), "--summarize: No closing quotation"),
-        (("--rows", "nonsense"), "invalid choice: 'nonsense'"),
-        (("--seeds", "-1"), "expected a whole number from 0"),
+        ({"recommender": "/nowhere"}, "/nowhere: no such model folder"),
+        ({"train": "--seed 5"}, "--train: the experiment sets --seed itself; leave it out"),
+        ({"summarize": "--int8 'x"}, "--summarize: No closing quotation"),
+        ({"rows": "nonsense"}, "invalid choice: 'nonsense'"),
+        ({"seeds": -1}, "expected a whole number from 0"),
     ],
 )
-def test_bad_input_is_one_line_before_anything_is_run(world, launched, flags, message):
-    done = experiment("table2", *world.table, *flags, check=False)
+def test_bad_input_is_one_line_before_anything_is_run(world, launched, setting, message):
+    done = experiment("table2", **world.table | setting, check=False)
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1]
     assert launched == []
 
 
 def test_runs_on_other_data_are_not_mixed_in(world, launched, tmp_path):
-    write_dataset(tmp_path / "other", seed=1)
-    done = experiment("table2", *world.table, "--data", tmp_path / "other", check=False)
+    other = write_dataset(tmp_path / "other", seed=1)
+    done = experiment("table2", **world.table | {"data": other}, check=False)
     assert (done.returncode, launched) == (2, [])
-    assert (
-        f"made with {world.folder / 'data'}, not with {tmp_path / 'other'}; choose another --out"
-        in done.stderr
-    )
-
-
-def test_the_paper_s_recalls_and_mrrs_grow_with_k_but_for_the_misprint():
-    falling = set()
-    for domain, dataset in paper.DATASETS.items():
-        for row in paper.TABLE2:
-            values = paper.paper_values(domain, row)
-            for metric in ("Recall", "MRR"):
-                three, five, ten = (values[f"{metric}@{k}"] for k in (3, 5, 10))
-                falling |= {(dataset, row, f"{metric}@5")} if not three < five < ten else set()
-                assert three < ten < 1
-    assert falling == paper.MISPRINTS
-    assert paper.paper_values("news", "recent-only") == {}
-
-
-def test_scripts_start_under_torchrun_and_tell_why_they_fail(world, model_folder, tmp_path):
-    flags = (
-        "--data",
-        world.folder / "data",
-        "--model",
-        model_folder,
-        "--max-new-tokens",
-        8,
-        "--run-dir",
-        tmp_path / "two",
-    )
-    assert LAUNCH("summarize.py", tuple(map(str, flags)), 2, tmp_path / "log")[0] == 0
-    assert "on 2 x cpu" in (tmp_path / "log").read_text()
-    own = next(world.out.glob("summaries-*/summaries.jsonl"))
-    made = [json.loads(line)["summary"] for line in (tmp_path / "two" / "summaries.jsonl").open()]
-    assert made == [json.loads(line)["summary"] for line in own.open()]
-    status, output = LAUNCH("baselines", ("--data", "/nowhere"), 1, tmp_path / "log")
-    assert status == 2
-    assert runs.reason("baselines", output).startswith("/nowhere: no dataset")
+    assert f"made with {world.data}, not with {other}; choose another --out" in done.stderr
