@@ -1,5 +1,5 @@
-"""Measurements against transformers, PEFT and bitsandbytes, and models of real shapes for them.
+"""Comparisons with transformers, PEFT and bitsandbytes, and models of real shapes to measure.
 
-Belongs here: what times or compares the project's own code on random weights. Does not: results for
-readers (docs), or checks of correctness (tests).
+Belongs here: what times the project's own code or compares its results. Does not: how well a method
+recommends (experiments), or whether the code is correct (tests).
 """

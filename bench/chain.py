@@ -3,8 +3,8 @@
     python -m bench.chain --data data/mind --shape llama-2-7b --tokenizer tokenizer.model \\
         --out runs/chain
 
-The model has the given shape and random weights. This shows that a size runs and what it takes, not
-what it learns.
+The model has the given shape and random weights, so this shows whether a size runs and what it
+takes, not what it learns.
 """
 
 import re

@@ -1,8 +1,8 @@
-"""What the comparisons share: one set of random weights for both sides, prompts, and timing.
+"""What the comparisons share: the same random weights for both sides, prompts, and timing.
 
-Prompts have the paper's lengths. Those of MIND share a prefix of 410 tokens and have 53 of their
-own for the candidate, those of Amazon-M2 750 and 155, each varied by 25 %. The first 100 tokens are
-the instruction, which is the same for every user.
+Prompts have the paper's lengths: a user's share a prefix of 410 tokens on MIND and of 750 on
+Amazon-M2, and the candidate adds 53 or 155, each varied by up to 25 %. The first 100 tokens are the
+instruction, which is the same for every user.
 """
 
 import random
@@ -32,7 +32,7 @@ class Settings:
 
     shape: str = option("100m", "of the random weights", choices=("tiny", *SHAPES))
     layers: int | None = option(None, "number of layers (unset: the shape's)", positive)
-    work: str = option("mind", "whose lengths the prompts have", choices=tuple(WORK))
+    work: str = option("mind", "the dataset whose prompt lengths to use", choices=tuple(WORK))
     repeats: int = option(3, "timings; the median counts", positive)
     seed: int = option(0, "of the weights and the prompts", seed_number)
     json: bool = option(False, "print one JSON object at the end")
@@ -78,7 +78,7 @@ def make_models(
 def random_weights(
     model: Llama, seed: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Return normal matrices of a standard deviation of 0.02, and norms of 1, by name."""
+    """Return random weights by name: matrices with a standard deviation of 0.02, norms of 1."""
     generator = torch.Generator(device).manual_seed(seed)
     weights = {}
     for name, parameter in model.named_parameters():
@@ -96,7 +96,7 @@ def transformers_model(
         model = LlamaForCausalLM(LlamaConfig(**fields))
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
-    # Its rotary tables are no weights, so they are still on meta.
+    # Its rotary tables are not among the weights, so they are still on meta.
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device)
     return model.eval()
 
@@ -129,7 +129,7 @@ def random_trees(settings: Settings, users: int, branches: int) -> list[Tree]:
 
 
 def padded_left(prompts: list[list[int]], width: int, device: torch.device) -> tuple:
-    """Return token ids and mask (B, width) of prompts, padded at their start."""
+    """Return token ids and mask (B, width) of prompts, padded on the left."""
     rows = [[0] * (width - len(p)) + p for p in prompts]
     mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
     return torch.tensor(rows, device=device), torch.tensor(mask, device=device)
@@ -145,7 +145,7 @@ class Filling:
 
     @classmethod
     def of(cls, shares: list[list[Pack]]) -> "Filling":
-        """Return the filling of all processes' packs."""
+        """Return how full the packs are; shares: those of each process."""
         packs = [pack for share in shares for pack in share]
         places = sum(len(pack.ids) for pack in packs)
         return cls(sum(p.tokens for p in packs), places, sum(len(p.leaves) for p in packs))
@@ -162,7 +162,7 @@ class Filling:
 def seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
     """Return the median time of work in seconds, after one warm-up.
 
-    Of several processes, it lasts until the last one is done.
+    With several processes, the work ends when the last one has finished.
     """
 
     def together() -> float:
@@ -181,7 +181,7 @@ def seconds(work: Callable[[], object], device: torch.device, repeats: int) -> f
 
 
 def ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the FLOP/s that a large matrix product reaches here."""
+    """Return the FLOP/s that a large matrix product reaches on the device."""
     gpu = device.type == "cuda"
     n, inner = (8192, 20) if gpu else (2048, 3)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
@@ -197,5 +197,5 @@ def device_name(device: torch.device, world: int) -> str:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Return a dtype's name without torch's."""
+    """Return a dtype's name, such as `bfloat16`."""
     return str(dtype).split(".")[1]

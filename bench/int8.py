@@ -1,11 +1,11 @@
-"""How close 8-bit weights are to the full model: prompts' logits, and texts written greedily.
+"""Measure how close 8-bit weights are to the full model, in logits and in greedy texts.
 
     python -m bench.int8                                # models/tiny on the demo's first users
     python -m bench.int8 --model FOLDER --data FOLDER --users 20
 
-Compares this project's int8 weights, and bitsandbytes' LLM.int8 with thresholds 6 (its default, and
-the paper's) and 0. The texts are summaries of the users' blocks; a text counts up to the first
-token that differs.
+Measures this project's int8 weights, and bitsandbytes' LLM.int8 with thresholds 6 (its default, and
+the paper's) and 0. The texts are summaries of the users' blocks; a text's tokens count as the same
+up to the first that differs.
 """
 
 from collections import Counter
@@ -25,7 +25,7 @@ from ops.packs import common_prefix
 from prepare.dataset import load_dataset
 from summarize import Generator
 
-BLOCK, ROWS = 5, 16  # items of a block, texts that are written together
+BLOCK, ROWS = 5, 16  # items per block, texts written together
 WAYS = (
     ("int8 weights", "weights", 0.0),
     ("LLM.int8, threshold 6", "bitsandbytes", 6.0),
@@ -45,7 +45,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model makes of the prompts."""
+    """A model's answers to the prompts."""
 
     logits: Tensor  # (prompts, V), after the last token
     texts: list[list[int]]
@@ -70,7 +70,7 @@ def write(model: Llama, prompts: list[list[int]], max_new_tokens: int) -> list[l
 
 
 def block_prompts(settings: Settings, model: Llama) -> list[list[int]]:
-    """Return the prompts that summarize.py would ask about the users' blocks."""
+    """Return summarize.py's prompts for the users' blocks, as token ids."""
     domain, items, splits = load_dataset(settings.data, ("test",))
     tokenizer = Tokenizer(settings.model, model.config.vocab_size)
     context = model.config.max_position_embeddings - settings.max_new_tokens

@@ -4,8 +4,8 @@
     python -m bench.random_model --shape pythia-1.4b --tokenizer tokenizer.json \\
         --out runs/models/pythia-1.4b
 
-The weights are drawn as transformers draws those of a new model: normal with a standard deviation
-of 0.02, norms 1, biases 0. They are written as sharded safetensors.
+The weights are those that transformers would give a new model: normal with a standard deviation of
+0.02, norms 1, biases 0. They are written as sharded safetensors.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Scoring candidates: this project, transformers with one user per batch, and the authors' way.
+"""Time the scoring of candidates: here, in transformers, and the way the authors do it.
 
     python -m bench.score --shape 100m --work mind              # fp32 on a CPU, bf16 on a GPU
     python -m bench.score --shape llama-2-7b --work amazon --candidates 5 21 100 1000
@@ -11,10 +11,10 @@ All use the same random weights and prompts.
     authors         one prompt per forward pass, padded to 2,048 tokens
 
 Both compute the logits of the last position alone. FLOP are 2 per weight and token, without
-attention. The packs' filling is the share of their places that hold a token. With several numbers
-of --candidates, each is timed. With --data, the whole way from a dataset's texts to scores is timed
-as evaluate.py goes it: when the GPU begins to compute (evaluate.py tokenizes while it loads
-weights), and how much of the time from then on it computes.
+attention. Packs are as full as the share of their places that hold a token. With several numbers of
+--candidates, each is timed. --data also times evaluate.py's whole path from a dataset's texts to
+scores: when the GPU starts to compute, and for how much of the time after that it is busy. (Before
+that, evaluate.py would load weights while it tokenizes.)
 """
 
 import json
@@ -103,7 +103,7 @@ class Ours:
         return Filling.of(gather(list(self.packs(trees))))
 
     def flops(self, filling: Filling) -> float:
-        """Return the FLOP of scoring packs of this filling."""
+        """Return the FLOP of scoring packs that are as full as that."""
         # The last layer's second half is computed for the candidates' last tokens alone.
         last = self.model.model.layers[-1]
         parts = (last.self_attn.o_proj, last.mlp)
@@ -136,9 +136,9 @@ def score_batches(
 
 
 def agreement(ours: dict, theirs: list, trees: list[Tree]) -> tuple[float, float]:
-    """Return the largest difference of two scores, and the share of pairs in the same order.
+    """Return the largest difference between scores, and the share of pairs in the same order.
 
-    The pairs are of candidates of one user.
+    A pair is two candidates of one user.
     """
     leaves = [(t, b) for t, tree in enumerate(trees) for b in range(len(tree.branches))]
     a, b = torch.tensor([ours[leaf] for leaf in leaves]), torch.tensor(theirs)
@@ -150,15 +150,17 @@ def agreement(ours: dict, theirs: list, trees: list[Tree]) -> tuple[float, float
 def measure_peers(
     settings: Settings, model, trees: list[Tree], ours: dict, device: torch.device
 ) -> tuple[dict, dict]:
-    """Return the users/s of transformers and of the authors' way, and how scores agree.
+    """Return the users/s of transformers and of the authors' way, and how well scores agree.
 
-    ours: this project's scores. Raises InputError if those in fp32 differ.
+    ours: this project's scores. Raises InputError if the scores differ in fp32.
     """
     score = partial(score_batches, model, device=device)
     rates = {}
     took = seconds(lambda: score(trees, None, CANDIDATES), device, settings.repeats)
     rates["transformers"] = len(trees) / took
-    two = [Tree(trees[0].prefix, trees[0].branches[:2])]  # prompts, to extrapolate from
+    two = [
+        Tree(trees[0].prefix, trees[0].branches[:2])
+    ]  # prompts; their time is scaled up to a whole user
     took = seconds(lambda: score(two, AUTHORS_LENGTH, 1), device, settings.repeats)
     rates["authors"] = 2 / CANDIDATES / took
 
@@ -192,14 +194,14 @@ def text_scorer(settings: Settings, ours: Ours, users: int) -> tuple[Callable[[]
 
 
 def busy_share(work: Callable[[], object]) -> tuple[float, float, float]:
-    """Return the seconds of work, those before the GPU computes, and its share of the others.
+    """Return the seconds that work takes, the seconds until the GPU computes, and its busy share.
 
-    The share is that of the time in which it computes.
+    The share is that of the time after it has started to compute.
     """
     activity = torch.profiler.ProfilerActivity.CUDA
     with torch.profiler.profile(activities=[activity]) as profile:
         began = time.perf_counter()
-        torch.zeros(1, device="cuda")  # marks in the profile where the work begins
+        torch.zeros(1, device="cuda")  # marks the beginning of the work in the profile
         work()
         torch.cuda.synchronize()
         took = time.perf_counter() - began
@@ -219,7 +221,7 @@ def busy_share(work: Callable[[], object]) -> tuple[float, float, float]:
 
 
 def main() -> None:
-    """Print the users/s of each way, ratios, and how close to the ceiling this project is."""
+    """Print the users/s of each, their ratios, and how close this project is to the ceiling."""
     settings = parse_settings(Settings, __doc__)
     rank, world, device = join_processes()
     gpu, peer = device.type == "cuda", not settings.no_peer and world == 1
@@ -248,7 +250,7 @@ def main() -> None:
     from_texts = 0
     if settings.data:
         score, from_texts = text_scorer(settings, ours, users)
-        score()  # compiles what it needs
+        score()  # a first time, to compile what it needs
         times = busy_share(score) if gpu else (seconds(score, device, 1),)
         found["from_texts"] = times
     if rank == 0:
@@ -260,7 +262,7 @@ def main() -> None:
 def candidate_times(
     settings: Settings, ours: Ours, users: int, device: torch.device
 ) -> dict[int, float]:
-    """Return the seconds per user for each of several numbers of candidates."""
+    """Return the seconds per user by number of candidates, if --candidates was given."""
     times = {}
     for n in settings.candidates if tuple(settings.candidates) != (CANDIDATES,) else ():
         trees = random_trees(settings, max(1, users * CANDIDATES // n), n)

@@ -1,4 +1,4 @@
-"""Greedy generation: this project's slots, and transformers' generate at several batch sizes.
+"""Time greedy generation: here, and transformers' generate at several batch sizes.
 
     python -m bench.summarize --shape 100m                      # fp32 on a CPU, bf16 on a GPU
     python -m bench.summarize --shape llama-2-7b --batch-size 96 --batches 1 32 64
@@ -6,12 +6,12 @@
     python -m bench.summarize --shape llama-30b --int8 --peer-layers 6
     torchrun --nproc_per_node 2 -m bench.summarize --shape llama-2-7b      # this project alone
 
-Prompts have 300 to 1,200 tokens, of which the first 100 are the instruction, and outputs 40 to 150,
-as real ones vary. Random weights never end a text, so each prompt comes with its output's length.
-transformers' batches hold prompts of similar length and run until the longest output of a batch is
-written; what is beyond an output's own length does not count. Bytes are those of the layers'
-matrices once per step, and of the keys and values in use. With --int8, this project has int8
-weights and transformers has bitsandbytes' LLM.int8.
+Prompts have 300 to 1,200 tokens, of which the first 100 are the instruction, and outputs have 40 to
+150, about as much as real ones vary. Random weights never end a text, so the length of each output
+is given. A batch of transformers holds prompts of similar length and runs until its longest output
+is written; tokens beyond an output's own length do not count. Bytes are those of the layers'
+matrices once per step, and of the keys and values in use. With --int8, this project uses its int8
+weights and transformers uses bitsandbytes' LLM.int8.
 """
 
 import gc
@@ -104,7 +104,7 @@ def random_prompts(settings: Settings, n: int) -> list[Prompt]:
 
 
 class MeasuredGenerator(Generator):
-    """Ends each text at its own length and counts what decoding reads.
+    """Ends each text at its given length, and counts what decoding reads.
 
     Keys are (number, length).
     """
@@ -119,7 +119,7 @@ class MeasuredGenerator(Generator):
         self.decoding = 0.0  # seconds
 
     def ends(self, row: Row) -> bool:
-        """Return whether the row has its length."""
+        """Return whether the row has reached its length."""
         _, length = row.key
         return len(row.tokens) == length
 
@@ -141,7 +141,7 @@ class MeasuredGenerator(Generator):
         return written
 
     def bytes_per_second(self) -> float:
-        """Return the rate at which decoding has read weights, keys and values."""
+        """Return the rate at which decoding reads weights, keys and values."""
         head, config = self.model.lm_head.weight, self.model.config
         weights = sum(p.numel() * p.itemsize for p in layer_matrices(self.model))
         weights += head.numel() * head.itemsize
@@ -151,7 +151,7 @@ class MeasuredGenerator(Generator):
 
 
 def copy_rate(device: torch.device) -> float:
-    """Return the bytes per second that a large copy reads and writes."""
+    """Return the bytes per second that a large copy reads and writes, together."""
     size = (1 << 30) if device.type == "cuda" else (1 << 27)
     source = torch.empty(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -179,7 +179,7 @@ def write_batches(model, prompts: list[Prompt], batch: int, device: torch.device
 
 
 def chosen(n: int, batch: int) -> list[int]:
-    """Return the numbers of the prompts for a batch size: spread out, or a few of middle length."""
+    """Return which prompts to use for a batch size: evenly spread, or a few of middle length."""
     if batch < 4:
         return list(range(n))[n // 2 :][:batch]
     return list(range(n))[:: max(1, n // batch)][:batch]
@@ -198,7 +198,7 @@ def measure_peer(
 
 
 def equal_share(a: Written, b: Written) -> float:
-    """Return the mean share of b's tokens that a has too, before the first that differs."""
+    """Return the mean share of b's tokens that a has too, up to the first that differs."""
     shares = [common_prefix((a[i], tokens)) / len(tokens) for i, tokens in b.items()]
     return sum(shares) / len(shares)
 
@@ -208,7 +208,7 @@ def equal_share(a: Written, b: Written) -> float:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of this project: all processes together, but for steps and decoding."""
+    """What was measured of this project: by all processes, but steps and decoding by this one."""
 
     rows: int
     prompts: int
@@ -225,7 +225,7 @@ class Measured:
         return self.tokens / self.seconds
 
     def record(self) -> dict:
-        """Return what the JSON object says of it."""
+        """Return what the JSON object reports."""
         return {
             "rows": self.rows,
             "prompts": self.prompts,
@@ -238,7 +238,7 @@ class Measured:
 
 
 def main() -> None:
-    """Print the new tokens/s of each way, ratios, and how close to a copy's rate decoding is."""
+    """Print the new tokens/s of each, their ratios, and how close decoding is to a copy's rate."""
     settings = parse_settings(Settings, __doc__)
     rank, world, device = join_processes()
     gpu, peer = device.type == "cuda", not settings.no_peer and world == 1
@@ -273,7 +273,7 @@ def prepare_models(settings: Settings, ours: Llama, theirs, device: torch.device
     if settings.peer_layers and theirs is not None:
         theirs.model.layers = theirs.model.layers[: settings.peer_layers]
         theirs.config.num_hidden_layers = settings.peer_layers
-    if settings.int8:  # only now, since all layers in 16 bit and in 8 bit may not fit
+    if settings.int8:  # after the cut, since all layers may not fit in 16 and 8 bit at once
         replace_linears(ours, quantized)
     if settings.int8 and theirs is not None:
         replace_linears(theirs, partial(bitsandbytes_linear, threshold=settings.threshold))

@@ -1,15 +1,15 @@
-"""LoRA fine-tuning: this project's optimizer steps, and those of transformers + PEFT.
+"""Time LoRA fine-tuning: an optimizer step here, and in transformers + PEFT.
 
     python -m bench.train --shape tiny --work mind              # fp32 on a CPU, bf16 on a GPU
     python -m bench.train --shape llama-2-7b --work amazon --pack-tokens 8192
     torchrun --nproc_per_node 2 -m bench.train --shape llama-2-7b --shard zero3   # this alone
 
-A user gives two examples, the positive and a negative. The loss is that of the whole prompt; the
+Each user has two examples, the positive and a negative. The loss covers the whole prompt, and the
 adapters have rank 8 on q, k, v and o, with a dropout of 0.05. This project's steps are train.py's
 own, with packs made in a thread, as there. transformers + PEFT takes one example per forward pass,
-as the paper does, and padded batches of the sizes in --batches, of which the fastest counts. FLOP
-are 4 per weight of the layers and token, without attention, since frozen weights need no gradient.
-Before the timing, both losses are compared without dropout.
+as the paper does, and padded batches of the sizes in --batches; the fastest counts. FLOP are 4 per
+weight of the layers and token, without attention, since frozen weights need no gradient. Before
+anything is timed, the two losses are compared without dropout.
 """
 
 import json
@@ -75,7 +75,7 @@ def sequences_of(trees: list[Tree]) -> list[list[int]]:
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-    """Return an optimizer that does all its work and changes nothing."""
+    """Return an optimizer with a rate of 0: it does all of its work and changes nothing."""
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
 
 
@@ -91,7 +91,7 @@ def add_adapter(model: Llama, seed: int) -> None:
 
 
 class Ours:
-    """Makes the same optimizer step again and again, as train.py would."""
+    """Repeats one optimizer step, as train.py would make it."""
 
     def __init__(self, model: Llama, trees: list[Tree], batching: Batching, mode: str):
         self.model, self.mode = model, mode
@@ -190,7 +190,7 @@ def measure_peer(
 
 
 def main() -> None:
-    """Print the examples/s of each way, ratios, and how close to the ceiling this project is."""
+    """Print the examples/s of each, their ratios, and how close this project is to the ceiling."""
     settings = parse_settings(Settings, __doc__)
     rank, world, device = join_processes()
     gpu, peer = device.type == "cuda", not settings.no_peer and world == 1
@@ -251,7 +251,7 @@ def measure_ours(
     settings: Settings, ours: Ours, examples: int, device: torch.device
 ) -> tuple[dict[str, float], float | None]:
     """Return this project's examples/s, and on a GPU the peak memory in GiB."""
-    # Two steps compile what is needed and settle what the allocator keeps.
+    # Two steps to compile what is needed and to let the allocator settle.
     ours.step()
     ours.step()
     gpu = device.type == "cuda"
@@ -263,7 +263,7 @@ def measure_ours(
 
 
 def report(found: dict, apart: float, computed: float) -> None:
-    """Print the table; apart, computed: tokens/s of examples, and those that are computed."""
+    """Print the table; apart, computed: tokens/s without shared prefixes, and with them."""
     rates = found["examples_per_second"]
     best = max((name for name in rates if name != "ours"), key=rates.get, default="")
     for name, rate in rates.items():

@@ -1,12 +1,12 @@
-"""A base language model from scratch, on a dataset's training split: a substitute for pretrained.
+"""Train a base language model from scratch, on a dataset's training split.
 
     python -m experiments.base --data data/mind --out runs/base/mind-0            # meant for a GPU
     python -m experiments.base --data data/mind --out runs/base/mind-small --hidden-size 128 \\
         --layers 4 --tokens 4e6
 
-Writes a Llama folder for summarize.py, train.py and evaluate.py, and base.json, which records what
-the model saw: the training users, and the texts of items that train.jsonl names; nothing from
-val.jsonl and test.jsonl. It learns two things:
+It takes the place of a pretrained model. Writes a Llama folder for summarize.py, train.py and
+evaluate.py, and base.json, which records what the model saw: the training users and the texts of
+the items in train.jsonl, but nothing from val.jsonl or test.jsonl. The model learns two things:
 
     questions   recommendation prompts of all paradigms. Each item of a history but the first, and
                 the target, is a positive after the items before it; negatives are uniform. The loss
@@ -14,8 +14,8 @@ val.jsonl and test.jsonl. It learns two things:
     writings    prompts that ask for a summary, answered by experiments.rule. The loss is on every
                 token; the prompt's have a tenth of the weight.
 
-A step has about one pack of each. What is in it depends only on the seed and the step, however many
-processes tokenize.
+A step has about one pack of each. Its content depends only on the seed and the step, not on how
+many processes tokenize.
 """
 
 import time
@@ -53,9 +53,9 @@ from ops.packs import Pack, Tree, make_tree, pack_trees
 from trsr import InputError
 
 HEAD, RECENT = 64, 3  # head size, recent items in a prompt
-WRITINGS_SHARE = 4  # a step has this many times fewer tokens of writings than of questions
-QUESTION_WEIGHT, WRITING_WEIGHT = 1.0, 1.0  # of the mean losses of a step's questions and writings
-PROMPT_WEIGHT = 0.1  # of a token of a writing's prompt; a token of the summary has 1
+WRITINGS_SHARE = 4  # a step has a fourth as many tokens of writings as of questions
+QUESTION_WEIGHT, WRITING_WEIGHT = 1.0, 1.0  # of the two mean losses of a step
+PROMPT_WEIGHT = 0.1  # of the prompt's tokens in a writing; the summary's have 1
 LOG_EVERY = 10  # steps
 
 
@@ -78,7 +78,7 @@ class Settings:
 
 
 def check(settings: Settings) -> None:
-    """Raise InputError for sizes that the kernels cannot use."""
+    """Raise InputError for sizes that are not multiples of what the kernels need."""
     sizes = {"--hidden-size": (settings.hidden_size, HEAD)}
     sizes["--pack-tokens"] = settings.pack_tokens, PACK_UNIT
     for flag, (size, unit) in sizes.items():
@@ -147,7 +147,7 @@ def plan_steps(corpus: Corpus, tokenizer: Tokenizer, settings: Settings) -> list
 def filled(
     examples: Iterator, size_of: Callable[[object], int], room: int
 ) -> Iterator[tuple[list, int]]:
-    """Yield (examples, their tokens), as many at a time as there is room for."""
+    """Yield examples in groups that fit into room, with the tokens of each group."""
     held, total = [], 0
     for example in examples:
         size = size_of(example)
@@ -206,7 +206,7 @@ class Steps(Dataset):
 
 
 def weighted(pack: Pack, trees: list[Tree]) -> Pack:
-    """Return a pack of trees with one branch, whose prefixes weigh PROMPT_WEIGHT as targets."""
+    """Return a pack of one-branch trees, with weight PROMPT_WEIGHT for targets in a prefix."""
     answers = torch.zeros(len(pack.ids), dtype=torch.bool)
     for (t, _), last in pack.leaves.items():
         answers[last + 1 - len(trees[t].branches[0]) : last + 1] = True
@@ -220,7 +220,7 @@ def weighted(pack: Pack, trees: list[Tree]) -> Pack:
 
 
 def mean_loss(model: Llama, packs: list[Pack], weight: float, device: torch.device) -> Tensor:
-    """Return the mean loss over the packs' targets, after a backward pass of weight times it."""
+    """Run the backward pass of weight times the packs' mean loss; return the mean loss."""
     count, total = sum(pack.weights.sum().item() for pack in packs), torch.zeros((), device=device)
     for pack in packs:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -275,7 +275,7 @@ def main() -> None:
     # Otherwise threads add up the gradients of a pack's rows in the order they come.
     torch.use_deterministic_algorithms(device.type == "cpu")
 
-    # Everything that the model will see. base.json is written last, so a folder with one is whole.
+    # What the model will see. base.json is written last, so a folder that has one is complete.
     corpus, out = Corpus.load(settings.data), settings.out
     out.mkdir(parents=True, exist_ok=True)
     (out / "base.json").unlink(missing_ok=True)

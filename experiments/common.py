@@ -33,9 +33,9 @@ class FigureSettings(Settings):
 
 
 class Experiment:
-    """Runs, their table and their figure, under the paper's name for them.
+    """The runs of one of the paper's tables or figures, and what is made of them.
 
-    The dataset is read and checked first.
+    Reads and checks the dataset first.
     """
 
     def __init__(self, name: str, settings: Settings):
@@ -48,7 +48,7 @@ class Experiment:
 
     @property
     def title(self) -> str:
-        """The paper's name, as in `Figure 9`."""
+        """The name in the paper's words, such as `Figure 9`."""
         return self.name.replace("figure", "Figure ").replace("table", "Table ")
 
     def runs(self, make: Callable[..., list[Stage]], *values: object) -> list[list[Stage]]:
@@ -103,15 +103,15 @@ class Experiment:
         """Return the paragraphs below the table."""
         users = f"{len(self.splits['test'])} test users of {self.settings.data}"
         intervals = "in brackets 95 % intervals over users"
-        best = "Bold: the best that was measured."
+        best = "Bold: the best measured value."
         found = f"{self.title}: {users}, seeds {listed(self.settings.seeds)}; {intervals}. {best}"
         notes = [found, paper.NOTES[self.name]]
         if any(row.misprints for row in rows):
-            notes.append("† A misprint of the paper: it is below the Recall@3 beside it.")
+            notes.append("† A misprint in the paper: the value is below the Recall@3 next to it.")
         return notes
 
     def claim_data(self) -> None:
-        """Note the dataset in the folder; InputError if its runs were made with another."""
+        """Record the dataset in the folder; InputError if its runs were made with another one."""
         data, out = self.settings.data, self.settings.out
         digest = hashlib.sha256()
         for name in ("meta.json", "items.jsonl", "train.jsonl", "val.jsonl", "test.jsonl"):
@@ -124,7 +124,7 @@ class Experiment:
         write_json(path, own)
 
     def measure(self, rows: list[Row]) -> None:
-        """Fill in each row's metrics; those of a user are the mean over the seeds."""
+        """Fill in each row's metrics; a user's are averaged over the seeds."""
         test, ks = self.splits["test"], self.settings.k
         users = [example.user for example in test]
         for row in rows:
@@ -149,12 +149,12 @@ class Experiment:
 
 
 def listed(numbers: Sequence[int]) -> str:
-    """Return numbers with commas between them."""
+    """Return numbers separated by commas."""
     return ", ".join(map(str, numbers))
 
 
 def ranks_of(folder: Path, users: list[str]) -> list[int]:
-    """Return the ranks of the users' positives in a run; InputError if its users are others."""
+    """Return the ranks of the users' positives in a run; InputError if it ranked other users."""
     path = folder / "scores-test.jsonl"
     ranks = {r["user"]: r["rank"] for _, r in read_jsonl(path, {"user": str, "rank": int})}
     if ranks.keys() != set(users):

@@ -13,7 +13,7 @@ from prepare.domains import DOMAINS
 
 CONTEXT, BLOCK = 2048, 5  # tokens of the longest prompt, items per block
 WRITINGS = ("block", "update", "merge")
-FIXED_TEXTS = 20  # how often the tokenizer's trainer reads what is the same in every prompt
+FIXED_TEXTS = 20  # copies of the prompts' own words in the tokenizer's training text
 
 # The paradigms of the questions, with their shares.
 QUESTIONS = {"recent-only": 0.35, "whole-history": 0.15, "hierarchical": 0.25, "recurrent": 0.25}
@@ -48,7 +48,7 @@ class Writing:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The training users' sequences (history and target) and the texts of the items they name."""
+    """The training users' sequences (history and target), and the texts of all their items."""
 
     domain: trsr.Domain
     texts: dict[str, str]
@@ -80,7 +80,7 @@ class Corpus:
         return found
 
     def questions(self, negatives: int, seed: int) -> Iterator[Question]:
-        """Yield every positive, in each epoch with new negatives and in a new order."""
+        """Yield all positives, epoch after epoch, each time reordered and with new negatives."""
         pool, positions = list(self.texts), self.positions()
         own = [set(sequence) for sequence in self.sequences]
         if len(pool) < negatives + max(map(len, own)):
@@ -108,9 +108,9 @@ class Corpus:
     # -- Writings
 
     def writings(self, seed: int) -> Iterator[Writing]:
-        """Yield all summaries of each user's first n items, in mixed order.
+        """Yield all summaries of each user's first n items, epoch after epoch, shuffled.
 
-        Each epoch draws another n for each user.
+        Each epoch draws a new n for each user.
         """
         for epoch in itertools.count():
             rng, found = random.Random(f"writings {seed} {epoch}"), []

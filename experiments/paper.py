@@ -1,6 +1,6 @@
-"""What the paper reports (section 5): the numbers of table 2, and what the text says on figures.
+"""What the paper reports (section 5): table 2's numbers, and what its text says about the figures.
 
-The figures are plots without numbers.
+The figures themselves are plots without numbers.
 """
 
 DATASETS = {"products": "Amazon-M2", "news": "MIND"}  # by this project's domains
@@ -51,20 +51,20 @@ TABLE2 = {
 }
 HISTORY_ITEMS = 3  # in the prompts of table 2
 RECOMMENDER = "Llama-2-7b"  # of table 2
-MISPRINTS = {("Amazon-M2", "core", "Recall@5")}  # it is below the Recall@3 beside it
+MISPRINTS = {("Amazon-M2", "core", "Recall@5")}  # below the Recall@3 next to it
 
 NOTES = {
     "table2": "The paper's rows are of other users and models: 1,000 test users, summaries by "
     "Llama-30b-instruct, recommendations by Llama-2-7b, baselines over BERT.",
-    "figure9": "The paper's figure 9 is a plot without numbers, on MIND. Its text: best at 3 "
-    "items, worse with fewer and with more, and reasonably good even at 0. Beside it stands "
-    "table 2, which has 3 items.",
+    "figure9": "The paper's figure 9 is a plot without numbers, on MIND. Its text says: best at 3 "
+    "items, worse with fewer and with more, and reasonably good even at 0. The values in "
+    "italics are those of table 2, which has 3 items.",
     "figure10": "The paper's figure 10 is a plot without numbers, on Amazon-M2, of Pythia-1.4b, "
-    "Pythia-2.8b and Llama-2-7b. Its text: the larger, the better in general. Beside it stands "
-    "table 2, which is Llama-2-7b's.",
+    "Pythia-2.8b and Llama-2-7b. Its text says: in general, the larger the better. The values "
+    "in italics are those of table 2, which has Llama-2-7b.",
     "figure11": "The paper's figure 11 is a plot without numbers, on MIND, with 0 history items. "
-    "Its text: Llama-30b-instruct summarizes far better than Llama-2-13b, whose summaries are hard "
-    "to understand.",
+    "Its text says: Llama-30b-instruct summarizes far better than Llama-2-13b, whose summaries are "
+    "hard to understand.",
 }
 
 

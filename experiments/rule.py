@@ -3,7 +3,7 @@
     Category: news 3, sports 2; SubCategory: newsus 2, football_nfl 2; Words: Browns 2, Nasa
 
 Facets are attributes with few different values, such as MIND's Category. For each, a summary lists
-the most frequent values and how many items have them; equally frequent ones start with the latest.
+the most frequent values and how many items have them; among equals, the latest come first.
 The words of all other attributes follow in the same way. A summary of summaries adds up the counts,
 so it uses the same words as its parts.
 """
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 VALUES, WORDS = 3, 8  # most values of a facet, and most other words, in a summary
-COMMON = 200  # most words that count as too frequent; never more than a twentieth of all
+COMMON = 200  # most words that count as common; never more than a twentieth of all
 NOTHING = "(none)"
 Facts = dict[str, dict[str, int]]  # facet, or `Words` -> value -> how often
 
@@ -32,7 +32,7 @@ def attributes_of(text: str) -> Iterable[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Rule:
-    """What a dataset's summaries count: its facets, and which words say too little."""
+    """What a dataset's summaries count: its facets, and all words that are not common."""
 
     facets: tuple[str, ...]
     common: frozenset[str]

@@ -1,8 +1,8 @@
-"""The runs of an experiment, in stages: each is one call of a script, made once.
+"""The runs of an experiment, in stages; a stage is one call of a script.
 
-A stage that has finished leaves a mark in its run folder: a hash of its command, its model and the
-stages before it. A stage with the same mark is not run again. Any other is left to its script,
-which resumes where it stopped, or refuses in one line to continue work begun with other settings.
+A finished stage leaves a mark in its run folder: a hash of its command, its model and the stages
+before it. A stage whose mark is already there is skipped. Otherwise its script is called, which
+resumes where it stopped, or refuses in one line to continue work begun with other settings.
 """
 
 import os
@@ -28,7 +28,7 @@ from trsr import SUMMARIZED, InputError, content_hash
 ROOT = Path(__file__).parent.parent
 MARKS = "stages.json"  # in a run folder: the keys of the stages that finished there, in order
 
-# The flags that an experiment sets itself.
+# The flags that an experiment sets itself, so --train and the like cannot have them.
 OWN = (
     "--data",
     "--model",
@@ -73,16 +73,16 @@ class Stage:
     run: Path
     script: str
     flags: tuple[str, ...]
-    makes: tuple[str, ...]  # in the run folder; one of them is there when it has finished
+    makes: tuple[str, ...]  # in the run folder; one of them exists once it has finished
     key: str  # a hash of the command, its model and the stages before it
-    summaries: Path | None = None  # the run folder that lends them
+    summaries: Path | None = None  # the run folder whose summaries it uses
 
     def marks(self) -> dict[str, str]:
         """Return the keys of what has finished in the run folder, by script."""
         return read_json(self.run / MARKS) if (self.run / MARKS).is_file() else {}
 
     def made(self) -> bool:
-        """Return whether the result is there."""
+        """Return whether the result exists."""
         return any((self.run / name).exists() for name in self.makes)
 
     def done(self) -> bool:
@@ -106,7 +106,7 @@ def split_flags(name: str, text: str) -> list[str]:
 
 @cache
 def model_key(name: str, revision: str | None) -> str:
-    """Return what identifies a model.
+    """Return a hash that identifies a model.
 
     A hub id is downloaded now, so that a wrong name is found before any work is done.
     """
@@ -245,7 +245,7 @@ def execute(stage: Stage, processes: int) -> None:
         # The training had finished, but its result is gone.
         shutil.rmtree(stage.run / "checkpoint", ignore_errors=True)
 
-    # The stages after this one will have to be run again.
+    # The stages after this one lose their marks: they have to be run again.
     names = list(marks)
     if stage.script in names:
         names = names[: names.index(stage.script)]

@@ -1,4 +1,4 @@
-"""What all models trained from scratch share: tokenizer, first weights, optimizers, files."""
+"""What all models trained from scratch share: tokenizer, initial weights, optimizers, files."""
 
 import io
 import math
@@ -65,7 +65,9 @@ def write_tokenizer(folder: Path, lines: list[str], vocab_size: int) -> Tokenize
         byte_fallback=True,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
-        user_defined_symbols=[","],  # otherwise numbers before a comma would be other pieces
+        user_defined_symbols=[
+            ","
+        ],  # otherwise a number before a comma would have pieces of its own
         unk_id=0,
         bos_id=1,
         eos_id=2,
@@ -104,13 +106,13 @@ def make_optimizers(model: Llama, lr: float) -> list[torch.optim.Optimizer]:
 
 
 def learning_rate(step: int, steps: int, highest: float) -> float:
-    """Return a step's rate: up over the first 2 %, level, and down to zero over the last 40 %."""
+    """Return a step's rate: rising over the first 2 %, falling to zero over the last 40 %."""
     up, down = (step + 1) / (0.02 * steps + 1), (steps - step) / (0.4 * steps)
     return highest * min(1.0, up, down)
 
 
 def update(model: Llama, optimizers: list[torch.optim.Optimizer], lr: float) -> None:
-    """Clip the gradients to norm 1, make a step at this rate, and clear them."""
+    """Clip the gradients to norm 1, update the model at this rate, and clear the gradients."""
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
         for group in optimizer.param_groups:

@@ -9,7 +9,7 @@ from runfolder.plots import bar_panel, line_panel, svg_file
 
 @dataclass
 class Row:
-    """A row of the table: the runs that are ranked, one per seed, and the paper's values."""
+    """A row of the table: its runs, one per seed, and the paper's values."""
 
     name: str
     group: object  # in the figure: a group of bars, or a number on the axis
@@ -64,7 +64,7 @@ def paper_cell(row: Row, name: str) -> str:
 def figure(title: str, rows: Sequence[Row], names: Sequence[str], x_name: str) -> str:
     """Return an SVG file with a panel per metric.
 
-    The panels have bars, or with x_name lines over the rows' groups, which are then numbers.
+    The panels show bars. With x_name, they show lines over the rows' groups, which are numbers.
     """
     series = list(dict.fromkeys(row.series for row in rows))
     panels = {}

@@ -37,7 +37,7 @@ def shop_of(seed: int) -> Shop:
 
 
 def texts(seed: int | str, brief: float = 0.0) -> Iterator[Text]:
-    """Yield texts without end; brief: the share of those in which products have few attributes."""
+    """Yield texts without end; brief: the share in which products have only a few attributes."""
     rng = random.Random(f"tiny text {seed}")
     sorts = [sort for sort, share in SORTS for _ in range(share)]
     while True:

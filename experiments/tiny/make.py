@@ -41,7 +41,7 @@ from models.tokenizer import Tokenizer
 from trsr import ANSWERS, InputError, answer_ids
 
 TOKENIZER_TEXTS = 2500
-BRIEF_SHARE = 0.75  # of the steps, over which products get their longer texts
+BRIEF_SHARE = 0.75  # of the steps; over these, more and more products have all their attributes
 PROMPT_WEIGHT, VERDICT_WEIGHT = 0.1, 2.0  # of prompt tokens, and of Yes and No; others have 1
 
 
@@ -169,7 +169,7 @@ def backward(model: Llama, batches: list[tuple[Tensor, Tensor]], device: torch.d
 
 
 def train(model: Llama, settings: Settings, device: torch.device) -> None:
-    """Train the model, with a printed line every now and then."""
+    """Train the model; print a line and save the weights every so many steps."""
     rank, world = ranks()
     optimizers = make_optimizers(model, settings.lr)
     for seed in corpus.SHOPS:  # before the workers start, so that they share the shops

@@ -1,15 +1,15 @@
-"""Measure what models/tiny can do for users it never saw: how well its summaries name their taste.
+"""Measure models/tiny on users it never saw: how well its summaries name their taste.
 
     python -m experiments.tiny.measure [--model models/tiny] [--users 300]
 
 The users follow the rule of prepare/shop.py, in a shop that neither the demo nor the training text
 uses. A user has seven tastes: two categories, two brands, a color and a material that last, and the
-category of the last three purchases. A summary names what follows `likes` and `now`. A named word
-that is no taste of the user is wrong, whatever the history looks like. `rule` is the summary that
-the training text would have for the same blocks: the tastes that counting purchases can reveal.
+category of the last three purchases. A summary names the words after `likes` and `now`. A named
+word that is no taste of the user counts as wrong, even if the history suggests it. `rule` is the
+summary that the training text would have for the same blocks: the best that counting can do.
 
-After that, the share of right answers to yes/no questions, by what they are about, and the share of
-the more frequent answer.
+After that come the shares of right answers to several kinds of yes/no questions, each with the
+share of the more frequent answer.
 """
 
 import json
@@ -58,7 +58,7 @@ class Settings:
 
 
 def make_users(n: int) -> list[User]:
-    """Return n users of a shop that is only used here."""
+    """Return n users of a shop that nothing else uses."""
     shop = make_shop(SHOP, 6000)
     return [make_user(random.Random(f"tiny measure {i}"), shop, 1) for i in range(n)]
 
@@ -114,7 +114,7 @@ def shares(users: list[User], summaries: list[str]) -> tuple[float, float]:
 
 
 def print_summaries(folder: Path, users: list[User], paradigm: str, device: torch.device) -> None:
-    """Print the figures of one paradigm, and an example."""
+    """Print one paradigm's figures and an example."""
     began = time.perf_counter()
     summaries = summarize(folder, users, paradigm, device)
     expected = [rule(user, paradigm) for user in users]

@@ -1,7 +1,7 @@
 """Questions about products, profiles and shelves, as training text: yes or no, and a few open ones.
 
-A scene has a profile, a shelf of products and some offers. A claim is about one offer: its own
-facts, or what of it is on the shelf or to the taste of the profile.
+A scene has a profile, a shelf of products and some offers. A claim is about one offer: about its
+own facts, or about what it has in common with the shelf or with the profile's taste.
 """
 
 import random
@@ -22,7 +22,7 @@ from experiments.tiny.summaries import (
 )
 from prepare.shop import CATEGORIES, Product, Shop, one_of, some_of
 
-OFFERS, QUESTIONS = 16, 14  # offers in a scene, and most questions about one of them
+OFFERS, QUESTIONS = 16, 14  # offers in a scene, and the most questions about one of them
 
 # ---- Scenes
 
@@ -69,7 +69,7 @@ def make_scene(rng: random.Random, shop: Shop) -> Scene:
 
 
 def make_wishes(rng: random.Random) -> dict[str, list[str]]:
-    """Return words to like, up to as many of each fact as a summary has."""
+    """Return random words to like, by fact, up to as many as a summary can like."""
     wishes = {}
     for fact, most in LIKED.items():
         n = 1 + int(rng.random() * most)
@@ -118,7 +118,7 @@ def profile_claim(rng: random.Random, scene: Scene) -> Claim:
 
 
 def taste_claim(rng: random.Random, scene: Scene) -> Claim:
-    """Return a claim about how much of the offer is to the taste of the profile."""
+    """Return a claim about how many facts of the offer the profile likes."""
     who, least = scene.names[0].lower(), one_of(rng, (1, 2, 2, 2, 3))
     forms = (
         "at least {} of brand, color and material are what the {who} likes",
@@ -224,7 +224,7 @@ def turns(first: str, asked: list[tuple[str, str]], header: str) -> Text:
 def offers_text(
     rng: random.Random, shop: Shop, brief: bool, make: Callable[..., Claim] = make_claim
 ) -> Text:
-    """Return one question about several offers in turn; make: makes its claim."""
+    """Return one question about several offers in turn; make: returns its claim."""
     scene = make_scene(rng, shop)
     claim = make(rng, scene)
     forms = (
@@ -261,7 +261,7 @@ def claims_text(rng: random.Random, shop: Shop, brief: bool) -> Text:
 
 
 def description_text(rng: random.Random, shop: Shop, brief: bool) -> Text:
-    """Return attributes to describe, or descriptions of which one fits a title."""
+    """Return a product to describe, or two descriptions of which one fits a title."""
     product, *others = (one_of(rng, shop.shelves[(one_of(rng, CATEGORIES),)]) for _ in range(3))
     if rng.random() < 0.4:
         known = {name: value for name, value in product.attributes.items() if name != "Description"}

@@ -30,7 +30,7 @@ from prepare.shop import (
 DOMAIN = DOMAINS["products"]
 FACTS = ("category", "brand", "color", "material")
 WORDS = dict(zip(FACTS, (CATEGORIES, BRANDS, COLORS, MATERIALS), strict=True))
-LIKED = dict(zip(FACTS, (2, 2, 1, 1), strict=True))  # most words of each that a summary likes
+LIKED = dict(zip(FACTS, (2, 2, 1, 1), strict=True))  # the most words of each fact after `likes`
 BRIEF = ("Title", "Brand", "Color", "Material")  # the attributes that state the facts
 
 Text = list[tuple[str, str]]  # turns: a prompt, which ends with the cue, and its answer
@@ -78,9 +78,10 @@ class Memory:
         return cls(counts, parts[-1].now)
 
     def liked(self) -> dict[str, list[str]]:
-        """Return the words that stand out, at most as many as LIKED says.
+        """Return the words that stand out, by fact, at most as many as LIKED says.
 
-        They occurred twice or more, and more often than all other words but the latest category.
+        They occurred at least twice, and more often than all words that are left out. The latest
+        category does not count.
         """
         liked = {}
         for fact, most in LIKED.items():
