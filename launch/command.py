@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TypeVar
 
-from launch.numbers import natural, positive, positive_real  # noqa: F401
+from launch.numbers import positive_real
 from trsr import InputError
 
 Settings = TypeVar("Settings")

@@ -17,7 +17,7 @@ from itertools import accumulate, islice
 from pathlib import Path
 
 from launch.command import option
-from launch.numbers import positive
+from launch.numbers import positive, seed_number
 from prepare.dataset import save_dataset
 from prepare.tables import Table
 from trsr import InputError
@@ -33,7 +33,7 @@ class Options:
     users: int = option(
         12000, "most users to keep, chosen by the seed and split 10 : 1 : 1", positive, "users"
     )
-    seed: int = option(0, "of the choice of users, their splits and their negatives", int)
+    seed: int = option(0, "of the choice of users, their splits and their negatives", seed_number)
     min_history: int = option(10, "fewest items before the target", positive)
     max_history: int = option(25, "most items before the target", positive)
     drop_unknown: bool = option(False, "drop ids that the catalogue lacks or has no text for")

@@ -17,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from launch.command import option, parse_settings, run_main
-from launch.numbers import positive
+from launch.numbers import positive, seed_number
 from prepare.common import split_sizes
 from prepare.dataset import save_dataset
 from prepare.shop import RECENT, Product, Shop, Taste, make_shop, make_user
@@ -32,7 +32,7 @@ class Settings:
 
     out: Path = option(Path("data/demo"), "folder for the dataset", Path)
     items: int = option(6000, "products in the shop, at least about 1500", positive)
-    seed: int = option(0, "another seed has other items and other users", int)
+    seed: int = option(0, "another seed has other items and other users", seed_number)
     users: int | None = option(
         None, "users in all, at least 3, split 10 : 1 : 1 (unset: 1300)", positive, "users"
     )

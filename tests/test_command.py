@@ -9,7 +9,8 @@ import pytest
 import evaluate
 import summarize
 import train
-from launch.command import Shared, natural, option, parse_settings, positive
+from launch.command import Shared, option, parse_settings
+from launch.numbers import natural, positive
 
 
 @dataclass(frozen=True)
