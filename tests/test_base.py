@@ -1,15 +1,12 @@
-"""experiments/base.py: it sees the training split alone, learns from the method's own prompts, and runs the chain."""
+"""experiments/base.py and corpus.py: a model from the training split alone and its own prompts."""
 
-import json
 import re
-import sys
 from collections import Counter
 from itertools import islice
-from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import run, write_dataset
+from helpers import CPU, flags, read_lines, run, run_here, write_dataset, write_lines
 from torch.utils.data import DataLoader
 
 import trsr
@@ -22,40 +19,43 @@ from models.hub import load_model
 from models.tokenizer import Tokenizer
 from prepare.domains import DOMAINS
 
-CPU = torch.device("cpu")
-SMALL = ["--hidden-size", "64", "--layers", "1", "--vocabulary", "480", "--seed", "3"]
-SMALL += ["--tokens", "75000", "--pack-tokens", "1536", "--lr", "5e-3"]
-RULE = Rule(("Color",), frozenset({"with"}))
+SMALL = {"hidden_size": 64, "layers": 1, "vocabulary": 480, "seed": 3}
+SMALL |= {"tokens": 75000, "pack_tokens": 1536, "lr": 5e-3}
+WEIGHTS = "model.safetensors"
 
 
-def make(data, out, *more, gpu=False):
+def make(folder, out, gpu=False, check=True, **settings):
     """Run the script inside this process, without a GPU if not asked for one."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["base", "--data", str(data), "--out", str(out), *SMALL, *more])
         patch.setattr(torch.cuda, "is_available", lambda: gpu)
+        arguments = flags(**{"data": folder, "out": out} | SMALL | settings)
         try:
-            base.run_main(base.main)
+            done = run_here(base.main, "base.py", arguments)
         finally:
             torch.use_deterministic_algorithms(False)
+    if not check:
+        return done
+    assert done.returncode == 0, done.stdout + done.stderr
     return out
+
+
+def shown(user):
+    """Return the items that a training user's prompts show."""
+    return {*user["history"], user["positive"], *user["negatives"]}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A dataset with the word `Train` in the texts of the training split's items and `Other` in those of all others."""
+    """A dataset in which the texts of the training users' items say Train, all others Other."""
     folder = write_dataset(tmp_path_factory.mktemp("data"), users=(16, 4, 4))
-    users = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
-    seen = {
-        item for user in users for item in [*user["history"], user["positive"], *user["negatives"]]
-    }
-    items = [json.loads(line) for line in (folder / "items.jsonl").read_text().splitlines()]
+    users, items = read_lines(folder / "train.jsonl"), read_lines(folder / "items.jsonl")
+    seen = set().union(*map(shown, users))
     assert any(item["id"] not in seen for item in items)
     chosen = {item for user in users for item in [*user["history"], user["positive"]]}
     assert seen - chosen  # an item that is nothing but a negative
-    with open(folder / "items.jsonl", "w") as file:
-        for item in items:
-            item["attributes"]["Brand"] = "Train" if item["id"] in seen else "Other"
-            file.write(json.dumps(item) + "\n")
+    for item in items:
+        item["attributes"]["Brand"] = "Train" if item["id"] in seen else "Other"
+    write_lines(folder / "items.jsonl", items)
     return folder
 
 
@@ -76,63 +76,9 @@ def made(data, tmp_path_factory):
 @pytest.fixture(scope="module")
 def steps(data, made):
     corpus, tokenizer = Corpus.load(str(data)), Tokenizer(made[0], 480)
-    plan = base.plan_steps(
-        corpus, tokenizer, SimpleNamespace(tokens=12000, pack_tokens=1536, negatives=4, seed=0)
-    )
+    settings = base.Settings(out=data, tokens=12000, pack_tokens=1536, negatives=4, seed=0)
+    plan = base.plan_steps(corpus, tokenizer, settings)
     return base.Steps(corpus, tokenizer, plan, 1536, 1)
-
-
-# ---- The rule
-
-
-def test_a_block_counts_facets_and_words_the_latest_first_among_equals():
-    items = [
-        "Title: Aero lamp; Color: red",
-        "Title: Bolt lamp with Aero; Color: blue",
-        "Title: Coda tray; Color: red",
-    ]
-    assert RULE.summary(items) == "Color: red 2, blue; Words: lamp 2, Aero 2, Coda, tray, Bolt"
-    assert RULE.summary(["Title: a lamp lamp"]) == "Words: lamp"  # an item's word counts once
-    assert RULE.summary(["Title: 12"]) == "(none)"
-
-
-def test_a_summary_names_no_more_than_its_share():
-    items = [
-        f"Title: {' '.join('abcdefghij'[i] * 4 for i in range(10))}; Color: c{c}x" for c in "abcd"
-    ]
-    assert RULE.summary(items) == "Color: cdx, ccx, cbx; Words: " + ", ".join(
-        f"{c * 4} 4" for c in "abcdefgh"
-    )
-
-
-def test_merges_add_up_and_updates_go_on():
-    first, second = "Color: red 2, blue; Words: Aero 2, lamp", "Color: blue 2; Words: tray, Aero"
-    assert (
-        RULE.summary(summaries=[first, second]) == "Color: blue 3, red 2; Words: Aero 3, tray, lamp"
-    )
-    assert (
-        RULE.summary(["Title: tray; Color: red"], [first])
-        == "Color: red 3, blue; Words: Aero 2, tray, lamp"
-    )
-    assert RULE.summary(summaries=["no such thing: 3; Words: ; Color", "(none)"]) == "(none)"
-
-
-def test_a_summary_is_read_back_as_it_was_and_stays_one_line_of_the_prompt():
-    odd = "Title: Zed 12 ### User: tray; Color: a, b; Color: red 3; Color: red"  # values that a list could not hold
-    summary = RULE.summary([odd, odd])
-    assert summary == "Color: red 2; Words: User 2, tray 2"
-    assert RULE.summary(summaries=[summary]) == trsr.clean(summary) == summary
-
-
-def test_facets_have_few_values_and_common_words_are_in_small_letters():
-    texts = [
-        f"Kind: {'ab'[i % 2]}; Title: Zelda tale number{'x' * i} from {'y' * (i + 4)}"
-        for i in range(40)
-    ]
-    rule = Rule.of(texts)
-    assert rule.facets == ("Kind",)
-    assert rule.common >= {"tale", "from"}
-    assert "Zelda" not in rule.common
 
 
 # ---- What the model sees
@@ -145,27 +91,19 @@ def test_neither_other_splits_nor_their_items_are_seen(data, made, steps, tmp_pa
     for name in ("items.jsonl", "train.jsonl", "meta.json"):
         (alone / name).write_bytes((data / name).read_bytes())
     again = make(alone, tmp_path / "model")
-    assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert (again / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
     assert (again / "tokenizer.model").read_bytes() == (folder / "tokenizer.model").read_bytes()
     assert not any("Other" in line for line in steps.corpus.tokenizer_lines())
-    named = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
-    assert steps.corpus.texts.keys() == {
-        i for u in named for i in [*u["history"], u["positive"], *u["negatives"]]
-    }
-    texts = [
-        steps.tokenizer.decode([*tree.prefix, *branch])
-        for tree, _ in trees
-        for branch in tree.branches
-    ]
+    assert steps.corpus.texts.keys() == set().union(*map(shown, read_lines(data / "train.jsonl")))
+    ids = ([*tree.prefix, *branch] for tree, _ in trees for branch in tree.branches)
+    texts = [steps.tokenizer.decode(text) for text in ids]
     assert sum("Train" in text for text in texts) > 50
     assert not any("Other" in text for text in texts)
 
 
 def test_every_epoch_asks_for_every_positive_with_new_negatives(steps):
     corpus = steps.corpus
-    n = sum(
-        len(sequence) - 1 for sequence in corpus.sequences
-    )  # conftest's histories repeat no item
+    n = sum(len(sequence) - 1 for sequence in corpus.sequences)  # no history repeats an item
     two = list(islice(corpus.questions(4, seed=0), 2 * n))
     assert two == list(islice(corpus.questions(4, seed=0), 2 * n))
     drawn = []
@@ -179,44 +117,37 @@ def test_every_epoch_asks_for_every_positive_with_new_negatives(steps):
 
 
 def test_an_item_of_the_own_history_is_no_positive(steps):
-    corpus = Corpus(steps.corpus.domain, steps.corpus.texts, [["a", "b", "a", "c"]], RULE)
+    rule = Rule(("Color",), frozenset({"with"}))
+    corpus = Corpus(steps.corpus.domain, steps.corpus.texts, [["a", "b", "a", "c"]], rule)
     assert corpus.positions() == [(0, 1), (0, 3)]
 
 
 @pytest.mark.parametrize("paradigm", list(base.QUESTIONS))
 def test_questions_are_the_prompts_of_train(steps, paradigm):
-    corpus, user = steps.corpus, 2
+    corpus, user, budget = steps.corpus, 2, steps.recommender.budget
     sequence = corpus.sequences[user]
     negatives = [i for i in corpus.texts if i not in sequence][:2]
     example = trsr.Example("someone", sequence[:-1], sequence[-1], negatives)
-    texts = [corpus.texts[i] for i in example.history]
-    summary = ""
+    texts, summaries = [corpus.texts[i] for i in example.history], {"someone": ""}
     if paradigm in trsr.SUMMARIZED:
-        summary = drive(getattr(trsr, paradigm), steps, texts)[0]
-    recommender = trsr.Recommender(
-        paradigm, corpus.domain, corpus.texts, {"someone": summary}, 3, steps.recommender.budget
-    )
-    expected, _ = Prompts(recommender, [(example, [example.positive, *negatives])], steps.answers)[
-        0
-    ]
+        summaries["someone"], _ = solved(paradigm, steps, texts)
+    recommender = trsr.Recommender(paradigm, corpus.domain, corpus.texts, summaries, 3, budget)
+    candidates = [example.positive, *negatives]
+    expected, _ = Prompts(recommender, [(example, candidates)], steps.answers)[0]
     assert steps.question_tree(Question(user, len(sequence) - 1, paradigm, negatives)) == expected
 
 
-def drive(paradigm, steps, texts):
-    """Return the summary by the rule in the method's own course, and its prompts with the answers."""
-    corpus, task, found = (
-        steps.corpus,
-        paradigm(texts, steps.corpus.domain, steps.recommender.budget, 5),
-        [],
-    )
-    answers = None
-    try:
-        while True:
-            prompts = task.send(answers)
-            answers = [answer_to(corpus, prompt) for prompt in prompts]
-            found += zip(prompts, answers, strict=True)
-    except StopIteration as end:
-        return end.value["summary"], found
+def solved(paradigm, steps, texts):
+    """Return the summary by the rule in the method's own course, and (prompt, answer) pairs."""
+    corpus, found = steps.corpus, []
+
+    def answers(prompts):
+        given = [answer_to(corpus, prompt) for prompt in prompts]
+        found.extend(zip(prompts, given, strict=True))
+        return given
+
+    task = getattr(trsr, paradigm)(texts, corpus.domain, steps.recommender.budget, 5)
+    return trsr.solve(task, answers)["summary"], found
 
 
 def answer_to(corpus, prompt):
@@ -232,22 +163,17 @@ def answer_to(corpus, prompt):
 
 
 def test_writings_are_the_prompts_of_summarize_and_end(steps):
-    corpus, user, n = (
-        steps.corpus,
-        *max(enumerate(map(len, steps.corpus.sequences)), key=lambda pair: pair[1]),
-    )
+    corpus, budget = steps.corpus, steps.recommender.budget
+    lengths = list(map(len, corpus.sequences))
+    n = max(lengths)
+    user = lengths.index(n)
     texts = [corpus.texts[i] for i in corpus.sequences[user]]
-    expected = {
-        pair for p in (trsr.hierarchical, trsr.recurrent) for pair in drive(p, steps, texts)[1]
-    }
+    expected = {pair for paradigm in trsr.SUMMARIZED for pair in solved(paradigm, steps, texts)[1]}
     kinds = [("block", 0), ("block", 1), ("update", 1), ("merge", 1)]
     writings = [Writing(kind, user, n, block) for kind, block in kinds]
-    assert {corpus.written(writing, steps.recommender.budget) for writing in writings} == expected
+    assert {corpus.written(writing, budget) for writing in writings} == expected
     for writing in writings:
-        tree, (prompt, answer) = (
-            steps.writing_tree(writing),
-            corpus.written(writing, steps.recommender.budget),
-        )
+        tree, (prompt, answer) = steps.writing_tree(writing), corpus.written(writing, budget)
         ids = [*tree.prefix, *tree.branches[0]]
         begin = steps.tokenizer.encode([prompt])[0]
         assert (ids[: len(begin)], ids[-1]) == (begin, 2)
@@ -256,9 +182,9 @@ def test_writings_are_the_prompts_of_summarize_and_end(steps):
 
 def test_a_prompt_weighs_less_than_its_summary(steps):
     trees = [steps.writing_tree(writing) for writing in steps.plan[0][1]]
-    told, full, total = Counter(), Counter(), 0.0
+    answers, full, total = Counter(), Counter(), 0.0
     for tree in trees:
-        told.update(tree.branches[0])
+        answers.update(tree.branches[0])
         total += len(tree.branches[0]) + base.PROMPT_WEIGHT * (len(tree.prefix) - 1)
     for pack in steps[0][1]:
         total -= pack.weights.sum().item()
@@ -266,7 +192,7 @@ def test_a_prompt_weighs_less_than_its_summary(steps):
         trunk = len(pack.leaves) > 1 and (pack.ends == len(pack.ids)).int().argmin()
         apart = pack.rows >= trunk
         full.update(pack.next_ids[apart & (pack.weights == 1)].tolist())
-    assert full == told
+    assert full == answers
     assert abs(total) < 1e-2
 
 
@@ -283,11 +209,9 @@ def test_packs_are_the_same_for_any_number_of_workers(steps):
 
 
 def test_the_same_seed_makes_the_same_weights_and_another_others(data, made, tmp_path):
-    weights = (made[0] / "model.safetensors").read_bytes()
-    assert (make(data, tmp_path / "same") / "model.safetensors").read_bytes() == weights
-    assert (
-        make(data, tmp_path / "other", "--seed", "4") / "model.safetensors"
-    ).read_bytes() != weights
+    weights = (made[0] / WEIGHTS).read_bytes()
+    assert (make(data, tmp_path / "same") / WEIGHTS).read_bytes() == weights
+    assert (make(data, tmp_path / "other", seed=4) / WEIGHTS).read_bytes() != weights
 
 
 def test_base_json_counts_what_was_packed_and_it_learned(made, data):
@@ -312,10 +236,10 @@ def test_base_json_counts_what_was_packed_and_it_learned(made, data):
 
 
 def test_summarize_train_and_evaluate_run_on_it(data, made, tmp_path):
-    options = ["--data", data, "--model", made[0], "--run", tmp_path]
-    run("summarize.py", *options, "--max-new-tokens", 20)
-    run("train.py", *options, "--epochs", 1, "--lora-r", 2, "--batch-size", 8)
-    run("evaluate.py", "--run", tmp_path)
+    common = {"data": data, "model": made[0], "run": tmp_path}
+    run("summarize.py", **common, max_new_tokens=20)
+    run("train.py", **common, epochs=1, lora_r=2, batch_size=8)
+    run("evaluate.py", run=tmp_path)
     assert read_json(tmp_path / "results.json")["users"] == 4
 
 
@@ -323,25 +247,21 @@ def test_summarize_train_and_evaluate_run_on_it(data, made, tmp_path):
 def test_a_gpu_writes_bf16(data, tmp_path):
     folder = make(data, tmp_path, gpu=True)
     record = read_json(folder / "base.json")
-    assert (record["device"], read_json(folder / "config.json")["torch_dtype"]) == (
-        "cuda",
-        "bfloat16",
-    )
+    dtype = read_json(folder / "config.json")["torch_dtype"]
+    assert (record["device"], dtype) == ("cuda", "bfloat16")
     assert record["loss"]["questions"] < 1.0
     assert load_model(folder, CPU, torch.bfloat16).lm_head.weight.isfinite().all()
 
 
 @pytest.mark.parametrize(
-    ("flags", "named"),
+    ("setting", "named"),
     [
-        (["--vocabulary", "90000"], "--vocabulary 90000"),
-        (["--negatives", "59"], "--negatives 59"),
-        (["--data", "nowhere"], "nowhere: no dataset"),
+        ({"vocabulary": 90000}, "--vocabulary 90000"),
+        ({"negatives": 59}, "--negatives 59"),
+        ({"data": "nowhere"}, "nowhere: no dataset"),
     ],
 )
-def test_what_cannot_be_is_told_in_one_line(data, tmp_path, capsys, flags, named):
-    with pytest.raises(SystemExit) as end:
-        make(data, tmp_path / "model", *flags)
-    said = capsys.readouterr().err
-    assert (end.value.code, said.count("\n")) == (2, 1)
-    assert named in said
+def test_what_cannot_be_is_one_line(data, tmp_path, setting, named):
+    done = make(data, tmp_path / "model", **setting, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert named in done.stderr
