@@ -41,12 +41,12 @@ class Settings:
     data: Path = option(Path("data/demo"), "dataset folder made by prepare", Path, "files")
     run: Path = option(Path("runs/demo"), "run folder", Path)
     encoder: str = option(
-        "llama:models/tiny", "of the items' texts: llama:FOLDER, or what transformers loads"
+        "llama:models/tiny", "of the items' texts: llama:FOLDER, or a model that transformers loads"
     )
     models: tuple[str, ...] = option(
-        tuple(MODELS), "those to train", choices=MODELS, nargs="+", group="models"
+        tuple(MODELS), "which models to train", choices=MODELS, nargs="+", group="models"
     )
-    seeds: tuple[int, ...] = option((0,), "one training each", seed_number, nargs="+")
+    seeds: tuple[int, ...] = option((0,), "one training per seed", seed_number, nargs="+")
     k: tuple[int, ...] = option((3, 5, 10), "cut-offs of the metrics", positive, nargs="+")
     size: int = option(64, "dimensions of an item", positive)
     dropout: float = option(0.2, "on the vectors that the models combine", fraction)

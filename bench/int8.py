@@ -3,9 +3,9 @@
     python -m bench.int8                                # models/tiny on the demo's first users
     python -m bench.int8 --model FOLDER --data FOLDER --users 20
 
-Measures this project's int8 weights, and bitsandbytes' LLM.int8 with thresholds 6 (its default, and
-the paper's) and 0. The texts are summaries of the users' blocks; a text's tokens count as the same
-up to the first that differs.
+Measures this project's int8 weights, and bitsandbytes' LLM.int8 with threshold 6, which is its
+default and the paper's, and with 0. The texts are summaries of the users' blocks; a text's tokens
+count as the same up to the first that differs.
 """
 
 from collections import Counter

@@ -11,10 +11,10 @@ All use the same random weights and prompts.
     authors         one prompt per forward pass, padded to 2,048 tokens
 
 Both compute the logits of the last position alone. FLOP are 2 per weight and token, without
-attention. Packs are as full as the share of their places that hold a token. With several numbers of
+attention. The fill of packs is the share of their places that hold a token. With several numbers of
 --candidates, each is timed. --data also times evaluate.py's whole path from a dataset's texts to
-scores: when the GPU starts to compute, and for how much of the time after that it is busy. (Before
-that, evaluate.py would load weights while it tokenizes.)
+scores: when the GPU starts to compute, and for how much of the time after that it is busy. (In
+evaluate.py itself, tokenizing overlaps with loading the weights.)
 """
 
 import json
@@ -66,7 +66,7 @@ class Settings(common.Settings):
     )
     peer_users: int = option(2, "users that the others score", positive)
     candidates: tuple[int, ...] = option(
-        (CANDIDATES,), "numbers of candidates to time", positive, nargs="+"
+        (CANDIDATES,), "numbers of candidates per user to time", positive, nargs="+"
     )
     pack_tokens: int | None = option(
         None, "tokens in a forward pass (unset: as in evaluate.py)", positive
@@ -158,9 +158,8 @@ def measure_peers(
     rates = {}
     took = seconds(lambda: score(trees, None, CANDIDATES), device, settings.repeats)
     rates["transformers"] = len(trees) / took
-    two = [
-        Tree(trees[0].prefix, trees[0].branches[:2])
-    ]  # prompts; their time is scaled up to a whole user
+    # Two prompts, whose time is scaled up to a whole user.
+    two = [Tree(trees[0].prefix, trees[0].branches[:2])]
     took = seconds(lambda: score(two, AUTHORS_LENGTH, 1), device, settings.repeats)
     rates["authors"] = 2 / CANDIDATES / took
 
@@ -263,8 +262,10 @@ def candidate_times(
     settings: Settings, ours: Ours, users: int, device: torch.device
 ) -> dict[int, float]:
     """Return the seconds per user by number of candidates, if --candidates was given."""
+    if tuple(settings.candidates) == (CANDIDATES,):
+        return {}
     times = {}
-    for n in settings.candidates if tuple(settings.candidates) != (CANDIDATES,) else ():
+    for n in settings.candidates:
         trees = random_trees(settings, max(1, users * CANDIDATES // n), n)
         took = seconds(partial(ours.score, trees), device, 1)
         times[n] = took / len(trees)

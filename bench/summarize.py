@@ -50,13 +50,13 @@ class Settings(common.Settings):
     """The flags."""
 
     prompts: int | None = option(
-        None, "prompts that this project reads (unset: four batches)", positive
+        None, "prompts that this project answers (unset: four batches)", positive
     )
     prompt_tokens: tuple[int, int] = option(
-        (300, 1200), "least and most of a prompt", positive, nargs=2
+        (300, 1200), "fewest and most tokens of a prompt", positive, nargs=2
     )
     new_tokens: tuple[int, int] = option(
-        (40, 150), "least and most of an output", positive, nargs=2
+        (40, 150), "fewest and most tokens of an output", positive, nargs=2
     )
     batch_size: int | None = option(
         None, "rows that decode together (unset: as in summarize.py)", positive
@@ -68,10 +68,10 @@ class Settings(common.Settings):
         nargs="+",
     )
     peer_layers: int | None = option(
-        None, "layers of the peer's model, whose times are scaled up to all (unset: all)", positive
+        None, "layers to leave in the peer's model; its times are scaled up (unset: all)", positive
     )
     int8: bool = option(False, "8-bit weights on both sides")
-    threshold: float = option(6.0, "of bitsandbytes", real)
+    threshold: float = option(6.0, "bitsandbytes' threshold for outliers", real)
     no_peer: bool = option(False, "this project alone")
 
 
@@ -208,7 +208,7 @@ def equal_share(a: Written, b: Written) -> float:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of this project: by all processes, but steps and decoding by this one."""
+    """What was measured of this project: time and tokens of all processes, the rest of this one."""
 
     rows: int
     prompts: int

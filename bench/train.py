@@ -2,11 +2,11 @@
 
     python -m bench.train --shape tiny --work mind              # fp32 on a CPU, bf16 on a GPU
     python -m bench.train --shape llama-2-7b --work amazon --pack-tokens 8192
-    torchrun --nproc_per_node 2 -m bench.train --shape llama-2-7b --shard zero3   # this alone
+    torchrun --nproc_per_node 2 -m bench.train --shape llama-2-7b --shard zero3     # no peer
 
 Each user has two examples, the positive and a negative. The loss covers the whole prompt, and the
-adapters have rank 8 on q, k, v and o, with a dropout of 0.05. This project's steps are train.py's
-own, with packs made in a thread, as there. transformers + PEFT takes one example per forward pass,
+adapters have rank 8 on q, k, v and o, with a dropout of 0.05. This project's steps are those of
+train.py, with packs made in a thread. transformers + PEFT takes one example per forward pass,
 as the paper does, and padded batches of the sizes in --batches; the fastest counts. FLOP are 4 per
 weight of the layers and token, without attention, since frozen weights need no gradient. Before
 anything is timed, the two losses are compared without dropout.

@@ -19,7 +19,7 @@ from runfolder.scores import chance_metrics, means_and_intervals, popularity_ran
 from state.settings import locked
 from trsr import SUMMARIZED, InputError
 
-MODEL = "model folder or hub id; `{seed}` in it becomes the run's seed"
+MODEL = "model folder or hub id; `{seed}` in it is replaced by the run's seed"
 MODEL_FLAGS = ("summarizer", "summarizers", "recommender", "recommenders", "encoder")
 
 
@@ -62,7 +62,7 @@ class Experiment:
         return {"paper": values, "misprints": misprints}
 
     def finish(self, rows: list[Row], x_name: str = "") -> None:
-        """Run what is not done yet; write and print the table and the figure."""
+        """Run what is left to run; print the table, and write it with its figure."""
         settings, out = self.settings, self.settings.out
         stages: dict[Stage, None] = {}
         for row in rows:

@@ -4,7 +4,7 @@
     python -m experiments.figure9 --data data/mind --nproc 8 --summarizer OWNER/MODEL \\
         --recommender OWNER/MODEL
 
-A paradigm's summaries are made once. With the --out of another experiment, summaries and equal runs
+Each paradigm's summaries are made once. With another experiment's --out, summaries and equal runs
 are shared.
 """
 

@@ -52,7 +52,7 @@ class Settings:
     )
     history_items: int = option(paper.HISTORY_ITEMS, "recent items in the prompt", natural)
     seeds: tuple[int, ...] = option(
-        (0,), "one run each; the table shows their means", seed_number, nargs="+"
+        (0,), "one run per seed; the table shows the means", seed_number, nargs="+"
     )
     k: tuple[int, ...] = option((3, 5, 10), "cut-offs of the metrics", positive, nargs="+")
     nproc: int = option(
@@ -62,7 +62,7 @@ class Settings:
         "", 'more flags for summarize.py, such as "--int8 --batch-size 32"', metavar="FLAGS"
     )
     train: str = option(
-        "", "more flags for train.py; a single one as --train=--no-compile", metavar="FLAGS"
+        "", "more flags for train.py; write a single one as --train=--no-compile", metavar="FLAGS"
     )
 
 

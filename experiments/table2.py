@@ -5,9 +5,9 @@
         --summarizer upstage/llama-30b-instruct-2048 --summarize=--int8 \\
         --recommender meta-llama/Llama-2-7b-hf --encoder google-bert/bert-base-uncased
 
-After an interruption the same command resumes; with more rows or seeds it runs only those. What a
-stage prints is in its run folder, in a .log file. Writes OUT/table2.md, OUT/table2.svg and
-OUT/results.json.
+After an interruption the same command resumes; with more rows or seeds it runs only the new ones.
+The output of each stage is in a .log file in its run folder. Writes OUT/table2.md, OUT/table2.svg
+and OUT/results.json.
 """
 
 from dataclasses import dataclass

@@ -31,7 +31,7 @@ class Settings:
     """The flags."""
 
     out: Path = option(Path("data/demo"), "folder for the dataset", Path)
-    items: int = option(6000, "products in the shop, at least about 1500", positive)
+    items: int = option(6000, "products in the shop; about 1500 are the fewest that work", positive)
     seed: int = option(0, "another seed has other items and other users", seed_number)
     users: int | None = option(
         None, "users in all, at least 3, split 10 : 1 : 1 (unset: 1300)", positive, "users"

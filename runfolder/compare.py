@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+", help="run folders, after evaluate.py")
     first, rows = rows_of(parser.parse_args().runs)
     users = f"{first['users']} users of {first['data']}/{first['split']}.jsonl"
-    print(f"{users}; below each mean its 95 % interval")
+    print(f"{users}; below each mean is its 95 % interval")
     print(format_table(rows))
 
 
