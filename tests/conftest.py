@@ -16,6 +16,7 @@ from helpers import (
     ROOT,
     THINGS,
     command,
+    flags,
     read_lines,
     run,
     write_dataset,
@@ -24,6 +25,7 @@ from helpers import (
     write_neox,
 )
 
+from baselines import __main__ as baselines
 from launch.processes import run_script
 from prepare.domains import DOMAINS
 
@@ -219,6 +221,18 @@ def evaluated_runs(tmp_path_factory, model_folder):
 
 
 # ---- Scripts
+
+
+@pytest.fixture(scope="session")
+def run_baselines():
+    """Return the function that runs python -m baselines, whose errors are raised here."""
+
+    def run_here(**settings):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sys.argv", ["baselines", *flags(**settings)])
+            baselines.main()
+
+    return run_here
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from safetensors.torch import load_file
 from transformers import GPTNeoXForCausalLM
 
 import trsr
-from baselines.encode import by_llama
 from files.jsonl import read_json
 from models.hub import load_model
 from models.tokenizer import Tokenizer
@@ -88,14 +87,3 @@ def test_two_processes_train_the_same_model(tmp_path, data_folder, pythia_folder
             ids = random_ids(2, 30)
             assert (model(ids) - reference(ids).logits).abs().max() < 1e-4
             assert (model(ids) - base(ids)).abs().max() > 1e-2
-
-
-def test_item_embeddings_for_the_baselines(pythia_folder):
-    texts = ["Title: blue lamp", "Title: coral oven glove; Color: amber", "x"]
-    found = by_llama(pythia_folder, texts, CPU)
-    reference = GPTNeoXForCausalLM.from_pretrained(pythia_folder).eval()
-    for text, vector in zip(texts, found, strict=True):
-        ids = torch.tensor(Tokenizer(pythia_folder, 640).encode([text]))
-        with torch.no_grad():
-            states = reference.gpt_neox(ids).last_hidden_state[0]
-        assert (vector - torch.nn.functional.normalize(states.mean(0), dim=-1)).abs().max() < 1e-5

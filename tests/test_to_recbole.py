@@ -1,0 +1,20 @@
+"""prepare/to_recbole.py: a dataset in RecBole's files, with the candidates to score."""
+
+from helpers import prepared, read_lines
+
+from prepare import to_recbole
+from prepare.dataset import load_dataset
+from trsr import shuffled_candidates
+
+
+def test_the_dataset_as_recbole_s_files(tmp_path, data_folder):
+    out = prepared(to_recbole, data=data_folder, out=tmp_path / "rec")
+    _, items, splits = load_dataset(data_folder, ("train", "val", "test"))
+    for split, name in (("train", "train"), ("val", "valid"), ("test", "test")):
+        head, *lines = (out / f"rec.{name}.inter").read_text().splitlines()
+        assert head == "user_id:token\titem_id_list:token_seq\titem_id:token"
+        assert lines == [f"{e.user}\t{' '.join(e.history)}\t{e.positive}" for e in splits[split]]
+    _, *lines = (out / "rec.item").read_text().splitlines()
+    assert lines == [f"{item}\t{text}" for item, text in items.items()]
+    lines = [r for r in read_lines(out / "rec.candidates.jsonl") if r["split"] == "test"]
+    assert [r["candidates"] for r in lines] == [shuffled_candidates(e) for e in splits["test"]]
