@@ -1,7 +1,8 @@
-"""GRU4Rec, NARM and SASRec against RecBole's own, with the same weights. Skipped where RecBole's files are not.
+"""GRU4Rec, NARM and SASRec against RecBole's own, with the same weights.
 
-RecBole 1.2.1 asks for packages that these models do not use, so its model files are loaded beside a stand-in for
-`recbole.utils`: put an unpacked recbole wheel on PYTHONPATH, nothing of it needs to be installed.
+Skipped where RecBole is not. RecBole 1.2.1 asks for packages that these models do not use, so its
+model files are loaded beside a stand-in for `recbole.utils`. An unpacked recbole wheel on
+PYTHONPATH is enough; nothing of it needs to be installed.
 """
 
 import importlib
@@ -28,12 +29,9 @@ def theirs(monkeypatch):
     package = ModuleType("recbole")
     package.__path__ = list(spec.submodule_search_locations)
     utils = ModuleType("recbole.utils")
+    kinds = "GENERAL SEQUENTIAL CONTEXT KNOWLEDGE DECISIONTREE TRADITIONAL POINTWISE"
     for name in ("ModelType", "InputType", "FeatureSource", "FeatureType"):
-        setattr(
-            utils,
-            name,
-            Enum(name, "GENERAL SEQUENTIAL CONTEXT KNOWLEDGE DECISIONTREE TRADITIONAL POINTWISE"),
-        )
+        setattr(utils, name, Enum(name, kinds))
     utils.set_color = lambda text, *_: text
     model = ModuleType("recbole.model")
     model.__path__ = [f"{package.__path__[0]}/model"]
@@ -48,14 +46,10 @@ def theirs(monkeypatch):
         "ITEM_ID_FIELD": "i",
         "LIST_SUFFIX": "_list",
         "ITEM_LIST_LENGTH_FIELD": "n",
-    }
-    settings |= {
         "NEG_PREFIX": "neg_",
         "MAX_ITEM_LIST_LENGTH": 9,
         "device": "cpu",
         "loss_type": "CE",
-    }
-    settings |= {
         "embedding_size": SIZE,
         "num_layers": 1,
         "dropout_prob": 0.2,
@@ -74,13 +68,11 @@ def theirs(monkeypatch):
 
 
 def compare(ours, other, histories: torch.Tensor) -> None:
-    candidates = torch.randint(
-        ITEMS, (len(histories), 6), generator=torch.Generator().manual_seed(1)
-    )
+    rng = torch.Generator().manual_seed(1)
+    candidates = torch.randint(ITEMS, (len(histories), 6), generator=rng)
     with torch.no_grad():
-        other.item_embedding.weight[1:] = ours.items(
-            torch.arange(ITEMS)
-        )  # theirs count items from 1
+        # Theirs counts items from 1.
+        other.item_embedding.weight[1:] = ours.items(torch.arange(ITEMS))
         user = other(histories + 1, (histories >= 0).sum(1))
         expected = (user[:, None] * other.item_embedding(candidates + 1)).sum(-1)
         assert (ours.score(histories, candidates) - expected).abs().max() < 1e-5
@@ -108,14 +100,9 @@ def test_gru4rec(theirs):
 
 def test_narm(theirs):
     ours, other = made(NARM), theirs("NARM")
-    for name, module in (
-        ("gru", ours.gru),
-        ("a_1", ours.key),
-        ("a_2", ours.query),
-        ("v_t", ours.weigh),
-    ):
+    names = {"gru": ours.gru, "a_1": ours.key, "a_2": ours.query, "v_t": ours.weigh}
+    for name, module in (names | {"b": ours.output}).items():
         getattr(other, name).load_state_dict(module.state_dict())
-    other.b.load_state_dict(ours.output.state_dict())
     compare(ours, other, some_histories())
 
 
@@ -126,8 +113,6 @@ def test_sasrec(theirs):
         "inner_size": 4 * SIZE,
         "hidden_dropout_prob": 0.2,
         "attn_dropout_prob": 0.2,
-    }
-    more |= {
         "hidden_size": SIZE,
         "hidden_act": "gelu",
         "layer_norm_eps": 1e-12,
@@ -135,20 +120,18 @@ def test_sasrec(theirs):
     }
     ours, other = made(SASRec), theirs("SASRec", **more)
     other.LayerNorm.load_state_dict(ours.norm.state_dict())
-    with (
-        torch.no_grad()
-    ):  # theirs count positions from the start, so histories are equally long here
+    # Theirs counts positions from the start, so histories are equally long here.
+    with torch.no_grad():
         other.position_embedding.weight.copy_(ours.positions.weight[:9].flip(0))
     for a, b in zip(ours.encoder.layers, other.trm_encoder.layer, strict=True):
         attention, inner = b.multi_head_attention, b.feed_forward
         weights, biases = a.self_attn.in_proj_weight.chunk(3), a.self_attn.in_proj_bias.chunk(3)
-        for linear, weight, bias in zip(
-            (attention.query, attention.key, attention.value), weights, biases, strict=True
-        ):
+        linears = attention.query, attention.key, attention.value
+        for linear, weight, bias in zip(linears, weights, biases, strict=True):
             linear.weight.data, linear.bias.data = weight.detach().clone(), bias.detach().clone()
-        pairs = ((attention.dense, a.self_attn.out_proj), (attention.LayerNorm, a.norm1))
         for to, of in (
-            *pairs,
+            (attention.dense, a.self_attn.out_proj),
+            (attention.LayerNorm, a.norm1),
             (inner.dense_1, a.linear1),
             (inner.dense_2, a.linear2),
             (inner.LayerNorm, a.norm2),

@@ -1,4 +1,4 @@
-"""models/tiny: the folder is a sound checkpoint, its training text keeps away from the demo, its summaries hold up."""
+"""models/tiny and experiments/tiny: a sound checkpoint whose training kept away from the demo."""
 
 import json
 import random
@@ -6,7 +6,7 @@ from itertools import islice
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import CPU, TINY_MODEL
 from transformers import LlamaForCausalLM
 
 import trsr
@@ -15,13 +15,10 @@ from llama import load_config, load_model
 from models.tokenizer import Tokenizer
 from prepare.shop import make_shop, one_of
 
-FOLDER = ROOT / "models" / "tiny"
-CPU = torch.device("cpu")
-
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer(FOLDER, load_config(FOLDER).vocab_size)
+    return Tokenizer(TINY_MODEL, load_config(TINY_MODEL).vocab_size)
 
 
 @pytest.fixture(scope="module")
@@ -33,21 +30,19 @@ def texts():
 
 
 def test_logits_equal_transformers(tokenizer):
-    theirs = LlamaForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
-    ours = load_model(FOLDER, CPU, torch.float32)
-    text = trsr.recommendation_prompts(
-        "none", summaries.DOMAIN, "", [], ["Title: a lamp; Color: blue"]
-    )[0]
-    ids = torch.tensor(tokenizer.encode([text]))
+    theirs = LlamaForCausalLM.from_pretrained(TINY_MODEL, dtype=torch.float32).eval()
+    ours = load_model(TINY_MODEL, CPU, torch.float32)
+    shown = "none", summaries.DOMAIN, "", [], ["Title: a lamp; Color: blue"]
+    ids = torch.tensor(tokenizer.encode(trsr.recommendation_prompts(*shown)))
     with torch.no_grad():
         assert (ours(ids) - theirs(ids).logits).abs().max() < 1e-4
 
 
 def test_size_parameters_and_config():
-    assert sum(path.stat().st_size for path in FOLDER.iterdir() if path.is_file()) < 12e6
-    model = load_model(FOLDER, CPU, torch.float32)
+    assert sum(path.stat().st_size for path in TINY_MODEL.iterdir() if path.is_file()) < 12e6
+    model = load_model(TINY_MODEL, CPU, torch.float32)
     assert 2e6 <= sum(p.numel() for p in model.parameters()) <= 6e6
-    assert json.loads((FOLDER / "config.json").read_text()) == make.CONFIG
+    assert json.loads((TINY_MODEL / "config.json").read_text()) == make.CONFIG
     assert model.config.eos_token_id == (2,)
 
 
@@ -88,31 +83,26 @@ def test_no_claim_states_the_rule_by_which_users_choose():
     assert not any(", and " in claim or ", or " in claim for claim in tasteful)
 
 
-def test_a_summary_counts_and_tells_what_stands_out():
+def test_a_summary_counts_and_names_what_stands_out():
     rng, shop = random.Random(0), make_shop(3, 2000)
     block = [one_of(rng, list(shop.products.values())) for _ in range(5)]
     memory = summaries.Memory.of(block)
     again = summaries.Memory.joined([memory, memory])
     assert sum(memory.counts["color"].values()) == 5
-    assert all(
-        again.counts[fact][w] == 2 * n
-        for fact in summaries.FACTS
-        for w, n in memory.counts[fact].items()
-    )
+    for fact in summaries.FACTS:
+        assert all(again.counts[fact][word] == 2 * n for word, n in memory.counts[fact].items())
     assert str(memory).endswith(f"now {block[-1].category}.")
-    assert measure.named(str(memory)) == {w for words in memory.liked().values() for w in words} | {
-        memory.now
-    }
+    liked = {word for words in memory.liked().values() for word in words}
+    assert measure.named(str(memory)) == liked | {memory.now}
 
 
 def test_weights_of_a_text(tokenizer):
-    ids, weights = make.encode(
-        [("### User:\nx\n\n### Assistant:\n", "Yes"), ("\n\nmore\n", "a lamp")], tokenizer
-    )
-    told = [
-        tokenizer.decode([i]) for i, w in zip(ids, weights, strict=True) if w > make.PROMPT_WEIGHT
-    ]
-    assert "".join(told).replace(" ", "") == "Yesalamp"  # a piece decoded alone loses its blank
+    text = [("### User:\nx\n\n### Assistant:\n", "Yes"), ("\n\nmore\n", "a lamp")]
+    ids, weights = make.encode(text, tokenizer)
+    answers = [i for i, w in zip(ids, weights, strict=True) if w > make.PROMPT_WEIGHT]
+    # A piece decoded alone loses its blank.
+    pieces = [tokenizer.decode([i]) for i in answers]
+    assert "".join(pieces).replace(" ", "") == "Yesalamp"
     assert (ids[-1], weights[-1]) == (2, 1.0)
     assert [w for w in weights if w == make.VERDICT_WEIGHT] == [make.VERDICT_WEIGHT]
 
@@ -123,12 +113,12 @@ def test_weights_of_a_text(tokenizer):
 @pytest.mark.parametrize("paradigm", list(measure.PARADIGMS))
 def test_summaries_of_unseen_users_name_their_tastes(paradigm):
     users = measure.make_users(20)
-    found, wrong = measure.shares(users, measure.summarize(FOLDER, users, paradigm, CPU))
+    found, wrong = measure.shares(users, measure.summarize(TINY_MODEL, users, paradigm, CPU))
     assert found > 0.85
     assert wrong < 0.05
 
 
 def test_questions_about_unseen_products_are_answered():
-    right, frequent = measure.answered(FOLDER, questions.taste_claim, 12, CPU)
+    right, frequent = measure.answered(TINY_MODEL, questions.taste_claim, 12, CPU)
     assert frequent < 0.75
     assert right > 0.9
