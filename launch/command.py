@@ -16,7 +16,11 @@ Settings = TypeVar("Settings")
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows a script's docstring as it is written, and the default of each flag."""
+    """Shows a script's docstring as it is written, and the default of a flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        silent = action.default in (None, False, "", argparse.SUPPRESS)
+        return action.help if silent else super()._get_help_string(action)
 
 
 # ---- Settings: a frozen dataclass whose fields are flags

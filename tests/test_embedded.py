@@ -1,11 +1,12 @@
 """launch/embedded.py: the scripts as they stand, in any order, before and after make demo."""
 
 import itertools
+import os
 import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, read_lines
+from helpers import ROOT, read_lines, run
 
 from files.jsonl import read_json
 
@@ -22,58 +23,62 @@ DEMO = [
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A folder where the scripts find the embedded model, and nothing of a run yet."""
-    (tmp_path / "models").symlink_to(ROOT / "models")
-    return tmp_path
+    return new_checkout(tmp_path)
 
 
-def call(checkout, arguments, processes=1):
-    """Run a script as a user does, from a checkout; return what it prints."""
-    launch = [sys.executable]
-    if processes > 1:
-        launch += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-        launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    script = arguments if arguments[0] == "-m" else [str(ROOT / arguments[0]), *arguments[1:]]
-    options = {"cwd": checkout, "capture_output": True, "text": True, "timeout": 900}
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, *script], env=environment, **options)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+def new_checkout(folder):
+    """Make a folder where the scripts find the embedded model, and nothing of a run yet."""
+    (folder / "models").symlink_to(ROOT / "models")
+    return folder
 
 
-@pytest.fixture
-def after_demo(checkout):
+def call(checkout, script, *more, processes=1, check=True):
+    """Run a script as a user does, from a checkout; return the finished process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(checkout)
+        patch.setenv("OMP_NUM_THREADS", "1")
+        if script == SHOP[0]:
+            line = [sys.executable, *SHOP]
+            environment = os.environ | {"PYTHONPATH": str(ROOT)}
+            return subprocess.run(line, env=environment, check=True, capture_output=True)
+        return run(script, *more, processes=processes, check=check)
+
+
+@pytest.fixture(scope="module")
+def after_demo(tmp_path_factory):
+    """A checkout after the demo; no test changes it."""
+    folder = new_checkout(tmp_path_factory.mktemp("demo"))
     for arguments in DEMO:
-        call(checkout, arguments)
-    return checkout
+        call(folder, *arguments)
+    return folder
 
 
 def test_after_the_demo_every_script_runs_as_it_stands_twice(after_demo):
     """The demo's run is finished: nobody complains about flags that were not given."""
-    run = after_demo / "runs/demo"
-    kept = [run / name for name in ("summaries.jsonl", "metrics.jsonl", "config.json")]
+    run_folder = after_demo / "runs/demo"
+    kept = [run_folder / name for name in ("summaries.jsonl", "metrics.jsonl", "config.json")]
     before = [path.read_bytes() for path in kept]
-    scores = read_lines(run / "scores-test.jsonl")
-    for arguments in (["summarize.py"], ["train.py"], ["evaluate.py", "--k", "3", "5", "10"]) * 2:
-        out = call(after_demo, arguments)
-        if arguments == ["train.py"]:
+    scores = read_lines(run_folder / "scores-test.jsonl")
+    for script in ("summarize.py", "train.py", "evaluate.py") * 2:
+        more = ["--k", 3, 5, 10] if script == "evaluate.py" else []
+        out = call(after_demo, script, *more).stdout
+        if script == "train.py":
             assert "done    runs/demo: all epochs were trained before" in out
             assert "next    python evaluate.py --run runs/demo" in out
     assert [path.read_bytes() for path in kept] == before
-    assert read_lines(run / "scores-test.jsonl") == scores
+    assert read_lines(run_folder / "scores-test.jsonl") == scores
 
 
-def test_after_the_demo_torchrun_says_that_the_training_is_finished(after_demo):
+@pytest.mark.parametrize("processes", [2, 8])
+def test_after_the_demo_torchrun_says_that_the_training_is_finished(after_demo, processes):
     before = (after_demo / "runs/demo/metrics.jsonl").read_bytes()
-    for processes in (2, 8):
-        out = call(after_demo, ["train.py"], processes)
-        assert out.count("all epochs were trained before") == 1
+    out = call(after_demo, "train.py", processes=processes).stdout
+    assert out.count("all epochs were trained before") == 1
     assert (after_demo / "runs/demo/metrics.jsonl").read_bytes() == before
 
 
 def test_a_flag_that_differs_is_refused_as_ever(after_demo):
-    script = [sys.executable, str(ROOT / "train.py"), "--batch-size", "4"]
-    done = subprocess.run(script, cwd=after_demo, capture_output=True, text=True)
+    done = call(after_demo, "train.py", "--batch-size", 4, check=False)
     assert done.returncode == 2
     assert "train.py worked here with batch_size 2 (now 4)" in done.stderr
 
@@ -81,23 +86,23 @@ def test_a_flag_that_differs_is_refused_as_ever(after_demo):
 @pytest.mark.parametrize("order", itertools.permutations(["summarize.py", "train.py"]), ids=str)
 def test_before_the_demo_each_script_makes_what_is_missing(checkout, order):
     """A shop of the demo's size takes minutes, so a smaller one is there already."""
-    call(checkout, SHOP)
+    call(checkout, *SHOP)
     for script in order:
-        more = ["--epochs", "1", "--batch-size", "2"] if script == "train.py" else []
+        more = ["--epochs", 1, "--batch-size", 2] if script == "train.py" else []
         if script == order[0] == "summarize.py":
-            more = ["--max-new-tokens", "8"]
-        out = call(checkout, [script, *more])
+            more = ["--max-new-tokens", 8]
+        out = call(checkout, script, *more).stdout
         first = "runs/demo/summaries.jsonl is missing, so this comes first: python summarize.py"
         assert (first in out) == (script == order[0] == "train.py")
-        call(checkout, [script])
+        call(checkout, script)
     assert len(read_lines(checkout / "runs/demo/summaries.jsonl")) == 9
-    call(checkout, ["evaluate.py", "--k", "3", "5", "10"])
+    call(checkout, "evaluate.py", "--k", 3, 5, 10)
     assert read_json(checkout / "runs/demo/results.json")["users"] == 3
 
 
 @pytest.mark.long
 def test_in_a_new_checkout_evaluate_makes_everything(checkout):
-    out = call(checkout, ["evaluate.py", "--k", "3", "5", "10"])
+    out = call(checkout, "evaluate.py", "--k", 3, 5, 10).stdout
     for missing in ("data/demo/meta.json", "runs/demo/summaries.jsonl", "runs/demo/adapter"):
         assert f"{missing} is missing, so this comes first" in out
     assert read_json(checkout / "runs/demo/results.json")["users"] == 200
@@ -105,5 +110,5 @@ def test_in_a_new_checkout_evaluate_makes_everything(checkout):
 
 @pytest.mark.long
 def test_in_a_new_checkout_torchrun_trains(checkout):
-    call(checkout, ["train.py"], processes=8)
+    call(checkout, "train.py", processes=8)
     assert (checkout / "runs/demo/adapter/adapter_model.safetensors").is_file()
