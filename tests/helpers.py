@@ -113,24 +113,14 @@ class Architecture:
     reference: type  # transformers' class
     attention: tuple[str, ...]  # the layers that an adapter changes by default
     eos: int
-    first_projection: str  # the name of a layer's first linear layer
 
     def __str__(self):
         return self.name
 
 
-LLAMA = Architecture(
-    "llama", write_model, llama.load_model, LlamaForCausalLM, lora.ATTENTION, 2, "self_attn.q_proj"
-)
-NEOX = Architecture(
-    "neox",
-    write_neox,
-    hub.load_model,
-    GPTNeoXForCausalLM,
-    ("query_key_value", "dense"),
-    0,
-    "attention.query_key_value",
-)
+LLAMA = Architecture("llama", write_model, llama.load_model, LlamaForCausalLM, lora.ATTENTION, 2)
+NEOX_ATTENTION = ("query_key_value", "dense")
+NEOX = Architecture("neox", write_neox, hub.load_model, GPTNeoXForCausalLM, NEOX_ATTENTION, 0)
 
 LLAMA3 = {
     "factor": 8.0,
