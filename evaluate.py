@@ -101,7 +101,7 @@ def resolve(flags: Settings) -> Settings:
 
     names = INHERITED + (() if flags.dtype != "auto" else ("dtype",))
     settings = flags.inherit({name: trained.get(name) for name in names})
-    done, wanted = epochs_done(flags.run), trained.get("epochs")
+    done, wanted = epochs_done(flags.run), trained.get("epochs")  # None if unknown
     unfinished = not flags.untrained and None not in (done, wanted) and done < wanted
     epochs = f"{done} of {wanted} epochs" if unfinished else ""
     other = Path(settings.data).name if settings.data != trained["data"] else ""
@@ -202,7 +202,7 @@ def score_users(
         for (user, _), row in pack.leaves.items():  # a leaf's position is its prompt's length
             longest[user] = max(longest[user], int(pack.positions[row]) + 1)
 
-    whole = Scores({}, Counter(), Counter())
+    whole = Scores({}, Counter(), Counter())  # what all processes found
     for part in gather(Scores(logits, longest, budget.trimmed)):
         whole.logits.update(part.logits)
         whole.prompt_tokens.update(part.prompt_tokens)
@@ -267,7 +267,7 @@ def main() -> None:
     start = time.perf_counter()  # on a GPU, the first users are tokenized by now
     scores = score_users(model, packs, answers, recommender.budget)
     seconds = time.perf_counter() - start
-    if rank > 0:
+    if rank > 0:  # all have the same scores now
         return
 
     # One process ranks and reports.
@@ -304,7 +304,7 @@ def load_weights(settings: Settings, folder: Path, device: torch.device) -> Llam
         adapter = load_adapter(model, settings.run / "adapter")
         if ranks()[0] == 0 and (odd := differences(settings.run, adapter)):
             print(f"adapter not as the run's settings say: {odd}")
-    model.eval()
+    model.eval()  # without dropout
     if device.type == "cuda" and not settings.no_compile:
         compile_layers(model)
     return model

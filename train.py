@@ -165,10 +165,10 @@ def sum_gradients(model: Llama) -> None:
 def backward(model: Llama, step: Step, device: torch.device, mode: str, autocast: bool) -> Tensor:
     """Add up the gradients of the step's mean loss; return this process's share of the loss."""
     sharded, (_, world) = isinstance(model, FSDPModule), ranks()
-    n = len(step.packs)
+    n = len(step.packs)  # of this process
     # FSDP's processes must run equally often: those with fewer packs repeat one with weight 0.
     rounds = int(all_reduce(n, device, dist.ReduceOp.MAX)) if sharded else n
-    loss = torch.zeros((), device=device)
+    loss = torch.zeros((), device=device)  # stays on the device, so that no pack waits
     for i in range(rounds):
         weight = 1 / step.targets if step.targets and i < n else 0.0
         last = i == rounds - 1
@@ -210,7 +210,7 @@ def train_step(
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=True)  # frees their memory
     return loss, norm
 
 
@@ -277,10 +277,10 @@ class Trainer:
             began = time.perf_counter()
             loss, norm = self.update(step)
             progress.step += 1
-            progress.batch += 1
+            progress.batch += 1  # where a resumed epoch begins
             speed = step.tokens / (time.perf_counter() - began)
             self.log(loss=loss, grad_norm=norm, lr=settings.lr, tokens_per_second=speed)
-            if self.bar:
+            if self.bar:  # the first process shows it
                 self.bar.step(progress.epoch + 1, loss, settings.lr, speed)
 
             # Checkpoint now and then, and before stopping.
@@ -314,7 +314,7 @@ class Trainer:
         """Validate, and keep the model if it is the best so far."""
         progress, recall = self.progress, self.validate()
         total = sum(recall.values())
-        best = total > progress.best
+        best = total > progress.best  # a tie keeps the earlier epoch
         self.log(validation=recall)
         # The checkpoint comes last, so that a run killed here validates again.
         progress.epoch, progress.batch = progress.epoch + 1, 0
@@ -332,7 +332,7 @@ class Trainer:
 
     def validate(self) -> dict[str, float]:
         """Return the validation recall at each k."""
-        self.model.eval()
+        self.model.eval()  # without dropout
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.autocast):
             recall = self.validation.recall(self.model, self.settings.k)
         self.model.train()
@@ -361,7 +361,7 @@ def main() -> None:
     """Train on the dataset's training users."""
     flags = parse_settings(Settings, __doc__)
     rank, _, device = join_processes(flags.timeout)
-    settings = resolve(flags, device)
+    settings = resolve(flags, device)  # nothing is decided after this line
     batching = Batching.on(device, settings.pack_tokens, on_gpus=8192)
 
     # The users, the model with a new adapter, and what makes the prompts.
@@ -389,7 +389,7 @@ def main() -> None:
         validation = Validation(ranking, list(packs), answers)
         if rank == 0:
             foresee(settings, model, trees, recommender.budget, device)
-        if settings.dry_run:
+        if settings.dry_run:  # after the estimate, before anything is written
             return
 
         place(model, settings, device)

@@ -64,7 +64,7 @@ def clean(text: str) -> str:
     and a control token such as `</s>` lose the characters that make them one.
     """
     text = "".join(" " if ord(c) < 32 or 127 <= ord(c) < 160 else c for c in text)
-    text = " ".join(text.split())
+    text = " ".join(text.split())  # a line break would end the list that the text is in
     text = _CONTROL_TOKEN.sub(r"(\1)", _HEADER.sub(r"(\1)", text))
     return re.sub(r"#{3,}", "#", text)
 
@@ -86,7 +86,7 @@ Summarization = Generator[list[str], list[str], Node]
 
 def solve(task: Summarization, generate: Callable[[list[str]], list[str]]) -> Node:
     """Run one user's summarization to its end: answer every prompt that it asks."""
-    answers = None
+    answers = None  # a generator starts with None
     try:
         while True:
             answers = generate(task.send(answers))
@@ -109,7 +109,7 @@ def hierarchical(
     two layers, and a small one still ends with one summary, however long the history is.
     """
     if not items:
-        return {"summary": "", "items": [0, 0]}
+        return {"summary": "", "items": [0, 0]}  # nothing to ask
 
     # The lowest layer has one summary per block.
     blocks = split_blocks(len(items), block_size)
@@ -228,10 +228,10 @@ def recommendation_prompts(
     sentence in the instruction.
     """
     notes, sections = [domain.recommend], []
-    if paradigm in SUMMARIZED:
+    if paradigm in SUMMARIZED:  # the long term
         notes.append("The preference summary tells what the user likes in the long run.")
         sections.append(("Preference Summary", summary or "(none)"))
-    if recent:
+    if recent:  # the short term
         notes.append("The historical items, oldest first, tell what the user is after now.")
         sections.append(("Historical Items", numbered(recent)))
     if len(sections) > 1:
@@ -306,7 +306,7 @@ def yes_probability(yes_logits: np.ndarray, no_logits: np.ndarray) -> np.ndarray
     in the order of their logits.
     """
     logits = np.stack([yes_logits, no_logits]).astype(np.float64)
-    weights = np.exp(logits - logits.max(axis=0))
+    weights = np.exp(logits - logits.max(axis=0))  # so that nothing overflows
     return weights[0] / weights.sum(axis=0)
 
 
@@ -324,7 +324,7 @@ def rank_of_positive(scores: Sequence[float], positive: int) -> int:
     if not np.isfinite(scores).all():
         what = "the model or its adapter is broken, nothing was ranked"
         raise InputError(f"a score is not finite: {what}")
-    return int(np.sum(np.asarray(scores) >= scores[positive]))
+    return int(np.sum(np.asarray(scores) >= scores[positive]))  # it is not below itself
 
 
 def rank_users(
@@ -388,7 +388,7 @@ class Budget:
                 return self.fits(self.encode(build(*tried)))
 
             values[i] = greatest(most, fits_with)
-            self.trimmed[name] += 1
+            self.trimmed[name] += 1  # what is cut is reported at the end
 
         ids = self.encode(prompts := build(*values))
         if not self.fits(ids):
@@ -462,12 +462,12 @@ def run_tasks(tasks: Iterable[tuple[str, Summarization]], engine) -> Iterator[tu
     while True:
         while engine.has_room() and (started := next(tasks, None)):
             yield from advance(*started, None)
-        if not waiting:
+        if not waiting:  # no user is under way, and none is left to start
             return
         for (user, i), answer in engine.finished():
             asked = waiting[user]
             asked.answers[i] = answer
-            if len(asked.answers) == asked.due:
+            if len(asked.answers) == asked.due:  # the user can go on
                 del waiting[user]
                 yield from advance(user, asked.task, [asked.answers[i] for i in range(asked.due)])
 
