@@ -202,8 +202,8 @@ def test_out_of_memory_continues_with_fewer_prompts_per_batch(tmp_path, summariz
 
 
 def test_interruptions_at_random_moments_lose_no_finished_user(tmp_path, model_folder):
-    # Seconds of work, so that it is not over before it is interrupted.
-    data = write_dataset(tmp_path / "data", users=(150, 4, 4))
+    # More work than is done before the interruptions, also on a busy machine.
+    data = write_dataset(tmp_path / "data", users=(80, 4, 4))
     common = {"data": data, "model": model_folder, "max_new_tokens": 12}
     run("summarize.py", run=tmp_path / "whole", **common)
     folder, rng = tmp_path / "run", random.Random(0)
@@ -228,7 +228,7 @@ def test_interruptions_at_random_moments_lose_no_finished_user(tmp_path, model_f
             said = "summarize: interrupted; finished work is kept, the same command resumes"
             assert errors.splitlines()[-1] == said
             assert "Traceback" not in errors
-        assert before < finished_users() < 158
+        assert before < finished_users() < 88
     with open(folder / "summaries.part0.jsonl", "ab") as file:
         file.write(b'{"user": "torn')  # as a kill in the middle of a write leaves it
     done = subprocess.run(line, capture_output=True, text=True)
