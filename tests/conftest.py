@@ -266,7 +266,18 @@ def times(request):
     return lambda quick, full=600: full if request.config.getoption("--long") else quick
 
 
+# These files take longest. They come first, so that two workers are busy to the end.
+SLOW = ("train_resume", "train_processes", "faults_processes", "embedded", "faults_disk", "pythia")
+
+
+def pytest_configure(config):
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False  # xdist would begin with the files of most tests
+
+
 def pytest_collection_modifyitems(config, items):
+    names = [f"test_{name}" for name in SLOW]
+    items.sort(key=lambda item: names.index(item.path.stem) if item.path.stem in names else 99)
     if not config.getoption("--long"):
         for item in items:
             if "long" in item.keywords:

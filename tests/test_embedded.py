@@ -69,7 +69,7 @@ def test_after_the_demo_every_script_runs_as_it_stands_twice(after_demo):
     assert read_lines(run_folder / "scores-test.jsonl") == scores
 
 
-@pytest.mark.parametrize("processes", [2, 8])
+@pytest.mark.parametrize("processes", [2, pytest.param(8, marks=pytest.mark.long)])
 def test_after_the_demo_torchrun_says_that_the_training_is_finished(after_demo, processes):
     before = (after_demo / "runs/demo/metrics.jsonl").read_bytes()
     out = call(after_demo, "train.py", processes=processes).stdout

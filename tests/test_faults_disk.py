@@ -31,9 +31,9 @@ def small_disk(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_whole(small_disk, fit_command):
-    folder = small_disk / "run"
-    line = fit_command(folder, epochs=6, batch_size=4, save_every=1)
+def test_a_full_disk_leaves_the_last_checkpoint_whole(small_disk, fit, fit_command):
+    folder, settings = small_disk / "run", {"epochs": 6, "batch_size": 4, "save_every": 1}
+    line = fit_command(folder, **settings)
     process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     # After the first epoch, which writes an adapter, and long before the last.
     wait_until(lambda: count_lines(folder / "metrics.jsonl") >= 8, process)
@@ -59,18 +59,18 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(small_disk, fit_command):
     assert {path: path.read_bytes() for path in saved} == saved
     assert not list(folder.glob("*/.*"))  # nor a part of another
     (small_disk / "other").unlink()
-    assert subprocess.run(line, capture_output=True).returncode == 0
+    fit(folder, **settings)
 
 
-def test_a_file_size_limit_leaves_nothing_torn(tmp_path, fit_command):
-    line = fit_command(tmp_path, epochs=1, batch_size=4, save_every=1)
-    done = run_limited(line, 40_000)
+def test_a_file_size_limit_leaves_nothing_torn(tmp_path, fit, fit_command):
+    settings = {"epochs": 1, "batch_size": 4, "save_every": 1}
+    done = run_limited(fit_command(tmp_path, **settings), 40_000)
     assert done.returncode == 2, done.stderr
     (said,) = own_lines(done.stderr, "train")
     assert "Traceback" not in done.stderr
     assert "not written; it needs 0.1 MiB" in said
     assert not list((tmp_path / "checkpoint").iterdir())
-    assert subprocess.run(line, capture_output=True).returncode == 0
+    fit(tmp_path, **settings)
 
 
 def test_a_full_disk_keeps_the_summaries_that_are_there(tmp_path, data_folder, model_folder):
@@ -83,6 +83,5 @@ def test_a_full_disk_keeps_the_summaries_that_are_there(tmp_path, data_folder, m
     assert "Traceback" not in done.stderr
     assert "not written" in done.stderr
     assert 0 < count_lines(limited / "summaries.part0.jsonl") < 40
-    done = subprocess.run(line, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run("summarize.py", run=limited, **settings)
     assert (limited / "summaries.jsonl").read_bytes() == (whole / "summaries.jsonl").read_bytes()

@@ -2,7 +2,6 @@
 
 import random
 import signal
-import subprocess
 from collections import Counter
 from contextlib import suppress
 from functools import partial
@@ -207,7 +206,8 @@ def test_interruptions_at_random_moments_lose_no_finished_user(tmp_path, model_f
     common = {"data": data, "model": model_folder, "max_new_tokens": 12}
     run("summarize.py", run=tmp_path / "whole", **common)
     folder, rng = tmp_path / "run", random.Random(0)
-    line = command("summarize.py", run=folder, batch_size=1, **common)
+    common |= {"run": folder, "batch_size": 1}
+    line = command("summarize.py", **common)
 
     def finished_users():
         users = set()  # some are in two files for a moment, and then the part is gone
@@ -231,8 +231,7 @@ def test_interruptions_at_random_moments_lose_no_finished_user(tmp_path, model_f
         assert before < finished_users() < 88
     with open(folder / "summaries.part0.jsonl", "ab") as file:
         file.write(b'{"user": "torn')  # as a kill in the middle of a write leaves it
-    done = subprocess.run(line, capture_output=True, text=True)
-    assert done.returncode == 0
+    done = run("summarize.py", **common)
     assert "an interruption cut this line short" in done.stderr
     assert summaries(folder) == summaries(tmp_path / "whole")
 
