@@ -5,7 +5,9 @@
 
 The page shows
 
-    results     the table, with other runs on the same users
+    results     the table, with other runs on the same users, and how much of the probability the
+                two answers have
+    summaries   their shares: how they ended, repeats, and whether they fit their own user
     curves      training loss and validation recall; the first metric by the number of recent items,
                 if neighboring runs differ in it; the lengths of the prompts
     users       for some of them the blocks, the summaries and the ranked candidates
@@ -25,6 +27,7 @@ from files.jsonl import read_json, read_jsonl
 from launch.command import Help, run_main
 from prepare.dataset import load_dataset
 from runfolder.plots import COLORS_AND_TEXT, histogram, line_plot, tag
+from runfolder.quality import read_quality
 from runfolder.results import Question
 from runfolder.show import records_of, steps
 from state.settings import read_config
@@ -50,6 +53,7 @@ th { font-weight: 600; }
 th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 7rem; }
 .own { background: var(--good); }
 td small { display: block; color: var(--faint); }
+.shares td { text-align: left; white-space: normal; vertical-align: top; }
 
 .plots { display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
@@ -130,6 +134,29 @@ def table_row(title: str, metrics: dict[str, dict], names: list[str], own: bool)
             text += tag("small", f"{interval[0]:.3f}–{interval[1]:.3f}")
         cells += tag("td", text)
     return tag("tr", cells, **({"class_": "own"} if own else {}))
+
+
+def answer_mass(run: Path, results: dict) -> str:
+    """Return the probability that Yes and No have together; nothing if it is not recorded."""
+    untrained = run / "results-untrained.json"
+    tables = [results, read_json(untrained) if untrained.is_file() else {}]
+    found = [table for table in tables if isinstance(table.get("answer_mass"), int | float)]
+    shares = ", ".join(f"{table['answer_mass']:.3f} ({table['row']})" for table in found)
+    if not found:
+        return ""
+    text = f"Yes and No together have this share of the probability of the next token: {shares}."
+    low = "Where it is low, the model would rather say something else."
+    return tag("p", escape(f"{text} {low}"), class_="faint")
+
+
+def quality_part(run: Path, results: dict) -> str:
+    """Return the summaries' shares; nothing for a prompt without summaries or an older run."""
+    quality = read_quality(run / "quality.json") if results["paradigm"] in SUMMARIZED else None
+    if quality is None:
+        return ""
+    lines = [*quality.rows(), *(("advice", sentence) for sentence in quality.advice())]
+    rows = "".join(tag("tr", tag("td", what) + tag("td", escape(text))) for what, text in lines)
+    return tag("h2", "Summaries") + tag("table", rows, class_="shares")
 
 
 def curves(run: Path) -> list[str]:
@@ -269,6 +296,7 @@ def page_body(run: Path, results: dict, scores: list[dict]) -> str:
         body += tag("p", escape(text), class_="faint")
     body += tag("h2", "Results") + results_table(run, results, others)
     body += tag("p", "Below each mean is its 95 % interval over users.", class_="faint")
+    body += answer_mass(run, results) + quality_part(run, results)
 
     plots = [*curves(run), history_plot(run, results, others), length_plot(run, scores)]
     if any(plots):

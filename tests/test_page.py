@@ -9,6 +9,7 @@ from helpers import NASTY, read_lines, run, scores, write_lines
 
 from files.jsonl import read_json, write_json
 from runfolder import page, show
+from runfolder.quality import Quality
 from runfolder.results import Question
 from trsr import InputError
 
@@ -102,6 +103,56 @@ def test_the_page_shows_results_curves_and_users(evaluated_runs):
         for _, _, _, summary in show.steps(records[line["user"]]["tree"]):
             assert html.escape(summary) in text
     assert text.count("positive: </strong>") == 4
+
+
+def copied(evaluated_runs, folder, name="one"):
+    """Copy a run without what judges it; return its folder."""
+    shutil.copytree(evaluated_runs / name, folder)
+    (folder / "quality.json").unlink(missing_ok=True)
+    for path in folder.glob("results*.json"):
+        write_json(path, {k: v for k, v in read_json(path).items() if k != "answer_mass"})
+    return folder
+
+
+def test_the_page_shows_what_summaries_and_answers_are_worth(evaluated_runs, tmp_path):
+    folder = copied(evaluated_runs, tmp_path / "one")
+    shares = {"ended": 0.25, "limit": 0.63, "turn": 0.12, "loop": 0.01, "loop_users": 0.02}
+    shares |= {"another": 0.03, "empty": 0.04, "own_first": 0.77, "chance": 1 / 24}
+    found = Quality(users=40, texts=200, **shares)
+    write_json(folder / "quality.json", found.record())
+    for name, mass in (("results", 0.9876), ("results-untrained", 0.0321)):
+        path = folder / f"{name}.json"
+        write_json(path, read_json(path) | {"answer_mass": mass})
+
+    text = page.write_report(Question(folder)).read_text()
+    assert Page(text).open == []
+    assert "<h2>Summaries</h2>" in text
+    for _, row in found.rows():
+        assert html.escape(row) in text
+    advice = list(found.advice())
+    assert len(advice) == 2
+    assert all(html.escape(sentence) in text for sentence in advice)
+    assert "0.988 (trained), 0.032 (untrained)" in text
+
+
+def test_an_older_run_has_no_shares_to_show(evaluated_runs, tmp_path):
+    folder = copied(evaluated_runs, tmp_path / "one")
+    text = page.write_report(Question(folder)).read_text()
+    assert "<h2>Summaries</h2>" not in text
+    assert "Yes and No together" not in text
+
+
+def test_shares_are_of_the_summaries_that_the_prompt_shows(evaluated_runs, tmp_path):
+    folder = copied(evaluated_runs, tmp_path / "three", "three")
+    write_json(folder / "quality.json", {"left": "by summaries that this prompt does not show"})
+    assert "<h2>Summaries</h2>" not in page.write_report(Question(folder)).read_text()
+
+
+def test_a_broken_file_of_shares_is_named(evaluated_runs, tmp_path):
+    folder = copied(evaluated_runs, tmp_path / "one")
+    write_json(folder / "quality.json", {"users": 3})
+    with pytest.raises(InputError, match=r"quality\.json: field 'texts' is missing"):
+        page.write_report(Question(folder))
 
 
 def test_a_run_without_summaries_shows_the_history(evaluated_runs):
