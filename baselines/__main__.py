@@ -9,9 +9,13 @@ those in the file, and others drawn again in every epoch. The drawn ones are uni
 target too, given the items before it. The epoch with the best validation recall ranks the test
 users.
 
-Writes RUN/baselines/NAME-SEED/ with scores-test.jsonl and results.json, and prints one table.
+Writes RUN/baselines/NAME-SEED/ with scores-test.jsonl and results.json, and prints one table. With
+--every-position, NAME ends with +positions.
 """
 
+import re
+from argparse import ArgumentTypeError
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,6 +38,13 @@ from runfolder.scores import means_and_intervals, table_of
 from trsr import Example
 
 
+def folder_name(text: str) -> str:
+    """Return a part of a folder's name; ArgumentTypeError for any other text."""
+    if not re.fullmatch(r"[\w.+-]*", text):
+        raise ArgumentTypeError(f"expected letters, digits, '.', '+', '-' or '_', not {text!r}")
+    return text
+
+
 @dataclass(frozen=True)
 class Settings:
     """The flags."""
@@ -51,6 +62,7 @@ class Settings:
     size: int = option(64, "dimensions of an item", positive)
     dropout: float = option(0.2, "on the vectors that the models combine", fraction)
     longest: int = option(200, "how many of the most recent items a model sees", positive)
+    label: str = option("", "added to the names of the models' folders", folder_name)
 
     lr: float = option(1e-3, "learning rate", positive_real, "training")
     weight_decay: float = option(1e-4, "AdamW's weight decay", real)
@@ -63,6 +75,11 @@ class Settings:
     every_position: bool = option(
         False, "also learn to predict each item of a history from those before it"
     )
+
+    def row(self, name: str) -> str:
+        """Return the name of a model's row, and of its folders without the seed."""
+        name += "+positions" if self.every_position else ""
+        return f"{name}-{self.label}" if self.label else name
 
 
 # ---- Users
@@ -81,8 +98,22 @@ class Users:
         histories = [[number[i] for i in e.history][-longest:] for e in examples]
         width = max(1, max(map(len, histories)))
         self.examples, self.names = examples, candidates
+        self.lengths = torch.tensor([len(h) for h in histories])
         self.histories = torch.tensor([h + [-1] * (width - len(h)) for h in histories])
         self.candidates = torch.tensor([[number[i] for i in items] for items in candidates])
+
+    def batches(
+        self, order: Tensor, candidates: Tensor, size: int, device: torch.device
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield histories (b, l) and candidates (b, C) of `size` users at a time, in this order.
+
+        A batch is as wide as its longest history. All are moved to the device at once, so that it
+        never waits for the next batch.
+        """
+        widths = [max(1, int(part.max())) for part in self.lengths[order].split(size)]
+        histories, rows = (t[order].to(device).split(size) for t in (self.histories, candidates))
+        for width, history, row in zip(widths, histories, rows, strict=True):
+            yield history[:, :width], row
 
 
 def every_position(examples: list[Example]) -> list[Example]:
@@ -105,8 +136,15 @@ def draw_negatives(users: Users, n_items: int, n: int, rng: np.random.Generator)
     """
     drawn = rng.integers(n_items, size=(len(users.examples), n))
     taken = np.concatenate((users.histories.numpy(), users.candidates[:, :1].numpy()), axis=1)
-    while (wrong := (drawn[:, :, None] == taken[:, None]).any(2)).any():
-        drawn[wrong] = rng.integers(n_items, size=int(wrong.sum()))
+    # An item at a time: all at once would need an array of users x n x history.
+    wrong = np.zeros(drawn.shape, dtype=bool)
+    for column in taken.T:
+        wrong |= drawn == column[:, None]
+    rows, places = wrong.nonzero()
+    while len(rows):
+        drawn[rows, places] = rng.integers(n_items, size=len(rows))
+        again = (drawn[rows, places, None] == taken[rows]).any(1)
+        rows, places = rows[again], places[again]
     return torch.from_numpy(drawn)
 
 
@@ -117,8 +155,9 @@ def draw_negatives(users: Users, n_items: int, n: int, rng: np.random.Generator)
 def scores_of(model: Baseline, users: Users, device: torch.device) -> Tensor:
     """Return the scores (n, C) of all candidates."""
     model.eval()
-    parts = zip(users.histories.split(256), users.candidates.split(256), strict=True)
-    return torch.cat([model.score(h.to(device), c.to(device)).float().cpu() for h, c in parts])
+    order = torch.arange(len(users.examples))
+    batches = users.batches(order, users.candidates, 256, device)
+    return torch.cat([model.score(*batch) for batch in batches]).float().cpu()
 
 
 def ranked(model: Baseline, users: Users, device: torch.device) -> tuple[list, list[int]]:
@@ -129,10 +168,10 @@ def ranked(model: Baseline, users: Users, device: torch.device) -> tuple[list, l
     return trsr.rank_users(users.examples, users.names, logits)
 
 
-def recall_sum(ranks: list[int], ks: list[int]) -> float:
-    """Return the sum of the recalls at ks."""
+def recalls_of(ranks: list[int], ks: Sequence[int]) -> dict[str, float]:
+    """Return the recall at each of ks."""
     metrics = trsr.metrics_at(ranks, ks)
-    return sum(float(v.mean()) for name, v in metrics.items() if name.startswith("Recall"))
+    return {name: float(v.mean()) for name, v in metrics.items() if name.startswith("Recall")}
 
 
 # ---- Training
@@ -144,6 +183,7 @@ class Training:
     def __init__(self, model: Baseline, users: dict[str, Users], settings: Settings, seed: int):
         self.model, self.users, self.settings = model, users, settings
         self.device = model.texts.device
+        self.validation: dict[str, float] = {}  # the recalls of the epoch that is kept
         self.rng, self.generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
@@ -156,11 +196,12 @@ class Training:
             for _ in bar:
                 loss = self.train_epoch()
                 _, ranks = ranked(self.model, self.users["val"], self.device)
-                recall = recall_sum(ranks, self.settings.k)
+                recalls = recalls_of(ranks, self.settings.k)
+                recall = sum(recalls.values())
                 bar.set_postfix_str(f"loss {loss:.3f}, validation recalls {recall:.3f}")
                 since += 1
                 if recall > best:
-                    best, since = recall, 0
+                    best, since, self.validation = recall, 0, recalls
                     kept = {key: t.detach().clone() for key, t in self.model.state_dict().items()}
                 if since == self.settings.patience:
                     break
@@ -173,8 +214,8 @@ class Training:
         drawn = draw_negatives(train, len(self.model.texts), settings.negatives, self.rng)
         candidates = torch.cat((train.candidates, drawn), 1)  # the target comes first
         order = torch.randperm(len(candidates), generator=self.generator)
-        for part in order.split(settings.batch_size):
-            loss = self.loss(train.histories[part], candidates[part])
+        for batch in train.batches(order, candidates, settings.batch_size, self.device):
+            loss = self.loss(*batch)
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
@@ -183,7 +224,6 @@ class Training:
     def loss(self, history: Tensor, candidates: Tensor) -> Tensor:
         """Return the cross-entropy of the first candidate, and DIEN's auxiliary loss."""
         model = self.model
-        history, candidates = history.to(self.device), candidates.to(self.device)
         target = torch.zeros(len(history), dtype=torch.long, device=self.device)
         loss = F.cross_entropy(model.score(history, candidates), target)
         if hasattr(model, "auxiliary_loss"):
@@ -213,13 +253,16 @@ def main() -> None:
         for seed in settings.seeds:
             torch.manual_seed(seed)
             model = MODELS[name](texts, settings.size, settings.dropout).to(device)
-            Training(model, users, settings, seed).fit(f"{name}, seed {seed}")
+            training = Training(model, users, settings, seed)
+            training.fit(f"{name}, seed {seed}")
             scores, found = ranked(model, users["test"], device)
             report = {"data": str(settings.data), "model": name, "targets": n_targets}
+            report |= {"lr": settings.lr, "validation": training.validation}
             report |= {"table": means_and_intervals(found, k)}
-            write_results(out / f"{name}-{seed}", users["test"], scores, found, report)
+            folder = out / f"{settings.row(name)}-{seed}"
+            write_results(folder, users["test"], scores, found, report)
             ranks.append(found)
-        table |= table_of(name, ranks, splits["test"], splits["train"], k)
+        table |= table_of(settings.row(name), ranks, splits["test"], splits["train"], k)
 
     print(format_table(table))
     several = f", {len(settings.seeds)} seeds together" if len(settings.seeds) > 1 else ""

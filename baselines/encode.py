@@ -1,5 +1,6 @@
 """Frozen embeddings of texts, from a sentence encoder or from a Llama's own hidden states."""
 
+import fcntl
 from pathlib import Path
 
 import torch
@@ -74,16 +75,19 @@ def embeddings(encoder: str, items: dict[str, str], cache: Path, device: torch.d
     """
     texts = list(items.values())
     path = cache / f"embeddings-{content_hash([encoder, texts])}.safetensors"
-    if path.is_file():
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor("texts")
-
-    kind, _, name = encoder.partition(":")
-    if kind == "llama":
-        found = by_llama(find_model(name), texts, device)
-    else:
-        found = by_sentence_encoder(encoder, texts, device)
     cache.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path, "wb") as file:
-        save_file({"texts": found}, file.name)
+    with open(cache / ".embeddings.lock", "w") as lock:
+        # Of several processes one computes, and the others wait for its file.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.is_file():
+            with safe_open(path, framework="pt") as file:
+                return file.get_tensor("texts")
+
+        kind, _, name = encoder.partition(":")
+        if kind == "llama":
+            found = by_llama(find_model(name), texts, device)
+        else:
+            found = by_sentence_encoder(encoder, texts, device)
+        with atomic_write(path, "wb") as file:
+            save_file({"texts": found}, file.name)
     return found

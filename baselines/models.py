@@ -73,11 +73,23 @@ class DIN(Baseline):
 
     def forward(self, h: Tensor, mask: Tensor, c: Tensor) -> Tensor:
         """Return scores (B, C)."""
-        shape = (*c.shape[:2], h.shape[1], c.shape[2])  # (B, C, L, D)
-        past, wanted = h[:, None].expand(shape), c[:, :, None].expand(shape)
-        weights = self.weigh(torch.cat((past, wanted, past - wanted, past * wanted), -1))[..., 0]
-        user = (weights.masked_fill(~mask[:, None], 0.0)[..., None] * past).sum(2)
+        weights = self.weights(h, c).masked_fill(~mask[:, None], 0.0)
+        user = weights @ h
         return self.output(self.dropout(torch.cat((user, c, user * c), -1)))[..., 0]
+
+    def weights(self, h: Tensor, c: Tensor) -> Tensor:
+        """Return each item's weight (B, C, L) for each candidate.
+
+        The perceptron's input is [item, candidate, item - candidate, item * candidate]. Only the
+        product is of a pair, so the others' share of the first layer is computed once per item and
+        once per candidate instead of once per pair.
+        """
+        first, relu, second = self.weigh
+        item, candidate, difference, product = first.weight.chunk(4, 1)
+        of_items = F.linear(h, item + difference)[:, None]
+        of_candidates = F.linear(c, candidate - difference, first.bias)[:, :, None]
+        of_pairs = F.linear(h[:, None] * c[:, :, None], product)  # (B, C, L, D)
+        return second(relu(of_pairs + of_items + of_candidates))[..., 0]
 
 
 class DIEN(Baseline):

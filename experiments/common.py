@@ -4,22 +4,32 @@ import hashlib
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from experiments import paper
-from experiments.runs import Settings, Stage, pending_of, run_stages
-from experiments.tables import Row, figure, markdown
+from experiments.jobs import Jobs, Machine
+from experiments.rows import Row, Run, plan_of, stages_of
+from experiments.runs import Settings
+from experiments.stages import Stage
+from experiments.tables import figure, markdown, markdown_differences
+from experiments.tuning import Choice
 from files.atomic import atomic_write
 from files.jsonl import read_json, read_jsonl, write_json
 from launch.command import option, run_main
 from llama import CheckpointError
 from prepare.dataset import load_dataset, popularity
-from runfolder.scores import chance_metrics, means_and_intervals, popularity_ranks
+from runfolder.scores import (
+    chance_metrics,
+    means_and_intervals,
+    paired_differences,
+    popularity_ranks,
+)
 from state.settings import locked
 from trsr import SUMMARIZED, InputError
 
 MODEL = "model folder or hub id; `{seed}` in it is replaced by the run's seed"
+SUMMARIZER = f"{MODEL}; `rule`: summaries by experiments.rule"
 MODEL_FLAGS = ("summarizer", "summarizers", "recommender", "recommenders", "encoder")
 
 
@@ -42,6 +52,7 @@ class Experiment:
         self.name = name
         seeds, ks = tuple(dict.fromkeys(settings.seeds)), tuple(sorted(set(settings.k)))
         self.settings = replace(settings, seeds=seeds, k=ks)
+        self.machine = Machine(settings.jobs, settings.nproc)
         _, _, self.splits = load_dataset(settings.data, ("train", "val", "test"))
         self.domain = read_json(Path(settings.data) / "meta.json")["domain"]
         self.dataset = paper.DATASETS[self.domain]
@@ -49,11 +60,22 @@ class Experiment:
     @property
     def title(self) -> str:
         """The name in the paper's words, such as `Figure 9`."""
-        return self.name.replace("figure", "Figure ").replace("table", "Table ")
+        return self.name.replace("figure", "figure ").replace("table", "table ").capitalize()
 
-    def runs(self, make: Callable[..., list[Stage]], *values: object) -> list[list[Stage]]:
-        """Return the stages of make(settings, *values, seed) for each seed."""
-        return [make(self.settings, *values, seed) for seed in self.settings.seeds]
+    def runs(
+        self,
+        make: Callable[..., Run],
+        model: object,
+        choices: Sequence[Choice] | None = None,
+        seeds: Sequence[int] | None = None,
+    ) -> dict[Choice, list[Run]]:
+        """Return the runs of make(settings, model, choice, seed) by choice, one for each seed.
+
+        choices and seeds: None for the settings' own.
+        """
+        choices = self.settings.grid() if choices is None else choices
+        seeds = seeds or self.settings.seeds
+        return {c: [make(self.settings, model, c, seed) for seed in seeds] for c in choices}
 
     def paper_row(self, key: str) -> dict:
         """Return the fields of a Row that hold the paper's table 2 for the dataset's domain."""
@@ -64,20 +86,18 @@ class Experiment:
     def finish(self, rows: list[Row], x_name: str = "") -> None:
         """Run what is left to run; print the table, and write it with its figure."""
         settings, out = self.settings, self.settings.out
-        stages: dict[Stage, None] = {}
-        for row in rows:
-            for run in row.runs:
-                stages |= dict.fromkeys(run)
-        pending = pending_of(list(stages))
-        self.announce(sum(len(row.runs) for row in rows), len(stages), len(pending))
+        stages, left = stages_of(rows)
+        self.announce(sum(len(row.expected) for row in rows), len(stages), len(left))
 
         names = [f"{metric}@{k}" for metric in ("Recall", "MRR") for k in settings.k]
         with locked(out):
             self.claim_data()
-            run_stages(pending, settings.nproc)
+            Jobs(lambda: plan_of(rows), self.machine, len(left)).run()
             self.measure(rows)
+            compared = markdown_differences(rows, names[0])
             table = markdown(rows, names, self.dataset)
-            text = "\n\n".join((table, *self.notes(rows))) + "\n"
+            parts = [table, *self.notes(rows), *filter(None, [compared])]
+            text = "\n\n".join(parts) + "\n"
             drawing = figure(f"{self.title}, {settings.data}", rows, names, x_name)
             for suffix, content in ((".md", text), (".svg", drawing)):
                 with atomic_write(out / f"{self.name}{suffix}") as file:
@@ -105,9 +125,17 @@ class Experiment:
         intervals = "in brackets 95 % intervals over users"
         best = "Bold: the best measured value."
         found = f"{self.title}: {users}, seeds {listed(self.settings.seeds)}; {intervals}. {best}"
-        notes = [found, paper.NOTES[self.name]]
+        notes = [found, *filter(None, [paper.NOTES.get(self.name)])]
         if any(row.misprints for row in rows):
             notes.append("† A misprint in the paper: the value is below the Recall@3 next to it.")
+        chosen = [f"{row.name}: {row.chosen}" for row in rows if row.tried()]
+        if chosen:
+            how = f"Chosen by validation recall with seed {self.settings.seeds[0]}"
+            notes.append(f"{how}. {'; '.join(chosen)}.")
+        reused = [f"{row.name}: {row.reused.name}" for row in rows if row.reused]
+        if reused:
+            why = "Runs with a smaller budget that cut no prompt, so that a larger one is the same"
+            notes.append(f"{why}. {'; '.join(reused)}.")
         return notes
 
     def claim_data(self) -> None:
@@ -124,13 +152,13 @@ class Experiment:
         write_json(path, own)
 
     def measure(self, rows: list[Row]) -> None:
-        """Fill in each row's metrics; a user's are averaged over the seeds."""
+        """Fill in each row's metrics and differences; a user's are averaged over the seeds."""
         test, ks = self.splits["test"], self.settings.k
         users = [example.user for example in test]
         for row in rows:
             if row.runs:
-                ranks = [ranks_of(run[-1].run, users) for run in row.runs]
-                row.measured = means_and_intervals(ranks, ks)
+                row.ranks = [ranks_of(run[-1], users) for run in row.runs]
+                row.measured = means_and_intervals(row.ranks, ks)
             elif row.name == "popularity":
                 counts = popularity(self.splits["train"])
                 row.measured = means_and_intervals(popularity_ranks(test, counts, 0), ks)
@@ -138,10 +166,18 @@ class Experiment:
                 chance = chance_metrics(test, ks)
                 row.measured = {name: {"mean": mean} for name, mean in chance.items()}
 
+        # Each row against others, as far as those are in the table.
+        ranks = {row.name: row.ranks for row in rows if row.ranks}
+        for row in rows:
+            for column, other in row.against.items():
+                if row.ranks and other in ranks and other != row.name:
+                    found = paired_differences(row.ranks, ranks[other], ks)
+                    row.differences[column] = found
+
     def write_results(self, rows: list[Row]) -> None:
         """Write the rows to OUT/results.json, which keeps those of other experiments."""
         path = self.settings.out / "results.json"
-        found = [asdict(row) | {"runs": [str(run[-1].run) for run in row.runs]} for row in rows]
+        found = [row.record() for row in rows]
         settings = vars(self.settings) | {"out": str(self.settings.out)}
         own = {"settings": settings, "domain": self.domain, "users": len(self.splits["test"])}
         others = read_json(path) if path.is_file() else {}
@@ -153,12 +189,12 @@ def listed(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def ranks_of(folder: Path, users: list[str]) -> list[int]:
-    """Return the ranks of the users' positives in a run; InputError if it ranked other users."""
-    path = folder / "scores-test.jsonl"
+def ranks_of(stage: Stage, users: list[str]) -> list[int]:
+    """Return the ranks of the users' positives that a stage found; InputError for other users."""
+    path = stage.run / stage.makes[0]
     ranks = {r["user"]: r["rank"] for _, r in read_jsonl(path, {"user": str, "rank": int})}
     if ranks.keys() != set(users):
-        way = f"remove {folder} to have it made again"
+        way = f"remove {stage.run} to have it made again"
         raise InputError(f"{path}: not the users of test.jsonl; {way}")
     return [ranks[user] for user in users]
 

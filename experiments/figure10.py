@@ -8,9 +8,9 @@
 from dataclasses import dataclass
 
 from experiments import paper
-from experiments.common import MODEL, Experiment, FigureSettings, run_command
-from experiments.runs import language_model_run
-from experiments.tables import Row
+from experiments.common import MODEL, SUMMARIZER, Experiment, FigureSettings, run_command
+from experiments.rows import Row
+from experiments.runs import LanguageModel, language_model_run
 from launch.command import option, parse_settings
 
 
@@ -18,7 +18,7 @@ from launch.command import option, parse_settings
 class Settings(FigureSettings):
     """The flags."""
 
-    summarizer: str = option("models/tiny", MODEL)
+    summarizer: str = option("models/tiny", SUMMARIZER)
     recommenders: tuple[str, ...] = option(("models/tiny",), MODEL, nargs="+")
 
 
@@ -27,10 +27,10 @@ def main() -> None:
     settings = parse_settings(Settings, __doc__)
     experiment, rows = Experiment("figure10", settings), []
     for paradigm in settings.paradigms:
-        for model in dict.fromkeys(settings.recommenders):
-            values = paradigm, settings.summarizer, model, settings.history_items
-            runs = experiment.runs(language_model_run, *values)
-            rows.append(Row(f"{paradigm}, {model}", model, paradigm, runs))
+        for name in dict.fromkeys(settings.recommenders):
+            model = LanguageModel(paradigm, settings.summarizer, name, settings.history_items)
+            runs = experiment.runs(language_model_run, model)
+            rows.append(Row(f"{paradigm}, {name}", name, paradigm, runs))
 
         theirs, known = paper.RECOMMENDER, experiment.paper_row(paradigm)
         rows.append(Row(f"{paradigm}, {theirs}", f"{theirs}, the paper", paradigm, **known))

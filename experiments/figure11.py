@@ -7,9 +7,9 @@
 
 from dataclasses import dataclass
 
-from experiments.common import MODEL, Experiment, FigureSettings, run_command
-from experiments.runs import language_model_run
-from experiments.tables import Row
+from experiments.common import MODEL, SUMMARIZER, Experiment, FigureSettings, run_command
+from experiments.rows import Row
+from experiments.runs import LanguageModel, language_model_run
 from launch.command import option, parse_settings
 from launch.numbers import natural
 
@@ -19,7 +19,7 @@ class Settings(FigureSettings):
     """The flags."""
 
     history_items: int = option(0, "recent items in the prompt", natural)
-    summarizers: tuple[str, ...] = option(("models/tiny",), MODEL, nargs="+")
+    summarizers: tuple[str, ...] = option(("models/tiny",), SUMMARIZER, nargs="+")
     recommender: str = option("models/tiny", MODEL)
 
 
@@ -28,10 +28,10 @@ def main() -> None:
     settings = parse_settings(Settings, __doc__)
     experiment, rows = Experiment("figure11", settings), []
     for paradigm in settings.paradigms:
-        for model in dict.fromkeys(settings.summarizers):
-            values = paradigm, model, settings.recommender, settings.history_items
-            runs = experiment.runs(language_model_run, *values)
-            rows.append(Row(f"{paradigm}, {model}", model, paradigm, runs))
+        for name in dict.fromkeys(settings.summarizers):
+            model = LanguageModel(paradigm, name, settings.recommender, settings.history_items)
+            runs = experiment.runs(language_model_run, model)
+            rows.append(Row(f"{paradigm}, {name}", name, paradigm, runs))
     experiment.finish(rows)
 
 

@@ -11,9 +11,15 @@ are shared.
 from dataclasses import dataclass
 
 from experiments import paper
-from experiments.common import MODEL, Experiment, FigureSettings, run_command
-from experiments.runs import language_model_run
-from experiments.tables import Row
+from experiments.common import (
+    MODEL,
+    SUMMARIZER,
+    Experiment,
+    FigureSettings,
+    run_command,
+)
+from experiments.rows import Row
+from experiments.runs import LanguageModel, language_model_run
 from launch.command import option, parse_settings
 from launch.numbers import natural
 
@@ -25,7 +31,7 @@ class Settings(FigureSettings):
     history_items: tuple[int, ...] = option(
         tuple(range(11)), "recent items in the prompt", natural, nargs="+"
     )
-    summarizer: str = option("models/tiny", MODEL)
+    summarizer: str = option("models/tiny", SUMMARIZER)
     recommender: str = option("models/tiny", MODEL)
 
 
@@ -35,10 +41,10 @@ def main() -> None:
     experiment, rows = Experiment("figure9", settings), []
     for paradigm in settings.paradigms:
         for items in sorted({*settings.history_items, paper.HISTORY_ITEMS}):
-            runs, known = [], {}
+            runs, known = {}, {}
             if items in settings.history_items:
-                models = settings.summarizer, settings.recommender
-                runs = experiment.runs(language_model_run, paradigm, *models, items)
+                model = LanguageModel(paradigm, settings.summarizer, settings.recommender, items)
+                runs = experiment.runs(language_model_run, model)
             if items == paper.HISTORY_ITEMS:
                 known = experiment.paper_row(paradigm)
             rows.append(Row(f"{paradigm}, {items} items", items, paradigm, runs, **known))

@@ -1,45 +1,18 @@
-"""The runs of an experiment, in stages; a stage is one call of a script.
+"""The runs of an experiment: from the data to the ranks, in stages."""
 
-A finished stage leaves a mark in its run folder: a hash of its command, its model and the stages
-before it. A stage whose mark is already there is skipped. Otherwise its script is called, which
-resumes where it stopped, or refuses in one line to continue work begun with other settings.
-"""
-
-import os
-import re
-import shlex
-import shutil
-import subprocess
-import sys
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from experiments import paper
-from files.jsonl import read_json, write_json
+from experiments.stages import Stage, make_stage, slug, split_flags
+from experiments.tuning import DEFAULTS, Choice, combinations
 from launch.command import option
-from launch.numbers import natural, positive, seed_number
-from models.hub import find_model
-from ops.checkpoint import fingerprint
-from state.summaries import share_summaries
-from trsr import SUMMARIZED, InputError, content_hash
+from launch.numbers import natural, positive, positive_real, seed_number
+from trsr import SUMMARIZED
 
-ROOT = Path(__file__).parent.parent
-MARKS = "stages.json"  # in a run folder: the keys of the stages that finished there, in order
-
-# The flags that an experiment sets itself, so --train and the like cannot have them.
-OWN = (
-    "--data",
-    "--model",
-    "--run",
-    "--run-dir",
-    "--paradigm",
-    "--history-items",
-    "--seed",
-    "--models",
-    "--seeds",
-)
+RULE = "rule"  # in a summarizer's place: experiments.ruled writes the summaries
+LRS, RANKS = (1e-4, 3e-4, 1e-3), (8, 32)  # of --tune
 
 
 @dataclass(frozen=True)
@@ -55,6 +28,7 @@ class Settings:
         (0,), "one run per seed; the table shows the means", seed_number, nargs="+"
     )
     k: tuple[int, ...] = option((3, 5, 10), "cut-offs of the metrics", positive, nargs="+")
+    jobs: int = option(1, "stages that run at once, spread over the GPUs that there are", positive)
     nproc: int = option(
         1, "processes of summarize.py, train.py and evaluate.py, started by torchrun", positive
     )
@@ -64,211 +38,154 @@ class Settings:
     train: str = option(
         "", "more flags for train.py; write a single one as --train=--no-compile", metavar="FLAGS"
     )
+    evaluate: str = option("", "more flags for evaluate.py", metavar="FLAGS")
+
+    def grid(self) -> Sequence[Choice]:
+        """Return what is chosen from for a language model, in order."""
+        return DEFAULTS
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One call of a script."""
+class TunedSettings(Settings):
+    """The flags of experiments that can choose learning rates and ranks by validation."""
 
-    run: Path
-    script: str
-    flags: tuple[str, ...]
-    makes: tuple[str, ...]  # in the run folder; one of them exists once it has finished
-    key: str  # a hash of the command, its model and the stages before it
-    summaries: Path | None = None  # the run folder whose summaries it uses
+    lrs: tuple[float, ...] = option(
+        (), "learning rates to choose from, by validation", positive_real, "tuning", nargs="+"
+    )
+    ranks: tuple[int, ...] = option((), "ranks of the adapter to choose from", positive, nargs="+")
+    tune: bool = option(False, "choose from default values where none are given")
 
-    def marks(self) -> dict[str, str]:
-        """Return the keys of what has finished in the run folder, by script."""
-        return read_json(self.run / MARKS) if (self.run / MARKS).is_file() else {}
-
-    def made(self) -> bool:
-        """Return whether the result exists."""
-        return any((self.run / name).exists() for name in self.makes)
-
-    def done(self) -> bool:
-        """Return whether it has finished with this very command."""
-        return self.made() and self.marks().get(self.script) == self.key
+    def grid(self) -> Sequence[Choice]:
+        """Return what is chosen from for a language model, in order."""
+        lrs = self.lrs or (LRS if self.tune else ())
+        ranks = self.ranks or (RANKS if self.tune else ())
+        return combinations({"--lr": lrs, "--lora-r": ranks})
 
 
-# ---- The stages of a run
+# ---- Language models
 
 
-def split_flags(name: str, text: str) -> list[str]:
-    """Return the value of a flag such as --train as flags; InputError for one that is in OWN."""
-    try:
-        flags = shlex.split(text)
-    except ValueError as error:
-        raise InputError(f"--{name}: {error}") from None
-    if own := [flag for flag in flags if flag.split("=")[0] in OWN]:
-        raise InputError(f"--{name}: the experiment sets {own[0]} itself; leave it out")
-    return flags
+@dataclass(frozen=True)
+class LanguageModel:
+    """What a row's prompts show, and which models make and read them.
 
-
-@cache
-def model_key(name: str, revision: str | None) -> str:
-    """Return a hash that identifies a model.
-
-    A hub id is downloaded now, so that a wrong name is found before any work is done.
+    `{seed}` in a model's name is replaced by the run's seed.
     """
-    return fingerprint(find_model(name, revision))
 
+    paradigm: str
+    summarizer: str
+    recommender: str
+    items: int  # recent ones in the prompt
+    budget: int | None = None  # tokens of a prompt; None: train.py's default
 
-def slug(*parts: object) -> str:
-    """Return parts as the name of a folder."""
-    return "-".join(re.sub(r"[^\w.]+", "-", str(part)).strip("-.") for part in parts)
+    def of_seed(self, model: str, seed: int) -> str:
+        """Return the name of the model for a seed."""
+        return model.replace("{seed}", str(seed))
 
-
-def make_stage(
-    run: Path, script: str, flags: list, makes: tuple, model: str | None, before: str = "", **more
-) -> Stage:
-    """Return a stage; model: what it reads; before: the key of the stage that it builds on."""
-    flags = [str(flag) for flag in flags]
-    revision = flags[flags.index("--revision") + 1] if "--revision" in flags[:-1] else None
-    key = content_hash([script, flags, model and model_key(model, revision), before])
-    return Stage(run, script, tuple(flags), makes, key, **more)
+    def folder(self, settings: Settings, seed: int, *more: str) -> Path:
+        """Return the run folder, whose name says all that can differ."""
+        parts: list[object] = [self.paradigm]
+        if self.paradigm in SUMMARIZED:
+            parts.append(self.of_seed(self.summarizer, seed))
+        parts.append(self.of_seed(self.recommender, seed))
+        if self.paradigm in (*SUMMARIZED, "recent-only"):
+            parts.append(f"items{self.items}")
+        if self.budget is not None:
+            parts.append(f"max{self.budget}")
+        return settings.out / slug(*parts, *filter(None, more))
 
 
 def language_model_run(
-    settings: Settings, paradigm: str, summarizer: str, recommender: str, items: int, seed: int
+    settings: Settings, model: LanguageModel, choice: Choice, seed: int
 ) -> list[Stage]:
     """Return the stages from the data to the ranks of a language model, which the last one makes.
 
-    `{seed}` in a model's name becomes the seed. Runs that differ only in seed, items or recommender
-    share their summaries.
+    Runs that differ only in seed, items, budget, recommender or choice share their summaries.
     """
-    summarizer, recommender = (n.replace("{seed}", str(seed)) for n in (summarizer, recommender))
-    common = ["--data", settings.data, "--paradigm", paradigm]
-    parts: list[object] = [paradigm]  # of the run folder's name
     stages, shared = [], {}
-    if paradigm in SUMMARIZED:
-        stages.append(summary_stage(settings, paradigm, summarizer))
+    if model.paradigm in SUMMARIZED:
+        summarizer = model.of_seed(model.summarizer, seed)
+        stages.append(summary_stage(settings, model.paradigm, summarizer))
         shared = {"summaries": stages[0].run, "before": stages[0].key}
-        parts.append(summarizer)
 
-    parts.append(recommender)
-    if paradigm in (*SUMMARIZED, "recent-only"):
-        parts.append(f"items{items}")
-    run = settings.out / slug(*parts, f"seed{seed}")
-    own = [*common, "--model", recommender, "--run-dir", run]
-    own += ["--seed", seed, "--history-items", items]
-    flags = [*split_flags("train", settings.train), *own]
+    run = model.folder(settings, seed, choice.label, f"seed{seed}")
+    recommender, limit = model.of_seed(model.recommender, seed), []
+    if model.budget is not None:
+        limit = ["--max-length", model.budget]
+    flags = split_flags("train", settings.train, [*choice.names, *map(str, limit[:1])])
+    flags += [*choice.flags, *limit, "--data", settings.data, "--paradigm", model.paradigm]
+    flags += ["--model", recommender, "--run-dir", run]
+    flags += ["--seed", seed, "--history-items", model.items]
     train = make_stage(run, "train.py", flags, ("adapter", "model"), recommender, **shared)
+    return [*stages, train, rank_stage(settings, train)]
 
-    flags = ["--run-dir", run, "--k", *settings.k]
-    ranks = make_stage(run, "evaluate.py", flags, ("scores-test.jsonl",), None, train.key)
-    return [*stages, train, ranks]
+
+def rank_stage(settings: Settings, train: Stage) -> Stage:
+    """Return the stage that ranks the test users after a training."""
+    flags = [*evaluation_flags(settings), "--run-dir", train.run, "--k", *settings.k]
+    return make_stage(train.run, "evaluate.py", flags, ("scores-test.jsonl",), None, train.key)
+
+
+def evaluation_flags(settings: Settings) -> list[str]:
+    """Return the value of --evaluate as flags."""
+    return split_flags("evaluate", settings.evaluate, ("--k", "--split", "--users", "--scores"))
+
+
+def untrained_run(
+    settings: Settings, model: LanguageModel, choice: Choice, seed: int
+) -> list[Stage]:
+    """Return the stages to the ranks of the recommender as it is, with a training's settings."""
+    train = language_model_run(settings, model, choice, seed)[-2]
+    run = model.folder(settings, seed, "untrained")
+    flags = [*evaluation_flags(settings), "--run-dir", run, "--untrained", "--k", *settings.k]
+    makes = ("scores-test-untrained.jsonl",)
+    ranks = make_stage(run, "evaluate.py", flags, makes, None, train.key, settings_of=train.run)
+    return [train, ranks]
 
 
 def summary_stage(settings: Settings, paradigm: str, summarizer: str) -> Stage:
     """Return the stage that makes the summaries, in a run folder of their own."""
     run = settings.out / slug("summaries", paradigm, summarizer)
+    more = split_flags("summarize", settings.summarize)
     own = ["--data", settings.data, "--paradigm", paradigm]
+    makes = ("summaries.jsonl",)
+    if summarizer == RULE:
+        if "--block-size" in more[:-1]:
+            own += ["--block-size", more[more.index("--block-size") + 1]]
+        return make_stage(run, "experiments.ruled", [*own, "--run-dir", run], makes, None)
     own += ["--model", summarizer, "--run-dir", run]
-    flags = [*split_flags("summarize", settings.summarize), *own]
-    return make_stage(run, "summarize.py", flags, ("summaries.jsonl",), summarizer)
+    return make_stage(run, "summarize.py", [*more, *own], makes, summarizer)
 
 
-def baseline_run(settings: Settings, name: str, encoder: str, more: str, seed: int) -> list[Stage]:
-    """Return the one stage of a baseline; more: the value of --baselines."""
-    encoder = encoder.replace("{seed}", str(seed))
+# ---- Baselines
+
+
+@dataclass(frozen=True)
+class BaselineModel:
+    """A baseline, the encoder of its items' texts, and whether it learns from every position."""
+
+    name: str
+    encoder: str
+    every_position: bool
+    more: str  # the value of --baselines
+
+
+def baseline_run(
+    settings: Settings, model: BaselineModel, choice: Choice, seed: int
+) -> list[Stage]:
+    """Return the one stage of a baseline, which trains it and ranks the test users."""
+    encoder = model.encoder.replace("{seed}", str(seed))
     own = ["--data", settings.data, "--run", settings.out, "--encoder", encoder]
-    own += ["--models", name, "--seeds", seed]
-    flags = [*split_flags("baselines", more), *own, "--k", *settings.k]
-    model = encoder.removeprefix("llama:") if encoder.startswith("llama:") else None
+    own += ["--models", model.name, "--seeds", seed]
+    name = model.name
+    if model.every_position:
+        own.append("--every-position")
+        name += "+positions"
+    if choice.label:
+        own += ["--label", choice.label]
+        name += f"-{choice.label}"
+    flags = split_flags("baselines", model.more, choice.names)
+    flags += [*choice.flags, *own, "--k", *settings.k]
+    weights = encoder.removeprefix("llama:") if encoder.startswith("llama:") else None
     run = settings.out / "baselines" / f"{name}-{seed}"
-    return [make_stage(run, "baselines", flags, ("scores-test.jsonl",), model)]
-
-
-# ---- Running them
-
-
-def pending_of(stages: list[Stage]) -> list[Stage]:
-    """Return the stages to run: those not done, and those after them in the same run folder."""
-    pending: list[Stage] = []
-    for stage in stages:
-        if not stage.done() or any(other.run == stage.run for other in pending):
-            pending.append(stage)
-    return pending
-
-
-def command_of(script: str, flags: tuple[str, ...], processes: int) -> list[str]:
-    """Return the command that starts a script, under torchrun if it has several processes."""
-    if script == "baselines":
-        return [sys.executable, "-m", script, *flags]
-    torchrun = []
-    if processes > 1:
-        torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-        torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    return [sys.executable, *torchrun, str(ROOT / script), *flags]
-
-
-def launch(script: str, flags: tuple[str, ...], processes: int, log: Path) -> tuple[int, str]:
-    """Run a script; return its exit status and the end of its output.
-
-    The output goes to log and, on a terminal, to stderr.
-    """
-    command = command_of(script, flags, processes)
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    output = b""
-    try:
-        with open(log, "wb") as file:
-            while chunk := os.read(process.stdout.fileno(), 1 << 16):
-                file.write(chunk)
-                file.flush()
-                output = (output + chunk)[-(1 << 16) :]
-                if sys.stderr.isatty():
-                    sys.stderr.write(chunk.decode("utf-8", "replace"))
-                    sys.stderr.flush()
-        return process.wait(), output.decode("utf-8", "replace")
-    finally:
-        if process.poll() is None:  # interrupted: the script saves what it has
-            process.terminate()
-            process.wait()
-        process.stdout.close()
-
-
-def reason(script: str, output: str) -> str:
-    """Return why a script failed: its own error line if it wrote one, else its last line."""
-    lines = [line for line in re.split(r"[\r\n]+", output) if line.strip()]
-    form = re.compile(rf"(?:{Path(script).stem}|__main__)(?:\.py)?: (?:error: )?(.+)")
-    own = [match for line in lines if (match := form.match(line))]
-    if own:
-        return own[-1].group(1)
-    return lines[-1] if lines else "it printed nothing"
-
-
-def execute(stage: Stage, processes: int) -> None:
-    """Run a stage and mark it as finished; InputError, which names the stage, if it fails."""
-    marks, log = stage.marks(), stage.run / f"{Path(stage.script).stem}.log"
-    stage.run.mkdir(parents=True, exist_ok=True)
-    if stage.script == "train.py" and stage.script in marks and not stage.made():
-        # The training had finished, but its result is gone.
-        shutil.rmtree(stage.run / "checkpoint", ignore_errors=True)
-
-    # The stages after this one lose their marks: they have to be run again.
-    names = list(marks)
-    if stage.script in names:
-        names = names[: names.index(stage.script)]
-    before = {name: marks[name] for name in names}
-    write_json(stage.run / MARKS, before)
-    if stage.summaries:
-        share_summaries(stage.summaries, stage.run)
-    status, output = launch(stage.script, stage.flags, processes, log)
-    if status or not stage.made():
-        why = reason(stage.script, output) if status else f"it made no {' or '.join(stage.makes)}"
-        raise InputError(f"{stage.run}: {stage.script} failed: {why} (its output is in {log})")
-    write_json(stage.run / MARKS, before | {stage.script: stage.key})
-
-
-def run_stages(stages: list[Stage], processes: int) -> None:
-    """Run stages one after the other, with a line each."""
-    for number, stage in enumerate(stages, 1):
-        start = time.perf_counter()
-        # On a terminal the stage's own output follows, on lines of its own.
-        end = "\n" if sys.stderr.isatty() else ""
-        place = f"{number}/{len(stages)}"
-        print(f"{place:<8}{stage.run.name}: {stage.script}", end=end, flush=True)
-        try:
-            execute(stage, processes)
-        finally:
-            print(f"  {time.perf_counter() - start:.0f} s", flush=True)
+    return [make_stage(run, "baselines", flags, ("scores-test.jsonl",), weights)]

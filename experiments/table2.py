@@ -4,58 +4,109 @@
     python -m experiments.table2 --data data/mind --seeds 0 1 2 --nproc 8 \\
         --summarizer upstage/llama-30b-instruct-2048 --summarize=--int8 \\
         --recommender meta-llama/Llama-2-7b-hf --encoder google-bert/bert-base-uncased
+    python -m experiments.table2 --data data/office --tune --jobs 8     # a small model, 8 at a time
 
 After an interruption the same command resumes; with more rows or seeds it runs only the new ones.
 The output of each stage is in a .log file in its run folder. Writes OUT/table2.md, OUT/table2.svg
-and OUT/results.json.
+and OUT/results.json. Below the table are the language models' differences from recent items only
+and from the whole history, user by user.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from baselines.models import MODELS
-from experiments import paper, runs
-from experiments.common import MODEL, Experiment, run_command
-from experiments.runs import baseline_run, language_model_run
-from experiments.tables import Row
+from experiments.common import MODEL, SUMMARIZER, Experiment, run_command
+from experiments.rows import Row
+from experiments.runs import (
+    BaselineModel,
+    LanguageModel,
+    TunedSettings,
+    baseline_run,
+    language_model_run,
+    untrained_run,
+)
+from experiments.tuning import Choice, combinations
 from launch.command import option, parse_settings
+from launch.numbers import positive_real
 
-NAMES = {name: model.__name__ for name, model in MODELS.items()} | {
+POSITIONS, ALONE, UNTRAINED = "+positions", "-alone", "untrained"  # endings and names of rows
+BASELINE_LRS = (3e-4, 1e-3, 3e-3)  # of --tune
+
+NAMES = {
+    UNTRAINED: "zero-shot, recent items",
+    "recent-only": "recent items only",
     "whole-history": "TALLRec (whole history)",
     "hierarchical": "LLM-TRSR hierarchical",
+    f"hierarchical{ALONE}": "hierarchical summary only",
     "recurrent": "LLM-TRSR recurrent",
-    "recent-only": "recent items only",
+    f"recurrent{ALONE}": "recurrent summary only",
     "none": "the candidate alone",
 }
+BASELINES = {name: model.__name__ for name, model in MODELS.items()}
+BASELINES |= {f"{key}{POSITIONS}": f"{name}, every position" for key, name in BASELINES.items()}
+TITLES = BASELINES | NAMES
+AGAINST = {NAMES[key]: NAMES[key] for key in ("recent-only", "whole-history")}
 
 
 @dataclass(frozen=True)
-class Settings(runs.Settings):
+class Settings(TunedSettings):
     """The flags."""
 
-    summarizer: str = option("models/tiny", MODEL)
+    baseline_lrs: tuple[float, ...] = option(
+        (), "learning rates to choose from for the baselines", positive_real, nargs="+"
+    )
+    summarizer: str = option("models/tiny", SUMMARIZER, group="rows")
     recommender: str = option("models/tiny", MODEL)
     rows: tuple[str, ...] = option(
-        tuple(paper.TABLE2), "besides random and popularity", choices=NAMES, nargs="+"
+        tuple(key for key in TITLES if key != "none"),
+        "besides random and popularity",
+        choices=TITLES,
+        nargs="+",
     )
     encoder: str | None = option(
         None, "of the items' texts, for the baselines (unset: llama:RECOMMENDER)"
     )
     baselines: str = option("", "more flags for the baselines", metavar="FLAGS")
 
+    def baseline_grid(self) -> Sequence[Choice]:
+        """Return what is chosen from for a baseline, in order."""
+        return combinations({"--lr": self.baseline_lrs or (BASELINE_LRS if self.tune else ())})
+
+
+def baseline_row(experiment: Experiment, settings: Settings, key: str) -> Row:
+    """Return the row of a baseline."""
+    name = key.removesuffix(POSITIONS)
+    encoder = settings.encoder or f"llama:{settings.recommender}"
+    model = BaselineModel(name, encoder, name != key, settings.baselines)
+    found = experiment.runs(baseline_run, model, settings.baseline_grid())
+    known = experiment.paper_row(key)  # the paper's learn from the last position
+    return Row(TITLES[key], TITLES[key], choices=found, **known)
+
+
+def language_model_row(experiment: Experiment, settings: Settings, key: str) -> Row:
+    """Return the row of a language model."""
+    items = 0 if key.endswith(ALONE) else settings.history_items
+    paradigm = "recent-only" if key == UNTRAINED else key.removesuffix(ALONE)
+    model = LanguageModel(paradigm, settings.summarizer, settings.recommender, items)
+    if key == UNTRAINED:
+        # It is the same for all seeds, unless each has a model of its own.
+        seeds = None if "{seed}" in settings.recommender else experiment.settings.seeds[:1]
+        found = experiment.runs(untrained_run, model, seeds=seeds)
+    else:
+        found = experiment.runs(language_model_run, model)
+    known = experiment.paper_row(key)
+    return Row(TITLES[key], TITLES[key], choices=found, against=AGAINST, **known)
+
 
 def main() -> None:
     """Run the rows and write the table."""
     settings = parse_settings(Settings, __doc__)
     experiment = Experiment("table2", settings)
-    encoder = settings.encoder or f"llama:{settings.recommender}"
     rows = [Row("random", "random"), Row("popularity", "popularity")]
     for key in dict.fromkeys(settings.rows):
-        if key in MODELS:
-            found = experiment.runs(baseline_run, key, encoder, settings.baselines)
-        else:
-            models = settings.summarizer, settings.recommender
-            found = experiment.runs(language_model_run, key, *models, settings.history_items)
-        rows.append(Row(NAMES[key], NAMES[key], runs=found, **experiment.paper_row(key)))
+        make = baseline_row if key in BASELINES else language_model_row
+        rows.append(make(experiment, settings, key))
     experiment.finish(rows)
 
 

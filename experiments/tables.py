@@ -1,23 +1,9 @@
 """The rows of an experiment as a markdown table and as a figure, with the paper's values."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
-from experiments.runs import Stage
+from experiments.rows import Row
 from runfolder.plots import bar_panel, line_panel, svg_file
-
-
-@dataclass
-class Row:
-    """A row of the table: its runs, one per seed, and the paper's values."""
-
-    name: str
-    group: object  # in the figure: a group of bars, or a number on the axis
-    series: str = ""  # its color in the figure
-    runs: list[list[Stage]] = field(default_factory=list)  # each ends with the stage that ranks
-    paper: dict[str, float] = field(default_factory=dict)
-    misprints: tuple[str, ...] = ()
-    measured: dict[str, dict] = field(default_factory=dict)
 
 
 def markdown(rows: Sequence[Row], names: Sequence[str], dataset: str) -> str:
@@ -37,6 +23,31 @@ def markdown(rows: Sequence[Row], names: Sequence[str], dataset: str) -> str:
             cells = (paper_cell(row, name) for name in names)
             lines.append(table_line([f"*{title}: the paper, {dataset}*", *cells]))
     return "\n".join(lines)
+
+
+def markdown_differences(rows: Sequence[Row], metric: str) -> str:
+    """Return a markdown table of the rows' differences from others; empty if there are none."""
+    columns = list(dict.fromkeys(column for row in rows for column in row.differences))
+    if not columns:
+        return ""
+    titles = [f"{metric}, less that of {column}" for column in columns]
+    lines = [f"| | {' | '.join(titles)} |", "|---" * (1 + len(columns)) + "|"]
+    for row in rows:
+        if row.differences:
+            found = (row.differences.get(column) for column in columns)
+            cells = [difference_cell(each[metric]) if each else "" for each in found]
+            lines.append(table_line([row.name.replace("|", "\\|"), *cells]))
+    how = "Differences are taken user by user, with 95 % intervals by resampling users."
+    return "\n".join(lines) + f"\n\n{how} Bold: the interval is on one side of zero."
+
+
+def difference_cell(metric: dict) -> str:
+    """Return a difference with its interval, bold if zero is not in it."""
+    low, high = metric["interval"]
+    text = f"{metric['mean']:+.4f}"
+    if low > 0 or high < 0:
+        text = f"**{text}**"
+    return f"{text} ({low:+.3f} to {high:+.3f})"
 
 
 def table_line(cells: Sequence[str]) -> str:

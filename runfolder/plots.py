@@ -10,14 +10,15 @@ WIDTH, HEIGHT = 460, 260  # of a plot, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 52, 20, 12, 40  # margins around the axes
 COLORS_AND_TEXT = """
 :root { color-scheme: light dark; --page: #fbfbf9; --card: #fff; --ink: #1c1c1a; --faint: #6a6a64;
-  --line: #dcdcd4; --a: #1f5fbf; --b: #b8481b; --c: #2c7a4b; --d: #8040a0; --good: #e3f1e6; }
+  --line: #dcdcd4; --a: #1f5fbf; --b: #b8481b; --c: #2c7a4b; --d: #8040a0; --e: #8a6a00;
+  --f: #007a85; --good: #e3f1e6; }
 @media (prefers-color-scheme: dark) { :root { --page: #161614; --card: #1f1f1d; --ink: #e9e9e4;
   --faint: #a2a29a; --line: #3a3a36; --a: #7fb0ff; --b: #ff9d70; --c: #7fd3a0; --d: #cf9bea;
-  --good: #20382a; } }
+  --e: #e0c060; --f: #6fd0da; --good: #20382a; } }
 svg text { fill: var(--faint); font: 12px system-ui, sans-serif; }
 svg .axis { stroke: var(--line); }
 """
-COLORS = ("var(--a)", "var(--b)", "var(--c)", "var(--d)")
+COLORS = tuple(f"var(--{letter})" for letter in "abcdef")
 
 # ---- Elements and axes
 

@@ -122,19 +122,44 @@ def popularity_ranks(examples: Sequence[Example], counts: Counter, seed: int) ->
     return ranks
 
 
-def means_and_intervals(ranks: list, ks: Sequence[int], seed: int = 0) -> dict[str, dict]:
-    """Return each metric's mean over users and its 95 % interval.
+def user_metrics(ranks: list, ks: Sequence[int]) -> dict[str, np.ndarray]:
+    """Return each metric of each user (users,).
 
     ranks: one list, or a list for each seed; then each user's metric is the mean over the seeds.
     """
     ranks = np.atleast_2d(ranks)  # (seeds, users)
     metrics = trsr.metrics_at(ranks.ravel(), ks)
-    metrics = {name: values.reshape(ranks.shape).mean(0) for name, values in metrics.items()}
+    return {name: values.reshape(ranks.shape).mean(0) for name, values in metrics.items()}
+
+
+def with_intervals(metrics: dict[str, np.ndarray], seed: int) -> dict[str, dict]:
+    """Return the mean over users and the 95 % interval of each metric."""
     intervals = bootstrap_intervals(metrics, seed=seed)
     return {
         name: {"mean": float(values.mean()), "interval": intervals[name]}
         for name, values in metrics.items()
     }
+
+
+def means_and_intervals(ranks: list, ks: Sequence[int], seed: int = 0) -> dict[str, dict]:
+    """Return each metric's mean over users and its 95 % interval; ranks as for user_metrics."""
+    return with_intervals(user_metrics(ranks, ks), seed)
+
+
+def paired_differences(
+    ranks: list, others: list, ks: Sequence[int], seed: int = 0
+) -> dict[str, dict]:
+    """Return each metric's mean difference between two systems, and its 95 % interval.
+
+    ranks and others: of the same users in the same order, each as for user_metrics; the numbers of
+    seeds can differ. The difference is taken user by user, and users are resampled, so what is easy
+    or hard for both systems widens no interval. InputError if the numbers of users differ.
+    """
+    own, theirs = user_metrics(ranks, ks), user_metrics(others, ks)
+    sizes = [len(next(iter(metrics.values()))) for metrics in (own, theirs)]
+    if sizes[0] != sizes[1]:
+        raise InputError(f"{sizes[0]} users on one side and {sizes[1]} on the other")
+    return with_intervals({name: own[name] - theirs[name] for name in own}, seed)
 
 
 def table_of(

@@ -12,18 +12,27 @@ import pytest
 from helpers import flags, read_lines, run, scores, write_dataset
 
 import trsr
-from experiments import paper, runs
+from experiments import jobs, paper, runs
+from experiments.stages import slug
+from experiments.tuning import Choice
 from files.jsonl import read_json
 
 ROWS = ("hierarchical", "whole-history", "core", "sasrec")
-LAUNCH = runs.launch
+LAUNCH = jobs.launch
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def in_process(script, arguments, processes, log):
-    """Do what experiments.runs.launch does, in this process: torch takes seconds to start."""
-    name = script if script.endswith(".py") else f"{script}.__main__.py"
-    done = run(name, *arguments, check=False)
+def script_of(command):
+    """The script of a stage's command, and its flags."""
+    _, first, *rest = command
+    return (rest[0], rest[1:]) if first == "-m" else (Path(first).name, rest)
+
+
+def in_process(command, environment, log, children):
+    """Do what experiments.jobs.launch does, in this process: torch takes seconds to start."""
+    script, arguments = script_of(command)
+    name = {"baselines": "baselines.__main__.py", "experiments.ruled": "experiments.ruled.py"}
+    done = run(name.get(script, script), *arguments, check=False)
     log.write_text(done.stdout + done.stderr)
     return done.returncode, done.stdout + done.stderr
 
@@ -33,11 +42,11 @@ def launched(monkeypatch):
     """The stages that are run, as (run folder's name, script)."""
     found = []
 
-    def launch(script, arguments, processes, log):
-        found.append((log.parent.name, script))
-        return in_process(script, arguments, processes, log)
+    def launch(command, environment, log, children):
+        found.append((log.parent.name, script_of(command)[0]))
+        return in_process(command, environment, log, children)
 
-    monkeypatch.setattr(runs, "launch", launch)
+    monkeypatch.setattr(jobs, "launch", launch)
     return found
 
 
@@ -60,9 +69,9 @@ def world(tmp_path_factory, model_folder):
     models = {"summarizer": model_folder, "recommender": model_folder}
     table = settings | models | {"rows": ROWS, "baselines": "--epochs 2 --size 8"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "launch", in_process)
+        patch.setattr(jobs, "launch", in_process)
         first = experiment("table2", **table).stdout
-    model = runs.slug(model_folder)
+    model = slug(model_folder)
     return SimpleNamespace(
         data=data,
         out=out,
@@ -109,7 +118,8 @@ def test_the_table_is_that_of_the_runs_scores(world):
 
 def test_the_table_marks_the_best_and_what_is_the_paper_s(world):
     text = (world.out / "table2.md").read_text()
-    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    table, _ = text.split("\n\n", 1)
+    lines = [line for line in table.splitlines() if line.startswith("| ")]
     _, *own = [line for line in lines if "the paper" not in line]
     columns = [[cell.strip() for cell in line.split("|")[2:-1]] for line in own]
     for cells in zip(*columns, strict=True):
@@ -132,6 +142,28 @@ def test_the_figure_is_sound_and_shows_the_values(world):
         assert texts.count(row["name"]) == 6  # in each panel
         assert f"{row['measured']['Recall@3']['mean']:.3f}" in texts
     assert {"Recall@3", "MRR@10"} < set(texts)
+
+
+def test_below_the_table_each_language_model_is_compared_with_the_whole_history(world):
+    rows = {row["name"]: row for row in rows_of(world, "table2")}
+    whole, own = rows["TALLRec (whole history)"], rows["LLM-TRSR hierarchical"]
+    assert whole["differences"] == rows["CORE"]["differences"] == {}
+    assert list(own["differences"]) == [whole["name"]]  # recent items only is not in this table
+    found = own["differences"][whole["name"]]
+    ranks = [[[r["rank"] for r in scores(Path(f))] for f in row["runs"]] for row in (own, whole)]
+    users = [[r["user"] for r in scores(Path(f))] for row in (own, whole) for f in row["runs"]]
+    assert all(names == users[0] for names in users)
+    expected = np.mean(np.array(ranks[0]) <= 5) - np.mean(np.array(ranks[1]) <= 5)
+    assert found["Recall@5"]["mean"] == pytest.approx(expected)
+    low, high = found["Recall@3"]["interval"]
+    assert low <= found["Recall@3"]["mean"] <= high
+    text = (world.out / "table2.md").read_text()
+    line = next(line for line in text.splitlines() if line.startswith(f"| {own['name']} | "))
+    *_, last = [line for line in text.splitlines() if line.startswith(f"| {own['name']} | ")]
+    assert last != line
+    assert f"{found['Recall@3']['mean']:+.4f}" in last
+    assert f"({low:+.3f} to {high:+.3f})" in last
+    assert "| | Recall@3, less that of TALLRec (whole history) |" in text
 
 
 # ---- The stages
@@ -166,7 +198,10 @@ def test_a_stage_whose_result_is_gone_is_run_again_alone(world, launched):
     launched.clear()
     adapter = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
     shutil.rmtree(folder / "adapter")
-    experiment("table2", **world.table)  # what depends on it is made again too
+    experiment("table2", **world.table)  # nothing needs it any more
+    assert launched == []
+    (folder / "scores-test.jsonl").unlink()
+    experiment("table2", **world.table)  # now it is needed again
     assert launched == [(name, "train.py"), (name, "evaluate.py")]
     assert (folder / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
     assert (world.out / "table2.md").read_text() == expected
@@ -175,22 +210,22 @@ def test_a_stage_whose_result_is_gone_is_run_again_alone(world, launched):
 def test_a_failing_stage_is_named_and_the_next_call_resumes_there(
     world, launched, monkeypatch, tmp_path
 ):
-    counted = runs.launch
+    counted = jobs.launch
 
-    def failing(script, arguments, processes, log):
-        if script == "train.py":
+    def failing(command, environment, log, children):
+        if script_of(command)[0] == "train.py":
             return 1, "step 1\ntrain: out of everything\nbye"
-        return counted(script, arguments, 1, log)
+        return counted(command, environment, log, children)
 
     settings = world.table | {"rows": "hierarchical", "out": tmp_path, "seeds": 4}
-    monkeypatch.setattr(runs, "launch", failing)
+    monkeypatch.setattr(jobs, "launch", failing)
     done = experiment("table2", **settings, check=False)
     folder = tmp_path / f"{world.hierarchical}-items3-seed4"
     assert done.returncode == 2
     what = f"{folder}: train.py failed: out of everything"
     where = f"its output is in {folder / 'train.log'}"
     assert done.stderr == f"experiments.table2: {what} ({where})\n"
-    monkeypatch.setattr(runs, "launch", counted)
+    monkeypatch.setattr(jobs, "launch", counted)
     done = experiment("table2", **settings)
     assert "3: 1 done before, 2 to run" in done.stdout
     assert [script for _, script in launched] == ["summarize.py", "train.py", "evaluate.py"]
@@ -210,7 +245,8 @@ def test_a_model_made_for_each_seed_has_summaries_of_its_own(model_folder, tmp_p
     per_seed, fixed = str(tmp_path / "base-{seed}"), str(model_folder)
 
     def stages(summarizer, recommender, seed):
-        return runs.language_model_run(settings, "recurrent", summarizer, recommender, 3, seed)
+        model = runs.LanguageModel("recurrent", summarizer, recommender, 3)
+        return runs.language_model_run(settings, model, Choice(), seed)
 
     one, two = (stages(per_seed, fixed, seed) for seed in (0, 1))
     assert one[0].run != two[0].run
@@ -224,14 +260,16 @@ def test_a_model_made_for_each_seed_has_summaries_of_its_own(model_folder, tmp_p
 def test_scripts_start_under_torchrun_and_say_why_they_fail(world, model_folder, tmp_path):
     folder, log = tmp_path / "two", tmp_path / "log"
     settings = {"data": world.data, "model": model_folder, "max_new_tokens": 8, "run_dir": folder}
-    assert LAUNCH("summarize.py", tuple(flags(**settings)), 2, log)[0] == 0
+    command = jobs.command_of("summarize.py", tuple(flags(**settings)), 2)
+    assert LAUNCH(command, None, log, jobs.Children())[0] == 0
     assert "on 2 x cpu" in log.read_text()
     own = next(world.out.glob("summaries-*/summaries.jsonl"))
     two, one = ([line["summary"] for line in read_lines(path)] for path in (folder / own.name, own))
     assert two == one
-    status, output = LAUNCH("baselines", ("--data", "/nowhere"), 1, log)
+    command = jobs.command_of("baselines", ("--data", "/nowhere"), 1)
+    status, output = LAUNCH(command, None, log, jobs.Children())
     assert status == 2
-    assert runs.reason("baselines", output).startswith("/nowhere: no dataset")
+    assert jobs.reason("baselines", output).startswith("/nowhere: no dataset")
 
 
 # ---- The figures
@@ -285,6 +323,109 @@ def test_models_of_any_name_beside_each_other(world, launched, model_folder, tmp
     assert ("Llama-2-7b, the paper" in text) == (name == "figure10")
 
 
+# ---- Values chosen by validation, rows of their own, budgets
+
+
+def test_a_tuned_table_shows_only_what_was_chosen(world, launched, tmp_path):
+    settings = world.table | {"out": tmp_path, "rows": ["recent-only", "ncf+positions"]}
+    settings |= {"train": "--epochs 1 --batch-size 8", "lrs": [1e-5, 0.03], "ranks": [2, 4]}
+    done = experiment("table2", **settings, baseline_lrs=[1e-6, 0.01])
+    assert "0 done before, 10 to run" in done.stdout
+    assert "\n10/10 " in done.stdout
+    trained = [name for name, script in launched if script == "train.py"]
+    assert len(set(trained)) == len(trained) == 4 + 1
+    evaluated = [name for name, script in launched if script == "evaluate.py"]
+    rows = {row["name"]: row for row in read_json(tmp_path / "results.json")["table2"]["rows"]}
+    for name in ("recent items only", "NCF, every position"):
+        row = rows[name]
+        tried = {t["validation"]: t for t in reversed(row["tried"])}  # of equal ones the first
+        best = tried[max(tried)]
+        assert row["chosen"] == {k: v for k, v in best.items() if k != "validation"}
+        label = f"lr{best['--lr']:g}"
+        assert all(label in Path(folder).name for folder in row["runs"])
+        assert len(row["runs"]) == 2
+    assert sorted(evaluated) == sorted(Path(f).name for f in rows["recent items only"]["runs"])
+    text = (tmp_path / "table2.md").read_text()
+    chosen = rows["recent items only"]["chosen"]
+    words = f"learning rate {chosen['--lr']:g}, rank {chosen['--lora-r']}"
+    assert f"Chosen by validation recall with seed 0. recent items only: {words}; NCF" in text
+
+    # A second call finds all of it, even without what is not needed any more.
+    for path in tmp_path.glob("*/adapter"):
+        shutil.rmtree(path)
+    launched.clear()
+    again = experiment("table2", **settings, baseline_lrs=[1e-6, 0.01])
+    assert launched == []
+    assert "nothing to run" in again.stdout
+    assert (tmp_path / "table2.md").read_text() == text
+
+
+def test_the_untrained_recommender_and_summaries_alone_have_rows(world, launched, tmp_path):
+    rows = ["untrained", "recent-only", "hierarchical-alone"]
+    settings = world.table | {"out": tmp_path, "rows": rows, "seeds": [0, 1]}
+    experiment("table2", **settings, evaluate="--pack-tokens 1024")
+    found = {row["name"]: row for row in read_json(tmp_path / "results.json")["table2"]["rows"]}
+    assert list(found)[2:] == ["zero-shot, recent items", "recent items only", SUMMARY_ONLY]
+    assert len(found["zero-shot, recent items"]["runs"]) == 1  # it is the same for all seeds
+    untrained = Path(found["zero-shot, recent items"]["runs"][0])
+    expected = read_json(untrained / "results-untrained.json")["table"]["untrained"]
+    measured = found["zero-shot, recent items"]["measured"]
+    means = {name: metric["mean"] for name, metric in measured.items()}
+    assert means == pytest.approx({name: expected[name]["mean"] for name in means})
+    assert not (untrained / "adapter").exists()
+    config = read_json(Path(found[SUMMARY_ONLY]["runs"][0]) / "config.json")["train"]
+    assert (config["paradigm"], config["history_items"]) == ("hierarchical", 0)
+    columns = {"recent items only"}
+    assert {*found[SUMMARY_ONLY]["differences"]} == columns
+    assert {*found["zero-shot, recent items"]["differences"]} == columns
+    launched.clear()
+    experiment("table2", **settings, evaluate="--pack-tokens 1024")
+    assert launched == []
+
+
+SUMMARY_ONLY = "hierarchical summary only"
+
+
+def test_budgets_compare_each_kind_of_prompt_within_them(world, launched, tmp_path):
+    settings = world.settings | world.models | {"out": tmp_path, "seeds": 0}
+    budgets, rows = [200, 900, 1000], ["whole-history", "recent-only", "rule"]
+    done = experiment("budgets", **settings, budgets=budgets, rows=rows)
+    found = {row["name"]: row for row in read_json(tmp_path / "results.json")["budgets"]["rows"]}
+    whole = [found[f"whole history, {b} tokens"] for b in budgets]
+    assert [row["group"] for row in whole] == budgets
+    for folder, budget in ((whole[0]["runs"][0], 200), (whole[1]["runs"][0], 900)):
+        assert read_json(Path(folder) / "config.json")["train"]["max_length"] == budget
+
+    # The whole history is cut at 200 tokens but not at 900, so 1000 would be the same.
+    assert read_json(Path(whole[0]["runs"][0]) / "trimmed.json")["train.py"]
+    assert whole[2]["reused"] == whole[1]["name"]
+    assert whole[2]["measured"] == whole[1]["measured"]
+    assert "reused" not in whole[1]
+    assert not any("max1000" in name for name, _ in launched)
+    text = (tmp_path / "budgets.md").read_text()
+    assert "whole history, 1000 tokens: whole history, 900 tokens" in text
+    assert text in done.stdout
+
+    # Summaries by rule are made once, and in a way that train.py takes.
+    ruled = [name for name, script in launched if script == "experiments.ruled"]
+    assert ruled == ["summaries-hierarchical-rule"]
+    own = found["summary by rule + recent, 900 tokens"]["runs"][0]
+    lines = read_lines(Path(own) / "summaries.jsonl")
+    assert len({line["user"] for line in lines}) == 20
+    column = "whole history within the same budget"
+    for budget in budgets:
+        recent = found[f"recent items only, {budget} tokens"]
+        difference = recent["differences"][column]["Recall@3"]["mean"]
+        theirs = found[f"whole history, {budget} tokens"]["measured"]["Recall@3"]["mean"]
+        assert difference == pytest.approx(recent["measured"]["Recall@3"]["mean"] - theirs)
+    root = ET.parse(tmp_path / "budgets.svg").getroot()
+    texts = ["".join(node.itertext()) for node in root.iter(f"{SVG}text")]
+    assert {"whole history", "recent items only", "summary by rule + recent"} < set(texts)
+    lines = list(root.iter(f"{SVG}polyline"))
+    assert len(lines) == 3 * 6
+    assert all(len(line.get("points").split()) == 3 for line in lines)
+
+
 # ---- What is refused
 
 
@@ -300,6 +441,11 @@ def test_models_of_any_name_beside_each_other(world, launched, model_folder, tmp
         ({"summarize": "--int8 'x"}, "--summarize: No closing quotation"),
         ({"rows": "nonsense"}, "invalid choice: 'nonsense'"),
         ({"seeds": -1}, "expected a whole number from 0"),
+        ({"jobs": 2, "nproc": 2}, "--jobs 2 and --nproc 2: either several stages at once"),
+        ({"train": "--lr 1", "lrs": 0.1}, "--train: the experiment sets --lr itself; leave it out"),
+        ({"evaluate": "--users 3"}, "--evaluate: the experiment sets --users itself"),
+        ({"baselines": "--size 8 --every-position"}, "--baselines: the experiment sets --every"),
+        ({"ranks": 0}, "expected a whole number from 1"),
     ],
 )
 def test_bad_input_is_one_line_before_anything_is_run(world, launched, setting, message):

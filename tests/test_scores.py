@@ -11,6 +11,8 @@ import trsr
 from runfolder.scores import (
     bootstrap_intervals,
     chance_metrics,
+    means_and_intervals,
+    paired_differences,
     popularity_ranks,
     random_metrics,
     read_scores,
@@ -81,3 +83,34 @@ def test_scores_that_cannot_be_ranked_are_named(tmp_path, candidates, scores, me
     examples = users_with(2)
     with pytest.raises(trsr.InputError, match=rf"s\.jsonl:1: .*{message}"):
         read_scores(tmp_path / "s.jsonl", examples, [["i0", "i1", "i2"]])
+
+
+# ---- Differences
+
+
+def test_a_difference_is_taken_user_by_user_and_so_its_interval_is_narrow():
+    rng = np.random.default_rng(0)
+    ranks = rng.integers(1, 22, 400)
+    better = np.where(rng.random(400) < 0.1, 1, ranks)  # a tenth of the users ranked first
+    found = paired_differences(better, ranks, [3])["Recall@3"]
+    own, theirs = (means_and_intervals(r, [3])["Recall@3"] for r in (better, ranks))
+    assert found["mean"] == pytest.approx(own["mean"] - theirs["mean"])
+    gained = (better <= 3).astype(float) - (ranks <= 3)
+    half = 1.96 * gained.std() / np.sqrt(400)
+    assert found["interval"] == pytest.approx(
+        (found["mean"] - half, found["mean"] + half), abs=4e-3
+    )
+    assert found["interval"][0] > 0  # while the two means' own intervals overlap
+    assert own["interval"][0] < theirs["interval"][1]
+    other_way = paired_differences(ranks, better, [3])["Recall@3"]
+    assert other_way["mean"] == -found["mean"]
+
+
+def test_each_user_s_mean_over_the_seeds_is_compared():
+    two, one = [[1, 9, 1, 9], [9, 9, 1, 9]], [1, 1, 1, 9]
+    found = paired_differences(two, one, [3])["Recall@3"]
+    assert found["mean"] == pytest.approx(np.mean([0.5, 0, 1, 0]) - 0.75)
+    same = paired_differences(one, one, [3])["Recall@3"]
+    assert same == {"mean": 0.0, "interval": (0.0, 0.0)}
+    with pytest.raises(trsr.InputError, match="4 users on one side and 3 on the other"):
+        paired_differences(two, one[:3], [3])

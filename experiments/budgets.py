@@ -1,0 +1,70 @@
+"""Do summaries help, when, and how much? Every kind of prompt within budgets of tokens.
+
+    python -m experiments.budgets                               # the demo, with the embedded model
+    python -m experiments.budgets --data data/office --budgets 256 512 1024 2048 --jobs 8 \\
+        --summarizer OWNER/MODEL --recommender OWNER/MODEL --seeds 0 1 2
+
+A prompt that is longer than the budget is cut by train.py --max-length: the whole history loses its
+oldest items. A run that had to cut no prompt is shown for larger budgets too, where it would be the
+same. Below the table is each row's difference from the whole history within the same budget, user
+by user. Writes OUT/budgets.md, OUT/budgets.svg and OUT/results.json.
+"""
+
+from dataclasses import dataclass
+
+from experiments.common import MODEL, SUMMARIZER, Experiment, run_command
+from experiments.rows import Row
+from experiments.runs import RULE, LanguageModel, TunedSettings, language_model_run
+from launch.command import option, parse_settings
+from launch.numbers import positive
+
+WHOLE = "whole-history"
+ROWS = {
+    WHOLE: "whole history",
+    "recent-only": "recent items only",
+    "hierarchical": "hierarchical summary + recent",
+    "recurrent": "recurrent summary + recent",
+    "rule": "summary by rule + recent",
+}
+
+
+@dataclass(frozen=True)
+class Settings(TunedSettings):
+    """The flags."""
+
+    budgets: tuple[int, ...] = option(
+        (256, 512, 1024, 2048), "tokens of the longest prompt", positive, "rows", nargs="+"
+    )
+    rows: tuple[str, ...] = option(tuple(ROWS), "kinds of prompts", choices=ROWS, nargs="+")
+    summarizer: str = option("models/tiny", SUMMARIZER)
+    recommender: str = option("models/tiny", MODEL)
+
+
+def rows_of(experiment: Experiment, settings: Settings, key: str) -> list[Row]:
+    """Return a kind of prompt's rows, one for each budget from the smallest."""
+    paradigm = "hierarchical" if key == "rule" else key
+    summarizer = RULE if key == "rule" else settings.summarizer
+    rows: list[Row] = []
+    for budget in sorted(set(settings.budgets)):
+        values = paradigm, summarizer, settings.recommender, settings.history_items, budget
+        found = experiment.runs(language_model_run, LanguageModel(*values))
+        column = f"{ROWS[WHOLE]} within the same budget"
+        against = {column: f"{ROWS[WHOLE]}, {budget} tokens"}
+        smaller = rows[-1] if rows else None
+        name = f"{ROWS[key]}, {budget} tokens"
+        rows.append(Row(name, budget, ROWS[key], found, smaller, against))
+    return rows
+
+
+def main() -> None:
+    """Run every kind of prompt within every budget; write the table and the figure."""
+    settings = parse_settings(Settings, __doc__)
+    experiment = Experiment("budgets", settings)
+    kinds = [rows_of(experiment, settings, key) for key in dict.fromkeys(settings.rows)]
+    # The smallest budgets come first, because larger ones wait for them.
+    rows = [row for same_budget in zip(*kinds, strict=True) for row in same_budget]
+    experiment.finish(rows, x_name="tokens of the longest prompt")
+
+
+if __name__ == "__main__":
+    run_command(main)

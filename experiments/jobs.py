@@ -1,0 +1,284 @@
+"""Running stages, one or several at a time, over the GPUs that there are."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+
+import torch
+
+from experiments.stages import MARKS, Stage
+from files.jsonl import read_json, write_json
+from state.summaries import share_summaries
+from trsr import InputError
+
+ROOT = Path(__file__).parent.parent
+TRIMMED = "trimmed.json"  # in a run folder: what each script had to cut from prompts
+
+# ---- The machine and its processes
+
+
+@dataclass
+class Children:
+    """The processes that are under way."""
+
+    echo: bool = False  # whether their output is shown
+    running: set[subprocess.Popen] = field(default_factory=set)
+    lock: Lock = field(default_factory=Lock)
+    stopped: bool = False
+
+    def start(self, command: list[str], environment: dict | None) -> subprocess.Popen:
+        """Start a process with its output in a pipe; InputError once all are being stopped."""
+        with self.lock:
+            if self.stopped:
+                raise InputError("interrupted")
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+            process = subprocess.Popen(command, env=environment, **pipes)
+            self.running.add(process)
+            return process
+
+    def stop(self) -> None:
+        """Ask all processes to save what they have and end, and let no other one start."""
+        with self.lock:
+            self.stopped = True
+            for process in self.running:
+                if process.poll() is None:
+                    process.terminate()
+
+
+def gpus_of_this_machine() -> list[str]:
+    """Return the GPUs as CUDA_VISIBLE_DEVICES names them; none on a CPU."""
+    n, given = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [name.strip() for name in given.split(",")] if given else list(map(str, range(n)))
+    return names[:n]
+
+
+@dataclass
+class Machine:
+    """How many stages run at once, with how many processes each, and where."""
+
+    jobs: int = 1
+    processes: int = 1  # of a stage, started by torchrun
+    gpus: list[str] = field(default_factory=gpus_of_this_machine)
+    busy: list[str] = field(default_factory=list)  # a GPU for every stage under way
+    children: Children = field(default_factory=Children)
+
+    def __post_init__(self):
+        if self.jobs > 1 and self.processes > 1:
+            what = f"--jobs {self.jobs} and --nproc {self.processes}"
+            raise InputError(f"{what}: either several stages at once or several processes each")
+        self.children.echo = self.jobs == 1 and sys.stderr.isatty()
+
+    def take_gpu(self) -> str | None:
+        """Return the GPU with the fewest stages; None if a stage has the whole machine."""
+        if self.jobs == 1 or not self.gpus:
+            return None
+        gpu = min(self.gpus, key=self.busy.count)
+        self.busy.append(gpu)
+        return gpu
+
+    def free_gpu(self, gpu: str | None) -> None:
+        """Take note that a stage on this GPU has ended."""
+        if gpu is not None:
+            self.busy.remove(gpu)
+
+    def environment(self, gpu: str | None) -> dict[str, str] | None:
+        """Return the environment of a stage on that GPU; None: as it is."""
+        if self.jobs == 1:
+            return None
+        cores = len(os.sched_getaffinity(0))
+        own = {"OMP_NUM_THREADS": str(max(1, cores // self.jobs))} | os.environ
+        return own | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else {})
+
+
+class Here(Executor):
+    """Runs one stage after the other in the main thread, where an interruption is raised."""
+
+    def submit(self, function: Callable, *arguments: object) -> Future:
+        """Run the function; an error of its own is the future's."""
+        future: Future = Future()
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+# ---- One stage
+
+
+def command_of(script: str, flags: tuple[str, ...], processes: int) -> list[str]:
+    """Return the command that starts a script, under torchrun if it has several processes."""
+    if not script.endswith(".py"):
+        return [sys.executable, "-m", script, *flags]
+    torchrun = []
+    if processes > 1:
+        torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    return [sys.executable, *torchrun, str(ROOT / script), *flags]
+
+
+def launch(
+    command: list[str], environment: dict | None, log: Path, children: Children
+) -> tuple[int, str]:
+    """Run a command; return its exit status and the end of its output, which goes to log too."""
+    process = children.start(command, environment)
+    output = b""
+    try:
+        with open(log, "wb") as file:
+            while chunk := os.read(process.stdout.fileno(), 1 << 16):
+                file.write(chunk)
+                file.flush()
+                output = (output + chunk)[-(1 << 16) :]
+                if children.echo:
+                    sys.stderr.write(chunk.decode("utf-8", "replace"))
+                    sys.stderr.flush()
+        return process.wait(), output.decode("utf-8", "replace")
+    finally:
+        if process.poll() is None:  # interrupted: the script saves what it has
+            process.terminate()
+            process.wait()
+        process.stdout.close()
+        children.running.discard(process)
+
+
+def reason(script: str, output: str) -> str:
+    """Return why a script failed: its own error line if it wrote one, else its last line."""
+    lines = [line for line in re.split(r"[\r\n]+", output) if line.strip()]
+    name = script.removesuffix(".py").split(".")[-1]
+    form = re.compile(rf"(?:{name}|__main__)(?:\.py)?: (?:error: )?(.+)")
+    own = [match for line in lines if (match := form.match(line))]
+    if own:
+        return own[-1].group(1)
+    return lines[-1] if lines else "it printed nothing"
+
+
+def execute(stage: Stage, machine: Machine, gpu: str | None = None) -> None:
+    """Run a stage and mark it as finished; InputError, which names the stage, if it fails."""
+    marks, log = stage.marks(), stage.run / f"{stage.script.removesuffix('.py')}.log"
+    stage.run.mkdir(parents=True, exist_ok=True)
+    if stage.script == "train.py" and stage.script in marks and not stage.made():
+        # The training had finished, but its result is gone.
+        shutil.rmtree(stage.run / "checkpoint", ignore_errors=True)
+
+    # The stages after this one lose their marks: they have to be run again.
+    names = list(marks)
+    if stage.script in names:
+        names = names[: names.index(stage.script)]
+    before = {name: marks[name] for name in names}
+    write_json(stage.run / MARKS, before)
+    if stage.summaries:
+        share_summaries(stage.summaries, stage.run)
+    if stage.settings_of:
+        write_json(stage.run / "config.json", read_json(stage.settings_of / "config.json"))
+    command = command_of(stage.script, stage.flags, machine.processes)
+    status, output = launch(command, machine.environment(gpu), log, machine.children)
+    if status or not stage.made():
+        why = reason(stage.script, output) if status else f"it made no {' or '.join(stage.makes)}"
+        raise InputError(f"{stage.run}: {stage.script} failed: {why} (its output is in {log})")
+    note_trimmed(stage, log.read_text("utf-8", "replace"))
+    write_json(stage.run / MARKS, before | {stage.script: stage.key})
+
+
+def note_trimmed(stage: Stage, output: str) -> None:
+    """Record what the script says it cut from its prompts, if it has read them in this call."""
+    if "prompt  " not in output:
+        return
+    path = stage.run / TRIMMED
+    found = re.findall(r"trimmed to the context: (\d+) ([\w ]+)", output)
+    before = read_json(path) if path.is_file() else {}
+    write_json(path, before | {stage.script: {what: int(n) for n, what in found}})
+
+
+def untrimmed(run: list[Stage]) -> bool:
+    """Return whether no prompt of a run was cut, neither in training nor in evaluation."""
+    path = run[-1].run / TRIMMED
+    cut = read_json(path) if path.is_file() else {}
+    return all(cut.get(script) == {} for script in ("train.py", "evaluate.py"))
+
+
+# ---- All stages
+
+
+class Jobs:
+    """Runs the stages that plan() says are left, each as soon as those before it are done.
+
+    plan is asked again whenever a stage has finished, so it can name others by then. A stage that
+    fails stops only those that wait for it.
+    """
+
+    def __init__(self, plan: Callable[[], list[Stage]], machine: Machine, total: int):
+        self.plan, self.machine, self.total = plan, machine, total
+        self.under_way: dict[Future, tuple[Stage, str | None, float]] = {}
+        self.started: set[Stage] = set()
+        self.failed: dict[Stage, Exception] = {}
+        self.ended = 0
+
+    def run(self) -> None:
+        """Run all; InputError, with a line for each stage that failed, at the end."""
+        machine = self.machine
+        pool = Here() if machine.jobs == 1 else ThreadPoolExecutor(machine.jobs)
+        try:
+            while self.start_due(pool) or self.under_way:
+                for future in wait(self.under_way, return_when=FIRST_COMPLETED).done:
+                    self.conclude(future)
+        finally:
+            machine.children.stop()  # after an interruption; otherwise all have ended
+            pool.shutdown()
+
+        if self.failed:
+            raise InputError("\n".join(map(str, self.failed.values())))
+        if left := self.plan():
+            first = left[0]
+            what = f"{first.script} is not done after it was run; is another process at work here?"
+            raise InputError(f"{first.run}: {what}")
+
+    def start_due(self, pool: Executor) -> bool:
+        """Start what can start now; return whether anything did."""
+        before, began = [*self.failed, *(stage for stage, *_ in self.under_way.values())], False
+        for stage in self.plan():
+            free = len(self.under_way) < self.machine.jobs
+            waits = any(stage.follows(other) for other in before if other != stage)
+            before.append(stage)
+            if free and not waits and stage not in self.started:
+                self.start(stage, pool)
+                began = True
+        return began
+
+    def start(self, stage: Stage, pool: Executor) -> None:
+        """Start a stage; alone, it is announced by a line that its end completes."""
+        self.started.add(stage)
+        if self.machine.jobs == 1:
+            # On a terminal the stage's own output follows, on lines of its own.
+            print(self.title(stage), end="\n" if sys.stderr.isatty() else "", flush=True)
+        gpu, began = self.machine.take_gpu(), time.perf_counter()
+        future = pool.submit(execute, stage, self.machine, gpu)
+        self.under_way[future] = stage, gpu, began
+
+    def title(self, stage: Stage) -> str:
+        """Return how a stage's line begins."""
+        number = self.ended + 1
+        return f"{f'{number}/{max(number, self.total)}':<8}{stage.run.name}: {stage.script}"
+
+    def conclude(self, future: Future) -> None:
+        """Tell that a stage has ended, and how long it took."""
+        stage, gpu, began = self.under_way.pop(future)
+        self.machine.free_gpu(gpu)
+        error = future.exception()
+        if error is not None and not isinstance(error, InputError | OSError):
+            raise error
+        text = f"  {time.perf_counter() - began:.0f} s"
+        if self.machine.jobs > 1:
+            text = self.title(stage) + text
+        self.ended += 1
+        if error is not None:
+            self.failed[stage] = error
+            text += f", failed: {error}"
+        print(text, flush=True)

@@ -1,0 +1,99 @@
+"""A row of an experiment's table: its runs, and which of them it shows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from experiments.jobs import untrimmed
+from experiments.stages import Stage, missing, missing_of
+from experiments.tuning import Choice, best_of, recall_of
+
+Run = list[Stage]  # from the data to the ranks, which the last stage makes
+
+
+@dataclass
+class Row:
+    """A row: the runs of each choice, one per seed, and the paper's values."""
+
+    name: str
+    group: object  # in the figure: a group of bars, or a number on the axis
+    series: str = ""  # its color in the figure
+    choices: dict[Choice, list[Run]] = field(default_factory=dict)
+    smaller: "Row | None" = None  # the same row with a smaller budget
+    against: dict[str, str] = field(default_factory=dict)  # other rows' names, by column
+    paper: dict[str, float] = field(default_factory=dict)
+    misprints: tuple[str, ...] = ()
+
+    # What comes out.
+    chosen: Choice | None = None
+    reused: "Row | None" = None  # whose runs it shows, since a larger budget changes nothing
+    ranks: list[list[int]] = field(default_factory=list)  # a list per seed
+    measured: dict[str, dict] = field(default_factory=dict)
+    differences: dict[str, dict] = field(default_factory=dict)  # metrics by column
+
+    @property
+    def runs(self) -> list[Run]:
+        """The runs that the table shows, one per seed; none until they are known."""
+        if self.reused:
+            return self.reused.runs
+        return self.choices[self.chosen] if self.chosen else []
+
+    @property
+    def expected(self) -> list[Run]:
+        """The runs that the table will show, or as many others."""
+        return self.runs or next(iter(self.choices.values()), [])
+
+    @property
+    def trials(self) -> list[Run]:
+        """The first seed's runs of all choices, up to their training."""
+        firsts = [runs[0] for runs in self.choices.values()]
+        return [run[:-1] if run[-1].script == "evaluate.py" else run for run in firsts]
+
+    def wanted(self) -> list[Run]:
+        """Return the runs to make, as far as they are known; choose, once that is possible."""
+        if not self.choices or self.reused:
+            return []
+        if self.smaller:
+            if not (known := self.smaller.runs) or missing_of(known):
+                return []  # only then it is known whether anything was cut
+            if all(map(untrimmed, known)):
+                self.reused = self.smaller.reused or self.smaller
+                return []
+        if self.chosen is None:
+            trials = self.trials
+            best = best_of([trial[-1] for trial in trials])
+            if best is None:
+                return [trial for trial in trials if not trial[-1].finished()]
+            self.chosen = list(self.choices)[best]
+        return self.runs
+
+    def tried(self) -> list[dict]:
+        """Return each choice's values and its sum of validation recalls, if there are several."""
+        if len(self.choices) < 2 or self.reused:
+            return []
+        pairs = zip(self.choices, self.trials, strict=True)
+        return [dict(choice.values) | {"validation": recall_of(t[-1])} for choice, t in pairs]
+
+    def record(self) -> dict:
+        """Return what results.json says of it."""
+        names = ("name", "group", "series", "measured", "differences", "paper", "misprints")
+        found = {name: getattr(self, name) for name in names}
+        found["runs"] = [str(run[-1].run) for run in self.runs]
+        if self.chosen and self.chosen.values:
+            found |= {"chosen": dict(self.chosen.values), "tried": self.tried()}
+        return found | ({"reused": self.reused.name} if self.reused else {})
+
+
+def plan_of(rows: Sequence[Row]) -> list[Stage]:
+    """Return the stages that are left, as far as they are known.
+
+    Summaries come first, because many stages wait for them.
+    """
+    left = missing_of(run for row in rows for run in row.wanted())
+    return sorted(left, key=lambda stage: "summaries.jsonl" not in stage.makes)
+
+
+def stages_of(rows: Sequence[Row]) -> tuple[list[Stage], list[Stage]]:
+    """Return all stages of the rows, and those of them that are left."""
+    runs = [run for row in rows for run in (*row.wanted(), *row.expected)]
+    left = dict.fromkeys(stage for run in runs for stage in missing(run))
+    return list(dict.fromkeys(stage for run in runs for stage in run)), list(left)
