@@ -19,6 +19,7 @@ class Tokenizer:
 
     def __init__(self, folder: Path, vocab_size: int):
         self.pieces = self.fast = None
+        self.folder, self.rows = folder, vocab_size
         path = folder / "tokenizer.model"
         if not path.is_file():
             path = folder / "tokenizer.json"
@@ -39,6 +40,9 @@ class Tokenizer:
         if not self.size <= vocab_size < self.size + PADDING:
             what = f"{self.size} pieces, but the model's embedding has {vocab_size} rows"
             raise CheckpointError(f"{path}: {what}")
+
+    def __reduce__(self):
+        return Tokenizer, (self.folder, self.rows)  # the packages' own copies lose settings
 
     def _open(self, path: Path) -> int:
         """Open the tokenizer in path and return its number of pieces."""
