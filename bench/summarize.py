@@ -118,10 +118,10 @@ class MeasuredGenerator(Generator):
         self.steps = self.cached = 0  # decoding steps, and the slots that they read
         self.decoding = 0.0  # seconds
 
-    def ends(self, row: Row) -> bool:
-        """Return whether the row has reached its length."""
+    def ending(self, row: Row) -> str | None:
+        """Return how the row ends: by its length."""
         _, length = row.key
-        return len(row.tokens) == length
+        return "limit" if len(row.tokens) == length else None
 
     def _decode(self) -> list[int]:
         began = time.perf_counter()
