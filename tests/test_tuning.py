@@ -94,7 +94,7 @@ def test_what_is_chosen_from_cannot_be_set_too(tuned, model_folder):
     choice = settings.grid()[0]
     for more in ("--lr 1", "--lora-r=3"):
         changed = runs.TunedSettings(train=more, lrs=(1e-3,), ranks=(2,))
-        with pytest.raises(InputError, match="the experiment sets --lo?r.* itself"):
+        with pytest.raises(InputError, match=r"the experiment sets --lo?r.* itself"):
             runs.language_model_run(changed, model, choice, 0)
     model = runs.LanguageModel("recent-only", "", str(model_folder), 3, budget=64)
     changed = runs.TunedSettings(train="--max-length 9")
