@@ -5,7 +5,7 @@
 
 FILE may also be a wheel or zip with a GGUF inside. Quantized weights are computed back to
 numbers. bf16, the default, is half as large, is what models are published in and what GPUs compute
-in; what it rounds off is far below what a quantization has lost. fp32 keeps every bit of the file.
+in; it rounds off less than 8 bits have lost before. fp32 keeps every bit of the file.
 """
 
 import os

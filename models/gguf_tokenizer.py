@@ -11,7 +11,7 @@ from models.gguf_file import EXTRA, File
 from trsr import InputError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
-DIGITS = ("smollm", "starcoder", "refact")  # every digit a word of its own, then GPT-2's rule
+DIGITS = ("smollm",)  # every digit a word of its own, then GPT-2's rule
 LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
 GPT2 = ("gpt-2",)
 

@@ -573,7 +573,7 @@ def test_metadata_that_is_not_converted_is_named(tmp_path, plain, pieces, name):
     assert [file.name for file in tmp_path.iterdir()] == ["x.gguf"]
 
 
-@pytest.mark.parametrize("pre", ["default", "qwen2", "tekken", None])
+@pytest.mark.parametrize("pre", ["default", "qwen2", "starcoder", "tekken", None])
 def test_other_rules_for_words_are_refused(tmp_path, plain, pre):
     metadata = byte_level_metadata(trained(gpt2_words(), ["<s>"]), pre)
     path = write_gguf(tmp_path / "x.gguf", plain[1], metadata)
