@@ -63,7 +63,7 @@ def main() -> None:
     kinds = [rows_of(experiment, settings, key) for key in dict.fromkeys(settings.rows)]
     # The smallest budgets come first, because larger ones wait for them.
     rows = [row for same_budget in zip(*kinds, strict=True) for row in same_budget]
-    experiment.finish(rows, x_name="tokens of the longest prompt")
+    experiment.finish(rows, x_name="tokens of the longest prompt", log=True)
 
 
 if __name__ == "__main__":

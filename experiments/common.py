@@ -83,7 +83,7 @@ class Experiment:
         misprints = tuple(n for n in values if (self.dataset, key, n) in paper.MISPRINTS)
         return {"paper": values, "misprints": misprints}
 
-    def finish(self, rows: list[Row], x_name: str = "") -> None:
+    def finish(self, rows: list[Row], x_name: str = "", log: bool = False) -> None:
         """Run what is left to run; print the table, and write it with its figure."""
         settings, out = self.settings, self.settings.out
         stages, left = stages_of(rows)
@@ -98,7 +98,7 @@ class Experiment:
             table = markdown(rows, names, self.dataset)
             parts = [table, *self.notes(rows), *filter(None, [compared])]
             text = "\n\n".join(parts) + "\n"
-            drawing = figure(f"{self.title}, {settings.data}", rows, names, x_name)
+            drawing = figure(f"{self.title}, {settings.data}", rows, names, x_name, log)
             for suffix, content in ((".md", text), (".svg", drawing)):
                 with atomic_write(out / f"{self.name}{suffix}") as file:
                     file.write(content)

@@ -72,10 +72,13 @@ def paper_cell(row: Row, name: str) -> str:
     return f"*{row.paper[name]:.4f}*{'†' if name in row.misprints else ''}"
 
 
-def figure(title: str, rows: Sequence[Row], names: Sequence[str], x_name: str) -> str:
+def figure(
+    title: str, rows: Sequence[Row], names: Sequence[str], x_name: str, log: bool = False
+) -> str:
     """Return an SVG file with a panel per metric.
 
-    The panels show bars. With x_name, they show lines over the rows' groups, which are numbers.
+    The panels show bars. With x_name, they show lines over the rows' groups, which are numbers, on
+    a logarithmic axis if log.
     """
     series = list(dict.fromkeys(row.series for row in rows))
     panels = {}
@@ -89,7 +92,7 @@ def figure(title: str, rows: Sequence[Row], names: Sequence[str], x_name: str) -
             if name in row.paper:
                 marks[place] = row.paper[name]
         if x_name:
-            panels[name] = line_panel(x_name, series, values, marks)
+            panels[name] = line_panel(x_name, series, values, marks, log)
         else:
             panels[name] = bar_panel(series, values, marks)
     mark = "table 2 of the paper (other users and models)" if any(row.paper for row in rows) else ""

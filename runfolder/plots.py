@@ -51,10 +51,25 @@ def scale(marks: list[float], start: float, end: float) -> Callable[[float], flo
     return lambda value: start + (value - low) / span * (end - start)
 
 
-def axes(xs: Sequence[float], ys: Sequence[float], x_name: str) -> tuple[str, Callable, Callable]:
-    """Return the axes' markup, and the functions from x and y to the plot's units."""
-    x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
-    x_of, y_of = scale(x_ticks, LEFT, WIDTH - RIGHT), scale(y_ticks, HEIGHT - BOTTOM, TOP)
+def log_scale(marks: list[float], start: float, end: float) -> Callable[[float], float]:
+    """Return scale's function for a logarithmic axis; the marks are greater than 0."""
+    of_logs = scale([float(np.log(mark)) for mark in marks], start, end)
+    return lambda value: of_logs(float(np.log(value)))
+
+
+def axes(
+    xs: Sequence[float], ys: Sequence[float], x_name: str, log: bool = False
+) -> tuple[str, Callable, Callable]:
+    """Return the axes' markup, and the functions from x and y to the plot's units.
+
+    log: the axis of x is logarithmic, with a mark at each of xs.
+    """
+    x_ticks = sorted(set(xs)) if log else ticks(min(xs), max(xs))
+    y_ticks = ticks(min(ys), max(ys))
+    # Marks at the values themselves leave no room at the ends, so they get some.
+    aside = 20 if log else 0
+    x_of = (log_scale if log else scale)(x_ticks, LEFT + aside, WIDTH - RIGHT - aside)
+    y_of = scale(y_ticks, HEIGHT - BOTTOM, TOP)
     markup = ""
     for y in y_ticks:
         markup += tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y_of(y), y2=y_of(y), class_="axis")
@@ -147,12 +162,16 @@ def _interval(x1: float, x2: float, y1: float, y2: float, color: str) -> str:
 
 
 def line_panel(
-    x_name: str, series: Sequence[str], values: dict[tuple, Point], marks: dict[tuple, float]
+    x_name: str,
+    series: Sequence[str],
+    values: dict[tuple, Point],
+    marks: dict[tuple, float],
+    log: bool = False,
 ) -> Panel:
-    """Return a panel with a line per series; values and marks: by (x, series)."""
+    """Return a panel with a line per series; values and marks: by (x, series); log: of x."""
     xs = [x for x, _ in (*values, *marks)]
     ys = [y for _, low, high in values.values() for y in (low, high)]
-    drawing, x_of, y_of = axes(xs, [*ys, *marks.values()], x_name)
+    drawing, x_of, y_of = axes(xs, [*ys, *marks.values()], x_name, log)
     for i, (name, color) in enumerate(zip(series, COLORS, strict=False)):
         # Shifted a little, so that series do not hide each other's intervals.
         aside = 6 * (i - (len(series) - 1) / 2)

@@ -36,3 +36,22 @@ def test_a_line_goes_through_its_points():
     assert root.find("polyline").get("points") == " ".join(f"{x},{y}" for x, y in points)
     assert points[0][0] < points[1][0]
     assert points[0][1] > points[1][1]
+
+
+def test_a_logarithmic_axis_has_its_marks_at_the_values():
+    values = {(x, "a"): (0.5, 0.4, 0.6) for x in (256, 512, 2048)}
+    panel = plots.line_panel("tokens", ["a"], values, {}, log=True)
+    root = ET.fromstring(f"<g>{panel.markup}</g>")
+    xs = [float(circle.get("cx")) for circle in root.iter("circle")]
+    assert xs[2] - xs[1] == pytest.approx(2 * (xs[1] - xs[0]), abs=0.2)
+    texts = {text.text: float(text.get("x")) for text in root.iter("text")}
+    assert [texts[x] for x in ("256", "512", "2048")] == pytest.approx(xs, abs=0.1)
+
+
+def test_each_of_six_series_has_a_color_of_its_own_in_both_modes():
+    assert len(set(plots.COLORS)) == 6
+    light, dark = plots.COLORS_AND_TEXT.split("prefers-color-scheme")
+    for color in plots.COLORS:
+        name = color.removeprefix("var(").removesuffix(")")
+        assert f"{name}: #" in light
+        assert f"{name}: #" in dark
