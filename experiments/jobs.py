@@ -93,8 +93,9 @@ class Machine:
         """Return the environment of a stage on that GPU; None: as it is."""
         if self.jobs == 1:
             return None
-        cores = len(os.sched_getaffinity(0))
-        own = {"OMP_NUM_THREADS": str(max(1, cores // self.jobs))} | os.environ
+        share = str(max(1, len(os.sched_getaffinity(0)) // self.jobs))
+        # Otherwise every stage would compile with as many processes as there are cores.
+        own = {"OMP_NUM_THREADS": share, "TORCHINDUCTOR_COMPILE_THREADS": share} | os.environ
         return own | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else {})
 
 
