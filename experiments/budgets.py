@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from experiments.common import MODEL, SUMMARIZER, Experiment, run_command
 from experiments.rows import Row
 from experiments.runs import RULE, LanguageModel, TunedSettings, language_model_run
+from experiments.stages import split_flags
 from launch.command import option, parse_settings
 from launch.numbers import positive
+from train import Settings as Training
 
 WHOLE = "whole-history"
 ROWS = {
@@ -46,7 +48,9 @@ def rows_of(experiment: Experiment, settings: Settings, key: str) -> list[Row]:
     summarizer = RULE if key == "rule" else settings.summarizer
     rows: list[Row] = []
     for budget in sorted(set(settings.budgets)):
-        values = paradigm, summarizer, settings.recommender, settings.history_items, budget
+        # The trainer's own limit needs no flag, so such runs are shared with other experiments.
+        limit = None if budget == Training.max_length else budget
+        values = paradigm, summarizer, settings.recommender, settings.history_items, limit
         found = experiment.runs(language_model_run, LanguageModel(*values))
         column = f"{ROWS[WHOLE]} within the same budget"
         against = {column: f"{ROWS[WHOLE]}, {budget} tokens"}
@@ -59,6 +63,7 @@ def rows_of(experiment: Experiment, settings: Settings, key: str) -> list[Row]:
 def main() -> None:
     """Run every kind of prompt within every budget; write the table and the figure."""
     settings = parse_settings(Settings, __doc__)
+    split_flags("train", settings.train, ["--max-length"])  # it would not be the budget
     experiment = Experiment("budgets", settings)
     kinds = [rows_of(experiment, settings, key) for key in dict.fromkeys(settings.rows)]
     # The smallest budgets come first, because larger ones wait for them.

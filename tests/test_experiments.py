@@ -442,6 +442,21 @@ def test_budgets_compare_each_kind_of_prompt_within_them(world, launched, tmp_pa
     assert all(len(line.get("points").split()) == 3 for line in lines)
 
 
+def test_the_trainer_s_own_limit_is_a_budget_whose_runs_are_shared(world, launched):
+    settings = world.settings | world.models
+    done = experiment("budgets", **settings, budgets=2048, rows=["whole-history", "hierarchical"])
+    assert launched == []  # table 2 has made them
+    rows = {row["name"]: row for row in rows_of(world, "budgets")}
+    table = {row["name"]: row for row in rows_of(world, "table2")}
+    own, theirs = rows["whole history, 2048 tokens"], table["TALLRec (whole history)"]
+    assert own["measured"] == theirs["measured"]
+    assert "nothing to run" in done.stdout
+    settings["train"] = "--epochs 1 --max-length 99"
+    refused = experiment("budgets", **settings, budgets=2048, check=False)
+    assert refused.returncode == 2
+    assert "--train: the experiment sets --max-length itself" in refused.stderr
+
+
 # ---- What is refused
 
 
