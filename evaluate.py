@@ -34,10 +34,10 @@ from launch.processes import (
     ranks,
     run_script,
 )
-from llama import Config, Llama, compile_layers
+from llama import Llama, compile_layers
 from lora import load_adapter
-from models.hub import DTYPES, find_model, load_config, load_model
-from models.tokenizer import Tokenizer
+from models.chat import Form
+from models.hub import DTYPES, find_model, load_config, load_form, load_model
 from ops.cache import PrefixCache
 from ops.checkpoint import fingerprint
 from ops.packs import Pack, padded_select
@@ -56,7 +56,7 @@ from trsr import Example, InputError, Recommender
 
 # What an evaluation takes from the run's training, unless a flag says otherwise; dtype too.
 INHERITED = ("data", "model", "revision", "paradigm", "history_items", "max_length")
-INHERITED += ("prompt",)
+INHERITED += ("prompt", "chat")
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ class Settings(Shared):
     history_items: int = 0
     max_length: int = 0
     prompt: str | None = None  # its words, with placeholders for texts
+    chat: bool = False  # in the form of the model's chat template
     epochs: str = ""  # how many of how many, if not all are trained
     question: Question | None = None  # which names the files
 
@@ -114,15 +115,19 @@ def resolve(flags: Settings) -> Settings:
 # ---- From users to packs
 
 
-def prompt_budget(folder: Path, config: Config, max_length: int) -> trsr.Budget:
+def prompt_budget(folder: Path, form: Form, max_length: int) -> trsr.Budget:
     """Return the token budget of a recommendation prompt for the model in folder."""
-    tokenizer = Tokenizer(folder, config.vocab_size)
-    context = min(max_length, config.max_position_embeddings)
-    return trsr.Budget(context - 1, tokenizer.encode, Counter())  # one token is the answer's
+    context = min(max_length, load_config(folder).max_position_embeddings)
+    return trsr.Budget(context - 1, form.encode, Counter())  # one token is the answer's
 
 
 def make_recommender(
-    settings, folder: Path, domain: trsr.Domain, items: dict[str, str], examples: list[Example]
+    settings,
+    folder: Path,
+    form: Form,
+    domain: trsr.Domain,
+    items: dict[str, str],
+    examples: list[Example],
 ) -> tuple[Recommender, tuple[int, int]]:
     """Return what makes the examples' prompts for the model in folder, and the answers' ids.
 
@@ -131,7 +136,7 @@ def make_recommender(
     """
     needed = settings.paradigm in trsr.SUMMARIZED
     summaries = load_summaries(settings.run, items, examples) if needed else {}
-    budget = prompt_budget(folder, load_config(folder), settings.max_length)
+    budget = prompt_budget(folder, form, settings.max_length)
     prompt = settings.paradigm, domain, items, summaries, settings.history_items
     return Recommender(*prompt, budget), trsr.answer_ids(budget.encode, domain)
 
@@ -141,9 +146,12 @@ def make_recommender(
 
 @torch.no_grad()
 def scored(
-    model: Llama, packs: Iterable[Pack], vocabulary: Sequence[int]
+    model: Llama, packs: Iterable[Pack], vocabulary: Sequence[int], total: bool = False
 ) -> Iterator[tuple[Pack, list]]:
-    """Yield (pack, fp32 logits of vocabulary after each leaf's last token), pack by pack."""
+    """Yield (pack, fp32 logits of vocabulary after each leaf's last token), pack by pack.
+
+    total: followed by the log of the sum of exp(logit) over the whole vocabulary.
+    """
     device = next(model.parameters()).device
     # The answers' columns are chosen on the device: a list as index would make the host wait.
     columns = on_device(torch.tensor(vocabulary), device)
@@ -163,8 +171,10 @@ def scored(
         inputs = here.ids[None, first:], here.positions[None, first:], here.mask(first)
         cache = prefix if pack.shared_prefix else None
         select = padded_select([row - first for row in pack.leaves.values()], device)
-        logits = model(*inputs, cache, select=select, vocabulary=columns)[: len(pack.leaves)]
-        running.append((pack, HostCopy(logits.float())))
+        logits = model(*inputs, cache, select, None if total else columns).float()
+        if total:
+            logits = torch.cat((logits[:, columns], logits.logsumexp(-1, keepdim=True)), dim=-1)
+        running.append((pack, HostCopy(logits[: len(pack.leaves)])))
 
         # A result is read only when the GPU has the next pack to work on.
         if len(running) > 1:
@@ -186,7 +196,8 @@ def score_packs(model: Llama, packs: Iterable[Pack], vocabulary: Sequence[int]) 
 class Scores:
     """What scoring found, of all processes together."""
 
-    logits: dict[tuple[int, int], list[float]]  # (Yes, No) by (user, candidate)
+    # Yes, No, and the log of the sum over the vocabulary, by (user, candidate).
+    logits: dict[tuple[int, int], list[float]]
     prompt_tokens: Counter  # the longest prompt by user
     trimmed: Counter
 
@@ -197,7 +208,7 @@ def score_users(
     """Score this process's packs; every process gets the scores of all."""
     logits, longest = {}, Counter()
     # A thread fills the next packs while this one is on the GPU.
-    for pack, found in scored(model, prefetch(packs), answers):
+    for pack, found in scored(model, prefetch(packs), answers, total=True):
         logits.update(zip(pack.leaves, found, strict=True))
         for (user, _), row in pack.leaves.items():  # a leaf's position is its prompt's length
             longest[user] = max(longest[user], int(pack.positions[row]) + 1)
@@ -251,11 +262,12 @@ def main() -> None:
 
     # The users, and what makes their prompts.
     folder = find_model(settings.model, settings.revision)
+    form = load_form(folder, settings.chat)
     domain, items, splits = load_dataset(settings.data, ("train", settings.split))
     examples = splits[settings.split][: settings.users]
-    words = wording(settings.paradigm, domain)["recommend"]
+    words = wording(settings.paradigm, domain, form.show)["recommend"]
     check_trained_on(settings.run, settings.model, fingerprint(folder), words)
-    recommender, answers = make_recommender(settings, folder, domain, items, examples)
+    recommender, answers = make_recommender(settings, folder, form, domain, items, examples)
     ranking = Ranking.of(recommender, examples)
     if rank == 0:
         tokens = recommender.budget.tokens
@@ -275,11 +287,18 @@ def main() -> None:
     print(format_table(table))
     print("below each mean is its 95 % interval over users")
     print(f"{len(examples)} users in {seconds:.1f} s; peak {peak_memory(device)}")
-    for what, number in scores.trimmed.items():
-        print(f"trimmed to the context: {number} {what}")
+    tell(scores)
     question = settings.question
     page = f", {write_report(question)}" if settings.report else ""
     print(f"wrote   {question.results}, {question.scores}{page}")
+
+
+def tell(scores: Scores) -> None:
+    """Print what is worth knowing of the prompts."""
+    mass = trsr.answer_mass(scores.logits.values())
+    print(f"Yes and No together have {mass:.1%} of the probability of the next token")
+    for what, number in scores.trimmed.items():
+        print(f"trimmed to the context: {number} {what}")
 
 
 def announce(settings: Settings, n_users: int, tokens: int, where: str) -> None:
@@ -324,6 +343,8 @@ def write_results(
     names = ("data", "split", "model", "row", "paradigm", "prompt", "epochs")
     about = {name: getattr(settings, name) for name in names}
     about |= {"users": len(examples), "table": table, "trimmed": dict(scores.trimmed)}
+    # Rounded, since the order of the packs may change the last digits.
+    about["answer_mass"] = round(trsr.answer_mass(scores.logits.values()), 6)
     write_json(settings.question.results, about)
     return table
 

@@ -24,25 +24,29 @@ from torch import Tensor
 from tqdm import tqdm
 
 import trsr
-from files.jsonl import append_jsonl, read_jsonl, write_jsonl
+from batches.tasks import Writer, run_tasks
+from files.jsonl import write_json, write_jsonl
 from launch import numbers
 from launch.command import Shared, option, parse_settings
 from launch.embedded import DATA, MODEL, make_missing
 from launch.estimate import expected_slots, rows_that_fit
 from launch.processes import gather, join_processes, peak_memory, ranks, run_script, share_out
 from llama import Llama, compile_layers
-from models.hub import DTYPES, find_model, load_model
-from models.tokenizer import Tokenizer
-from ops.cache import KVCache, PackWriter
+from models.chat import Form, has_template
+from models.hub import DTYPES, find_model, load_form, load_model
+from models.stops import PLAIN, Choice, StopTexts
+from ops.cache import PackWriter
 from ops.checkpoint import fingerprint
 from ops.graph import StepGraph
 from ops.int8 import WAYS
 from ops.masks import length_mask
 from ops.packs import Pack, common_prefix, group_prompts, pack_trees, padded_select, rounded_up
+from ops.penalties import TextCache
 from prepare.dataset import default_model, load_dataset
 from prepare.domains import wording
+from runfolder.quality import quality_of
 from state.settings import claim_config, locked, read_config
-from state.summaries import FIELDS, collect_records
+from state.summaries import append_record, collect_records, users_left
 
 PREFILL_TOKENS = 8192  # of prompts that a GPU reads at once
 
@@ -57,6 +61,13 @@ class Settings(Shared):
     block_size: int = option(5, "items per block", numbers.positive)
     max_new_tokens: int = option(150, "longest summary, in tokens", numbers.positive)
     max_length: int = option(2048, "longest prompt with its summary", numbers.positive)
+    no_chat: bool = option(False, "ask in the plain form, though the model has a chat template")
+    repetition_penalty: float = option(
+        1.0, "divides the odds of tokens that are there; 1: off", numbers.positive_real
+    )
+    no_repeat_ngram_size: int = option(
+        0, "no so many tokens occur twice in a row; 0: off", numbers.natural
+    )
     int8: str | None = option(
         None, "8-bit weights, ours or the paper's", nargs="?", choices=WAYS, const="weights"
     )
@@ -64,12 +75,13 @@ class Settings(Shared):
         None, "prompts decoded together (unset: what fits, on CPUs 16)", numbers.positive
     )
 
-    def recorded(self, folder: Path, domain: trsr.Domain) -> dict:
+    def recorded(self, folder: Path, form: Form, domain: trsr.Domain) -> dict:
         """Return what determines a summary besides the history: a run is made with one of these."""
         # The batch size and the machine change nothing but rounding.
         names = "data model paradigm block_size max_new_tokens max_length int8 dtype"
+        names += " repetition_penalty no_repeat_ngram_size"
         kept = {name: getattr(self, name) for name in names.split()}
-        words = wording(self.paradigm, domain)
+        words = wording(self.paradigm, domain, form.show)  # with the chat template's, if any
         words.pop("recommend")  # no summary depends on it
         return kept | {"fingerprint": fingerprint(folder), "prompts": words}
 
@@ -88,20 +100,22 @@ def resolve(flags: Settings, device: torch.device) -> Settings:
 
 @torch.inference_mode()
 def generate_slowly(
-    model: Llama, prompt: list[int], max_new_tokens: int, eos_ids: Sequence[int]
+    model: Llama,
+    prompt: list[int],
+    max_new_tokens: int,
+    eos_ids: Sequence[int],
+    choice: Choice = PLAIN,
 ) -> list[int]:
-    """Return the greedy continuation of a prompt, up to and without an end token.
+    """Return the greedy continuation of a prompt, without an end token but with a stop text.
 
     Reads the whole text again for every token; the Generator below gives the same ids.
     """
-    device, written = model.lm_head.weight.device, []
-    while len(written) < max_new_tokens:
+    device, written, ended = model.lm_head.weight.device, [], None
+    while ended is None:
         logits = model(torch.tensor([prompt + written], device=device))[0, -1]
-        token = int(logits.argmax())
-        if token in eos_ids:  # the end token is not part of the text
-            break
-        written.append(token)
-    return written
+        written.append(choice.slowly(logits, prompt + written))
+        ended = choice.ending(written, eos_ids, max_new_tokens)
+    return written[:-1] if ended == "end" else written  # the end token is not part of the text
 
 
 # ---- Greedy generation with a cache
@@ -119,6 +133,10 @@ class Row:
     key: object
     prompt: list[int]
     tokens: list[int]
+    ended: str | None = None  # how, once it is done: by an end token, the limit, or the next turn
+
+    def __iter__(self) -> Iterator:
+        return iter((self.key, self.tokens))  # what most callers want of a text
 
     @property
     def length(self) -> int:
@@ -130,17 +148,23 @@ class Generator:
     """Greedy continuations of prompts that may be submitted at any time, in `rows` at once."""
 
     def __init__(
-        self, model: Llama, rows: int, max_new_tokens: int, eos_ids: Sequence[int], slots: int = 0
+        self,
+        model: Llama,
+        rows: int,
+        max_new_tokens: int,
+        eos_ids: Sequence[int],
+        slots: int = 0,
+        choice: Choice = PLAIN,
     ):
         self.model, self.n_rows = model, rows
-        self.max_new_tokens, self.eos_ids = max_new_tokens, eos_ids
+        self.max_new_tokens, self.eos_ids, self.choice = max_new_tokens, eos_ids, choice
         self.waiting: deque[tuple[object, list[int]]] = deque()
         self.rows: list[Row] = []  # they use the first rows of the cache
 
         weight, c = model.lm_head.weight, model.config
         self.device, self.on_gpu = weight.device, weight.device.type == "cuda"
         shape = (rows, c.num_key_value_heads, slots, c.head_dim)
-        self.cache = KVCache(c.num_hidden_layers, shape, weight.device, weight.dtype)
+        self.cache = choice.cache(c.num_hidden_layers, shape, weight.device, weight.dtype)
         # The graph reads its tokens and positions from here.
         self.inputs = torch.zeros(2, rows, dtype=torch.long, device=weight.device)
         self.graph: StepGraph | None = None
@@ -153,10 +177,10 @@ class Generator:
             self.waiting.extend(prompts)
 
     @torch.inference_mode()
-    def step(self) -> list[tuple[object, list[int]]]:
-        """Read waiting prompts, or write a token in every row; return (key, tokens) of those done.
+    def step(self) -> list[Row]:
+        """Read waiting prompts, or write a token in every row; return those done.
 
-        The tokens are without an end token.
+        Their tokens are without an end token, but with the stop text that ended them.
         """
         if due := self._prompts_due():
             # Reading writes a token too: the first one of each text.
@@ -192,6 +216,7 @@ class Generator:
         first = len(self.rows)
         self.rows += [Row(key, ids, []) for key, ids in prompts]
         self._make_room(max(len(ids) for _, ids in prompts) + self.max_new_tokens)
+        self.cache.begin(first, [ids for _, ids in prompts])
 
         trees, prompt_of = group_prompts([ids for _, ids in prompts])
         size, pad_to = 2048, 1
@@ -204,7 +229,7 @@ class Generator:
             here, writers = pack.to(self.device), self._writers(pack, row_of, pad_to)
             select = padded_select(list(pack.leaves.values()), self.device)
             logits = self.model(here.ids[None], here.positions[None], here.mask(), writers, select)
-            tokens = logits[: len(pack.leaves)].argmax(-1).tolist()
+            tokens = self.cache.choose_first(logits, list(row_of.values())).tolist()
             for row, token in zip(row_of.values(), tokens, strict=True):
                 self.rows[row].tokens.append(token)
 
@@ -251,23 +276,25 @@ class Generator:
 
     # -- 4. Rows that are done make room
 
-    def ends(self, row: Row) -> bool:
-        """Return whether the row is done."""
-        return row.tokens[-1] in self.eos_ids or len(row.tokens) == self.max_new_tokens
+    def ending(self, row: Row) -> str | None:
+        """Return how the row ends with its last token, or None if it does not."""
+        return self.choice.ending(row.tokens, self.eos_ids, self.max_new_tokens)
 
-    def _take_done(self) -> list[tuple[object, list[int]]]:
-        """Remove the rows that are done; return their (key, tokens)."""
+    def _take_done(self) -> list[Row]:
+        """Remove the rows that are done and return them."""
         done = []
         for i in reversed(range(len(self.rows))):  # backwards, since rows move down
             row = self.rows[i]
-            if not self.ends(row):
+            row.ended = self.ending(row)
+            if row.ended is None:
                 continue
-            written = row.tokens[:-1] if row.tokens[-1] in self.eos_ids else row.tokens
-            done.append((row.key, written))
+            done.append(row)
             last = self.rows.pop()
             if last is not row:  # the last row moves into the gap, so those in use come first
                 self.rows[i] = last
                 self.cache.move(len(self.rows), i, last.length)
+            if row.ended == "end":
+                row.tokens.pop()  # the end token is not part of the text
         return done
 
     def shrink(self) -> None:
@@ -279,7 +306,9 @@ class Generator:
         torch.cuda.empty_cache()
 
 
-def decode(model: Llama, tokens: Tensor, positions: Tensor, cache: KVCache, visible: int) -> Tensor:
+def decode(
+    model: Llama, tokens: Tensor, positions: Tensor, cache: TextCache, visible: int
+) -> Tensor:
     """Read one token per row (B,) at positions (B,); return the next tokens (B,).
 
     visible: the slots that any row may look at.
@@ -288,50 +317,8 @@ def decode(model: Llama, tokens: Tensor, positions: Tensor, cache: KVCache, visi
         mask = length_mask(positions, visible)
     else:
         mask = torch.arange(visible) <= positions[:, None, None, None]  # (B, 1, 1, S)
-    return model(tokens[:, None], positions[:, None], mask, cache.layers)[:, -1].argmax(-1)
-
-
-# ---- From prompts to summaries
-
-
-class Writer:
-    """Answers prompts, texts in and texts out: the engine that trsr.run_tasks drives."""
-
-    def __init__(self, generator: Generator, tokenizer: Tokenizer, bar: tqdm | None = None):
-        self.generator, self.tokenizer, self.bar = generator, tokenizer, bar
-        self.written = 0  # tokens so far
-
-    def has_room(self) -> bool:
-        """Return whether to start another user: there should always be prompts for free rows."""
-        return len(self.generator.waiting) < self.generator.n_rows
-
-    def submit(self, prompts: list[tuple[object, str]], first: bool) -> None:
-        """Queue (key, prompt) pairs; `first`: before those of users who have not started."""
-        keys, texts = zip(*prompts, strict=True)
-        ids = self.tokenizer.encode(list(texts))
-        self.generator.submit(zip(keys, ids, strict=True), first)
-
-    def finished(self) -> list[tuple[object, str]]:
-        """Work for a step; return the (key, answer) pairs that it completed."""
-        try:
-            done = self.generator.step()
-        except torch.OutOfMemoryError:
-            self._lower_batch_size()
-            return []  # the unfinished prompts are in the queue again
-        self.written += sum(len(ids) for _, ids in done)
-        if self.bar is not None:
-            rate = self.written / max(self.bar.format_dict["elapsed"], 1e-9)
-            self.bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=bool(done))
-        return [(key, self.tokenizer.decode(ids)) for key, ids in done]
-
-    def _lower_batch_size(self) -> None:
-        if self.generator.n_rows == 1:
-            what = "out of memory with one prompt per batch"
-            raise trsr.InputError(f"{what}; lower --max-length, or use --int8") from None
-        self.generator.shrink()
-        if self.bar is not None:
-            rows = self.generator.n_rows
-            self.bar.write(f"out of memory: continuing with {rows} prompts per batch")
+    logits = model(tokens[:, None], positions[:, None], mask, cache.layers)[:, -1]
+    return cache.choose(logits, tokens, positions)
 
 
 # ---- The command
@@ -347,17 +334,17 @@ def main() -> None:
     domain, items, splits = load_dataset(settings.data, ("train", "val", "test"))
     texts = {e.user: [items[i] for i in e.history] for e in chain(*splits.values())}
     folder = find_model(settings.model, settings.revision)
-    recorded = settings.recorded(folder, domain)
+    form = load_form(folder, chat=has_template(folder) and not settings.no_chat)
+    recorded = settings.recorded(folder, form, domain)
     model = load_model(folder, device, DTYPES[settings.dtype], int8=settings.int8)
-    tokenizer = Tokenizer(folder, model.config.vocab_size)
     context = min(settings.max_length, model.config.max_position_embeddings)
-    budget = trsr.Budget(context - settings.max_new_tokens, tokenizer.encode, Counter())
-    generator = make_generator(model, settings, texts, domain, budget, tokenizer)
+    budget = trsr.Budget(context - settings.max_new_tokens, form.encode, Counter())
+    generator = make_generator(model, settings, texts, domain, budget, form)
 
     with locked(settings.run, hold=rank == 0):
         if rank == 0:
-            done = collect_records(settings.run)
-            claim_config(settings.run, "summarize", recorded, started=bool(done))
+            started = bool(collect_records(settings.run))
+            claim_config(settings.run, "summarize", recorded, started)
         gather(None)  # nobody reads before the first process has collected
         # A user whose key has not changed is not summarized again.
         keys = {u: trsr.content_hash([recorded, history]) for u, history in texts.items()}
@@ -365,18 +352,18 @@ def main() -> None:
         if rank == 0:
             announce(settings, len(texts), len(pending), generator)
 
-        # This process's share of the users, each written as soon as it is done.
-        mine = own_users(pending, texts)
+        mine = own_users(pending, texts)  # each is written as soon as it is done
         with tqdm(total=len(mine), unit="user", disable=rank > 0) as bar:
-            writer = Writer(generator, tokenizer, bar)
+            writer = Writer(generator, form, bar)
             tasks = summarization_tasks(mine, settings, domain, budget)
-            for user, root in trsr.run_tasks(tasks, writer):
-                append_record(settings, user, keys[user], root)
+            for user, root in run_tasks(tasks, writer):
+                about = {"user": user, "paradigm": settings.paradigm, "key": keys[user]}
+                append_record(settings.run, rank, about, root, writer.ends.pop(user, {}))
                 bar.update()
 
         trimmed = sum(gather(budget.trimmed), Counter())
         if rank == 0:
-            conclude(settings, list(texts), context, trimmed, peak_memory(device))
+            conclude(settings, texts, context, trimmed, peak_memory(device))
 
 
 def own_users(users: list[str], texts: dict[str, list[str]]) -> dict[str, list[str]]:
@@ -385,20 +372,13 @@ def own_users(users: list[str], texts: dict[str, list[str]]) -> dict[str, list[s
     return {users[i]: texts[users[i]] for i in share_out(sizes, world)[rank]}
 
 
-def users_left(run: Path, keys: dict[str, str]) -> list[str]:
-    """Return the users without a summary that has their key."""
-    records = read_jsonl(run / "summaries.jsonl", FIELDS)
-    done = {record["user"]: record["key"] for _, record in records}
-    return [user for user in keys if done.get(user) != keys[user]]
-
-
 def make_generator(
     model: Llama,
     settings: Settings,
     texts: dict[str, list[str]],
     domain: trsr.Domain,
     budget: trsr.Budget,
-    tokenizer: Tokenizer,
+    form: Form,
 ) -> Generator:
     """Return a generator with --batch-size rows, or as many as the GPU's memory holds."""
     device, new = model.lm_head.weight.device, settings.max_new_tokens
@@ -409,7 +389,10 @@ def make_generator(
     rows = settings.batch_size or rows_that_fit(model, slots, PREFILL_TOKENS, device)
     if device.type == "cuda" and settings.int8 != "bitsandbytes" and not settings.no_compile:
         compile_layers(model)
-    return Generator(model, rows, new, tokenizer.end_ids(model.config.eos_token_id), slots)
+    ends = form.tokenizer.end_ids((*model.config.eos_token_id, *form.end_ids))
+    stops = StopTexts(form.tokenizer, form.stops) if form.stops else None
+    choice = Choice(settings.repetition_penalty, settings.no_repeat_ngram_size, stops)
+    return Generator(model, rows, new, ends, slots, choice)
 
 
 def summarization_tasks(
@@ -421,13 +404,6 @@ def summarization_tasks(
     users = sorted(texts, key=lambda user: -len(texts[user]))
     for user in users:
         yield user, paradigm(texts[user], domain, budget, settings.block_size)
-
-
-def append_record(settings: Settings, user: str, key: str, root: trsr.Node) -> None:
-    """Append a finished user to this process's part of summaries.jsonl."""
-    record = {"user": user, "paradigm": settings.paradigm, "key": key}
-    part = settings.run / f"summaries.part{ranks()[0]}.jsonl"
-    append_jsonl(part, record | {"summary": root["summary"], "tree": root})
 
 
 def announce(settings: Settings, n_users: int, n_left: int, generator: Generator) -> None:
@@ -446,14 +422,18 @@ def announce(settings: Settings, n_users: int, n_left: int, generator: Generator
 
 
 def conclude(
-    settings: Settings, users: list[str], context: int, trimmed: Counter, peak: str
+    settings: Settings, texts: dict[str, list[str]], context: int, trimmed: Counter, peak: str
 ) -> None:
-    """Merge what the processes wrote, in the order of users, and print the next command."""
+    """Merge what the processes wrote, in the order of users; print its worth, and what is next."""
     found, path = collect_records(settings.run), settings.run / "summaries.jsonl"
-    write_jsonl(path, [found[user] for user in users])
+    found = {user: found[user] for user in texts}
+    write_jsonl(path, found.values())
+    quality = quality_of(found, texts)
+    write_json(settings.run / "quality.json", quality.record())
+    print("\n".join(quality.lines()))
     for what, count in trimmed.items():
         print(f"trimmed to the context of {context} tokens: {count} {what}")
-    print(f"wrote   {path} ({len(users)} users); peak {peak}")
+    print(f"wrote   {path} ({len(texts)} users); peak {peak}")
     same = f"--data {settings.data} --model {settings.model} --run {settings.run}"
     print(f"next    python train.py {same}")
 

@@ -36,7 +36,8 @@ from launch.processes import all_reduce, join_processes, peak_memory, prefetch, 
 from launch.progress import StepBar
 from llama import Llama, compile_layers
 from lora import LoRAConfig, apply_lora
-from models.hub import DTYPES, attention_names, find_model, load_model
+from models.chat import Form
+from models.hub import DTYPES, attention_names, find_model, load_form, load_model
 from ops.checkpoint import fingerprint
 from ops.packs import Tree
 from prepare.dataset import default_model, load_dataset
@@ -66,6 +67,7 @@ class Settings(Shared):
         None, "what the prompt shows (unset: the run's)", choices=trsr.PARADIGMS, group="prompt"
     )
     history_items: int = option(3, "recent items in the prompt", numbers.natural)
+    chat: bool = option(False, "ask in the form of the model's chat template")
     max_length: int = option(2048, "longest prompt with its answer, in tokens", numbers.positive)
 
     epochs: int = option(8, "passes over the training users", numbers.positive, "optimization")
@@ -235,7 +237,7 @@ class Trainer:
         settings: Settings,
         model: Llama,
         trees: list[Tree],  # of the training users
-        users: list[str],  # their names
+        users: list[Example],
         batching: Batching,
         validation: Validation,
     ):
@@ -306,7 +308,7 @@ class Trainer:
             way = "lower --pack-tokens, or add --activation-checkpointing"
             raise InputError(f"out of memory with {what}; {way}") from None
         except FloatingPointError as error:
-            who = ", ".join(self.users[u] for u in step.users)
+            who = ", ".join(self.users[u].user for u in step.users)
             way = f"lower --lr, or look at the data of its users: {who}"
             raise InputError(f"step {self.progress.step + 1}: {error}; {way}") from None
 
@@ -369,20 +371,20 @@ def main() -> None:
     train, val = splits["train"], splits["val"]
     check_batch_size(settings.batch_size, train)
     folder = find_model(settings.model, settings.revision)
-    recommender, answers = make_recommender(settings, folder, domain, items, train + val)
+    form = load_form(folder, settings.chat)
+    recommender, answers = make_recommender(settings, folder, form, domain, items, train + val)
     model = load_base(settings, folder)
 
     with locked(settings.run, hold=rank == 0):
         if rank == 0:
-            claim(settings, folder, recommender, train + val)
+            claim(settings, folder, form, recommender, train + val)
         if (epochs_done(settings.run) or 0) >= settings.epochs:
             return conclude(settings, f"done    {settings.run}: all epochs were trained before")
         if rank == 0:
             announce(settings, model, len(train), len(val), recommender.budget.tokens)
 
         # Every prompt as token ids: trees to learn from, packs to validate on.
-        users = [(example, [example.positive, *example.negatives]) for example in train]
-        prompts = Prompts(recommender, users, answers)
+        prompts = Prompts.to_learn(recommender, train, answers)
         trees = list(tokenize(prompts, batching.workers, show=rank == 0))
         ranking = Ranking.of(recommender, val)
         packs = user_packs(ranking, range(len(val)), batching, show=rank == 0)
@@ -393,8 +395,7 @@ def main() -> None:
             return
 
         place(model, settings, device)
-        names = [example.user for example in train]
-        Trainer(settings, model, trees, names, batching, validation).fit()
+        Trainer(settings, model, trees, train, batching, validation).fit()
         wrote = settings.run / ("adapter" if settings.lora_r else "model")
         conclude(settings, f"wrote   {wrote}; peak {peak_memory(device)}")
 
@@ -412,13 +413,14 @@ def load_base(settings: Settings, folder: Path) -> Llama:
 
 
 def claim(
-    settings: Settings, folder: Path, recommender: Recommender, examples: list[Example]
+    settings: Settings, folder: Path, form: Form, recommender: Recommender, examples: list[Example]
 ) -> None:
     """Record the settings and hashes of all that is used; InputError if the run has others."""
     run, texts = settings.run, [recommender.items, recommender.summaries]
     content = trsr.content_hash([*texts, [vars(example) for example in examples]])
     recorded = settings.recorded() | {"fingerprint": fingerprint(folder), "content": content}
-    recorded["prompt"] = wording(settings.paradigm, recommender.domain)["recommend"]
+    words = wording(settings.paradigm, recommender.domain, form.show)
+    recorded["prompt"] = words["recommend"]
     started = any((run / kind).is_dir() for kind in ("checkpoint", "adapter", "model"))
     if not settings.dry_run:  # which leaves nothing behind
         claim_config(run, "train", recorded, started)

@@ -7,7 +7,7 @@ Read this file first, from top to bottom; it follows section 4 of the paper:
     prompts     what the model is asked, to summarize and to recommend       4.1 to 4.3
     answers     logits of Yes and No -> a probability                        equations 2, 3
     ranking     ranks -> Recall, MRR, NDCG                                   5.2.1
-    budgets     what is trimmed from a prompt that is too long; then many users at once
+    budgets     what is trimmed from a prompt that is too long
 
 It knows neither the model nor torch. A language model appears only as functions: `generate` turns
 prompts into texts, `encode` turns texts into token ids.
@@ -17,8 +17,8 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -49,6 +49,8 @@ _HEADER = re.compile(
     re.IGNORECASE,
 )
 _CONTROL_TOKEN = re.compile(r"<(/?s|unk|pad|\|[^<>]*?\|)>", re.IGNORECASE)
+# What ends a turn as plain text in some models' chat templates, such as Llama 2's.
+_TURN = re.compile(r"\[ ?(/?INST) ?\]|<< ?(/?SYS) ?>>|<((?:start|end)_of_turn)>", re.IGNORECASE)
 
 
 def item_text(attributes: dict[str, str]) -> str:
@@ -60,12 +62,14 @@ def item_text(attributes: dict[str, str]) -> str:
 def clean(text: str) -> str:
     """Return text on one line, without anything that could pass for the prompt's own structure.
 
-    Control characters and runs of white space become one space; `###`, a bracketed section header
-    and a control token such as `</s>` lose the characters that make them one.
+    Control characters and runs of white space become one space; `###`, a bracketed section header,
+    a control token such as `</s>` and a sign of a turn such as `[INST]` lose the characters that
+    make them one.
     """
     text = "".join(" " if ord(c) < 32 or 127 <= ord(c) < 160 else c for c in text)
     text = " ".join(text.split())  # a line break would end the list that the text is in
     text = _CONTROL_TOKEN.sub(r"(\1)", _HEADER.sub(r"(\1)", text))
+    text = _TURN.sub(lambda found: f"({found[found.lastindex]})", text)
     return re.sub(r"#{3,}", "#", text)
 
 
@@ -78,7 +82,7 @@ def numbered(texts: Iterable[str]) -> str:
 #
 # A paradigm is a generator for one user. It yields the prompts that it needs answered now, receives
 # the answers, and returns the root of the tree of summaries. It never calls a model, so the same
-# code serves one user in a loop (solve) and thousands at once (run_tasks, at the end).
+# code serves one user in a loop (solve) and thousands at once (batches/tasks.py).
 
 Node = dict  # {"summary": str} and "items": [first, end], "previous": Node, or "children": [Node]
 Summarization = Generator[list[str], list[str], Node]
@@ -159,6 +163,9 @@ def group_summaries(layer: list[Node], domain: "Domain", budget: "Budget") -> li
 
 
 # ---- Prompts (figures 3, 4, 6, 7 and 8): the paper's headers, instructions in our own words
+#
+# A prompt is a message of the user to the model. How a model is told where the message begins and
+# ends is its form: the plain one below, or that of its own chat template (models/chat.py).
 
 
 @dataclass(frozen=True)
@@ -174,19 +181,23 @@ class Domain:
 
 
 MERGE_HEADER = "User Preferences Summaries"
+STOP_TEXTS = ("### User", "### Assistant")  # a model that writes one goes on with another turn
+
+
+def plain_turn(message: str) -> str:
+    """Return a message in the plain form, with the cue to answer."""
+    return f"### User:\n{message}\n\n### Assistant:\n"
 
 
 def build_prompt(instruction: str, *sections: tuple[str, str]) -> str:
-    """Return the instruction, the sections under bracketed headers, and the cue to answer."""
-    parts = [f"### User:\n{instruction}"]
-    parts += [f"[{header}]\n{body}" for header, body in sections]
-    return "\n\n".join([*parts, "### Assistant:\n"])
+    """Return the message: the instruction, then the sections under bracketed headers."""
+    return "\n\n".join([instruction, *(f"[{header}]\n{body}" for header, body in sections)])
 
 
 def list_prompt(
     instruction: str, header: str, texts: list[str], trimmed: str, budget: "Budget"
 ) -> str:
-    """Return the prompt about a numbered list of texts, each cut at its end if need be."""
+    """Return the message about a numbered list of texts, each cut at its end if need be."""
 
     def build(limit: int) -> list[str]:
         return [build_prompt(instruction, (header, numbered(cut(texts, limit))))]
@@ -221,9 +232,9 @@ def update_prompt(summary: str, items: list[str], domain: Domain, budget: "Budge
 def recommendation_prompts(
     paradigm: str, domain: Domain, summary: str, recent: list[str], candidates: list[str]
 ) -> list[str]:
-    """Return a prompt for each candidate: instruction, summary, recent items, candidate (figure 8).
+    """Return a message per candidate: instruction, summary, recent items, candidate (figure 8).
 
-    The prompts agree up to the candidate. recent: the item texts to show, oldest first. A section
+    The messages agree up to the candidate. recent: the item texts to show, oldest first. A section
     that the paradigm does not use, or that has nothing to show, is left out together with its
     sentence in the instruction.
     """
@@ -254,7 +265,7 @@ class Recommender:
     def prompt_ids(self, example: Example, candidates: list[str]) -> list[list[int]]:
         """Return the token ids of each candidate's prompt, all within the budget.
 
-        They agree up to the candidate. The instruction and the cue are never cut. What is too long
+        They agree up to the candidate. The instruction and the form are never cut. What is too long
         loses, in this order: the oldest recent items; the end of the summary; and if the candidate
         alone exceeds the context, the end of the candidates' texts. A user's longest candidate
         decides for all of them, so that they keep one prefix.
@@ -284,17 +295,19 @@ class Recommender:
 # ---- Answers (equations 2 and 3)
 
 
-def answer_ids(encode: Callable[[list[str]], list[list[int]]], domain: Domain) -> tuple[int, int]:
-    """Return the token ids of Yes and No as they continue the cue (equation 2).
+def answer_ids(encode: Callable[..., list[list[int]]], domain: Domain) -> tuple[int, int]:
+    """Return the token ids of Yes and No as they continue the prompt (equation 2).
 
-    Raises InputError unless each is exactly one token there, and they differ.
+    encode: of a form (models/chat.py). Raises InputError unless each is exactly one token there,
+    and they differ.
     """
-    cue = recommendation_prompts("none", domain, "", [], ["x"])[0]
-    prompt, *answered = encode([cue, *(cue + answer for answer in ANSWERS)])
+    question = recommendation_prompts("none", domain, "", [], ["x"])
+    (prompt,) = encode(question)
+    answered = [encode(question, answer)[0] for answer in ANSWERS]
     found = [ids[len(prompt) :] for ids in answered if ids[: len(prompt)] == prompt]
     if len(found) != 2 or any(len(ids) != 1 for ids in found) or found[0] == found[1]:
         yes, no = ANSWERS
-        what = f"does not write {yes} and {no} as one token each after the cue"
+        what = f"does not write {yes} and {no} as one token each after the prompt"
         raise InputError(f"the tokenizer {what}")
     return found[0][0], found[1][0]
 
@@ -308,6 +321,16 @@ def yes_probability(yes_logits: np.ndarray, no_logits: np.ndarray) -> np.ndarray
     logits = np.stack([yes_logits, no_logits]).astype(np.float64)
     weights = np.exp(logits - logits.max(axis=0))  # so that nothing overflows
     return weights[0] / weights.sum(axis=0)
+
+
+def answer_mass(logits: Iterable[Sequence[float]]) -> float:
+    """Return the mean probability, 0 to 1, that Yes and No have together.
+
+    logits: (Yes, No, log of the sum of exp(logit) over the vocabulary) of each prompt. A low value
+    means that the model would rather say something else.
+    """
+    found = np.array(list(logits), dtype=np.float64)
+    return float(np.exp(found[:, :2] - found[:, 2:]).sum(axis=1).mean())
 
 
 # ---- Ranking (section 5.2.1)
@@ -334,11 +357,11 @@ def rank_users(
 ) -> tuple[list[list[float]], list[int]]:
     """Return each user's candidate probabilities, and the rank of the positive.
 
-    logits: (Yes, No) by (index of the user, index of the candidate).
+    logits: Yes, No, and whatever follows, by (index of the user, index of the candidate).
     """
     probabilities, ranks = [], []
     for u, (example, items) in enumerate(zip(examples, candidates, strict=True)):
-        yes, no = np.array([logits[u, c] for c in range(len(items))]).T
+        yes, no = np.array([logits[u, c][:2] for c in range(len(items))]).T
         probabilities.append(yes_probability(yes, no).tolist())
         # The difference of the logits orders as the probability does, but never saturates at 1.
         try:
@@ -364,7 +387,7 @@ class Budget:
     """How many tokens a prompt may have, and a count of what was trimmed to keep to that."""
 
     tokens: int
-    encode: Callable[[list[str]], list[list[int]]]
+    encode: Callable[[list[str]], list[list[int]]]  # of messages, in the form that the model reads
     trimmed: Counter
 
     def fits(self, ids: list[list[int]]) -> bool:
@@ -422,54 +445,6 @@ def cut(texts: Iterable[str], limit: int) -> list[str]:
 def longest(texts: Iterable[str]) -> int:
     """Return the number of characters of the longest text."""
     return max(map(len, texts), default=0)
-
-
-# ---- Scheduling: the summaries of many users at once
-
-
-@dataclass
-class _Waiting:
-    """A user's summarization, the answers so far, and how many it waits for."""
-
-    task: Summarization
-    due: int
-    answers: dict[int, str] = field(default_factory=dict)
-
-
-def run_tasks(tasks: Iterable[tuple[str, Summarization]], engine) -> Iterator[tuple[str, Node]]:
-    """Yield (user, root) as users finish; each continues once its own prompts are answered.
-
-    The engine answers prompts in any order. A prompt's key is (user, number).
-        has_room() -> bool                whether another user should start
-        submit(pairs, first)              take (key, prompt) pairs, `first`: before all others
-        finished() -> pairs               work for a while; the (key, answer) pairs that are done
-    """
-    waiting: dict[str, _Waiting] = {}
-
-    def advance(user: str, task: Summarization, answers: list[str] | None):
-        """Give task its answers; yield its root if it is done, else submit what it asks next."""
-        try:
-            prompts = task.send(answers)
-        except StopIteration as end:
-            yield user, end.value
-            return
-        waiting[user] = _Waiting(task, len(prompts))
-        # A user who has begun goes before those who have not, so that users finish steadily.
-        numbered_prompts = [((user, i), prompt) for i, prompt in enumerate(prompts)]
-        engine.submit(numbered_prompts, first=answers is not None)
-
-    tasks = iter(tasks)
-    while True:
-        while engine.has_room() and (started := next(tasks, None)):
-            yield from advance(*started, None)
-        if not waiting:  # no user is under way, and none is left to start
-            return
-        for (user, i), answer in engine.finished():
-            asked = waiting[user]
-            asked.answers[i] = answer
-            if len(asked.answers) == asked.due:  # the user can go on
-                del waiting[user]
-                yield from advance(user, asked.task, [asked.answers[i] for i in range(asked.due)])
 
 
 # ---- What a result was made of

@@ -52,6 +52,12 @@ class Prompts(Dataset):
     def __init__(self, recommender: Recommender, users: list[tuple], answers=None):
         self.recommender, self.users, self.answers = recommender, users, answers
 
+    @classmethod
+    def to_learn(cls, recommender: Recommender, examples: list[Example], answers) -> "Prompts":
+        """Return the prompts for each example's positive and negatives, with their answers."""
+        users = [(example, [example.positive, *example.negatives]) for example in examples]
+        return cls(recommender, users, answers)
+
     def __len__(self) -> int:
         return len(self.users)
 

@@ -19,6 +19,7 @@ import trsr
 from launch.command import option, parse_settings, run_main
 from launch.numbers import positive
 from llama import Llama
+from models.chat import Plain
 from models.hub import load_model
 from models.tokenizer import Tokenizer
 from ops.packs import common_prefix
@@ -72,15 +73,15 @@ def write(model: Llama, prompts: list[list[int]], max_new_tokens: int) -> list[l
 def block_prompts(settings: Settings, model: Llama) -> list[list[int]]:
     """Return summarize.py's prompts for the users' blocks, as token ids."""
     domain, items, splits = load_dataset(settings.data, ("test",))
-    tokenizer = Tokenizer(settings.model, model.config.vocab_size)
+    form = Plain(Tokenizer(settings.model, model.config.vocab_size))
     context = model.config.max_position_embeddings - settings.max_new_tokens
-    budget = trsr.Budget(context, tokenizer.encode, Counter())
+    budget = trsr.Budget(context, form.encode, Counter())
     prompts = []
     for example in splits["test"][: settings.users]:
         history = [items[i] for i in example.history]
         for first, end in trsr.split_blocks(len(history), BLOCK):
             prompts.append(trsr.block_prompt(history[first:end], domain, budget))
-    return tokenizer.encode(prompts)
+    return form.encode(prompts)
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ import json
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -49,6 +50,8 @@ from launch.command import option, parse_settings
 from launch.numbers import positive
 from launch.processes import gather, join_processes, prefetch, ranks, run_script, share_out
 from llama import Llama, compile_layers
+from models.chat import Plain
+from models.tokenizer import Tokenizer
 from ops.packs import Pack, Tree
 from prepare.dataset import load_dataset
 from trsr import InputError
@@ -180,7 +183,8 @@ def text_scorer(settings: Settings, ours: Ours, users: int) -> tuple[Callable[[]
     domain, items, splits = load_dataset(settings.data, ("train",))
     with tempfile.TemporaryDirectory() as folder:
         shutil.copyfile(settings.tokenizer, Path(folder) / "tokenizer.model")
-        budget = evaluate.prompt_budget(Path(folder), ours.model.config, 2048)
+        form = Plain(Tokenizer(Path(folder), ours.model.config.vocab_size))
+    budget = trsr.Budget(2047, form.encode, Counter())  # one token is the answer's
     recommender = trsr.Recommender("whole-history", domain, items, {}, 0, budget)
     answers = trsr.answer_ids(budget.encode, domain)
     ranking = Ranking.of(recommender, splits["train"][:users])

@@ -47,6 +47,7 @@ from launch.command import option, parse_settings, run_main
 from launch.numbers import positive, positive_real, seed_number
 from launch.processes import host_workers, peak_memory
 from llama import Llama, compile_layers, load_config
+from models.chat import Plain
 from models.tokenizer import Tokenizer
 from ops.masks import BLOCK as PACK_UNIT
 from ops.packs import Pack, Tree, make_tree, pack_trees
@@ -169,8 +170,9 @@ class Steps(Dataset):
     ):
         self.corpus, self.tokenizer, self.plan = corpus, tokenizer, plan
         self.pack_tokens, self.pad_to = pack_tokens, pad_to
-        self.answers = trsr.answer_ids(tokenizer.encode, corpus.domain)
-        budget = trsr.Budget(CONTEXT - 1, tokenizer.encode, Counter())  # one token is the answer's
+        self.form = Plain(tokenizer)
+        self.answers = trsr.answer_ids(self.form.encode, corpus.domain)
+        budget = trsr.Budget(CONTEXT - 1, self.form.encode, Counter())  # one token is the answer's
         self.recommender = trsr.Recommender("none", corpus.domain, corpus.texts, {}, RECENT, budget)
 
     def __len__(self) -> int:
@@ -201,7 +203,7 @@ class Steps(Dataset):
         """Return the prompt, its answer and the end token, as a tree with one branch."""
         budget = replace(self.recommender.budget, tokens=CONTEXT - 150)
         prompt, answer = self.corpus.written(writing, budget)
-        begin, ids = self.tokenizer.encode([prompt, prompt + answer])
+        (begin,), (ids,) = self.form.encode([prompt]), self.form.encode([prompt], answer)
         return Tree(begin, [[*ids[len(begin) :], CONFIG["eos_token_id"]]])
 
 

@@ -125,7 +125,7 @@ class Corpus:
             yield from found
 
     def written(self, writing: Writing, budget: trsr.Budget) -> tuple[str, str]:
-        """Return the writing's prompt and its answer."""
+        """Return the writing's message and its answer."""
         blocks = self.blocks(writing.user, writing.n)
         block = blocks[writing.block]
         if writing.kind == "block":
@@ -172,5 +172,6 @@ class Corpus:
             fixed.append(trsr.block_prompt(["x"], domain, budget))
             fixed.append(trsr.merge_prompt(["x", "x"], domain, budget))
             fixed.append(trsr.update_prompt("x", ["x"], domain, budget))
+        fixed = [trsr.plain_turn(message) for message in fixed]
         lines = [*(f"1. {text}" for text in self.texts.values()), *self.summaries()]
         return lines + [line for text in fixed for line in text.splitlines()] * FIXED_TEXTS

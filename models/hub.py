@@ -10,6 +10,8 @@ import llama
 from llama import CheckpointError, Llama
 from lora import ATTENTION
 from models import neox
+from models.chat import Form, form_of
+from models.tokenizer import Tokenizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # by the names that --dtype has
 HUB_FILES = (
@@ -18,6 +20,9 @@ HUB_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
     "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
 )
 
 
@@ -65,6 +70,11 @@ def build_model(folder: Path) -> Llama:
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype, **options) -> Llama:
     """Return llama.load_model's model, of whichever architecture the folder has."""
     return llama.load_model(folder, device, dtype, build=build_model, **options)
+
+
+def load_form(folder: Path, chat: bool) -> Form:
+    """Return how a folder's model is asked: the plain form, or that of its chat template."""
+    return form_of(folder, Tokenizer(folder, load_config(folder).vocab_size), chat)
 
 
 def attention_names(folder: Path) -> tuple[str, ...]:

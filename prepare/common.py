@@ -30,8 +30,12 @@ class Options:
     """The flags that all readers share; a reader adds its own."""
 
     out: Path = option(SUPPRESS, "folder for the dataset", Path, "files", required=True)
-    users: int = option(
-        12000, "most users to keep, chosen by the seed and split 10 : 1 : 1", positive, "users"
+    users: int = option(12000, "most users to keep, chosen by the seed", positive, "users")
+    val_users: int | None = option(
+        None, "users to validate on (unset: a twelfth of those kept)", positive
+    )
+    test_users: int | None = option(
+        None, "users to test on (unset: a twelfth of those kept)", positive
     )
     seed: int = option(0, "of the choice of users, their splits and their negatives", seed_number)
     min_history: int = option(10, "fewest items before the target", positive)
@@ -196,12 +200,18 @@ def choose(sessions: Iterable[Session], limit: int, seed: int) -> list[Session]:
     return heapq.nsmallest(limit, sessions, key)  # never holds more than limit
 
 
-def split_sizes(n_users: int) -> dict[str, int]:
-    """Return the number of users in each split, 10 : 1 : 1; InputError below 3 users."""
-    if n_users < 3:
-        raise InputError(f"{n_users} users left, at least 3 are needed, one per split")
+def split_sizes(n_users: int, val: int | None = None, test: int | None = None) -> dict[str, int]:
+    """Return the number of users in each split, 10 : 1 : 1 where val and test are not given.
+
+    Raises InputError if nobody is left to train on.
+    """
     part = max(1, n_users // 12)
-    return {"train": n_users - 2 * part, "val": part, "test": part}
+    sizes = {"val": val or part, "test": test or part}
+    if n_users <= sum(sizes.values()):
+        needed = f"{sizes['val']} to validate and {sizes['test']} to test on"
+        what = f"{n_users} users left, not enough for {needed} and one to train on"
+        raise InputError(f"{what}; loosen the filters, or lower --val-users and --test-users")
+    return {"train": n_users - sum(sizes.values()), **sizes}
 
 
 def draw_negatives(
@@ -244,7 +254,8 @@ def make_splits(
     cumulative = list(accumulate(weights[item] for item in items))
 
     splits, rest = {}, iter(sessions)
-    for split, size in split_sizes(len(sessions)).items():
+    sizes = split_sizes(len(sessions), options.val_users, options.test_users)
+    for split, size in sizes.items():
         n = options.train_negatives if split == "train" else options.eval_negatives
         splits[split] = []
         for session in islice(rest, size):

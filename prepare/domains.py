@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import trsr
@@ -18,13 +19,19 @@ def read_domain(path: Path) -> Domain:
 DOMAINS = {path.stem: read_domain(path) for path in sorted(WORDS.glob("*.json"), reverse=True)}
 
 
-def wording(paradigm: str, domain: Domain) -> dict[str, str]:
-    """Return every prompt with placeholders for the texts: what a run's results depend on."""
+def wording(
+    paradigm: str, domain: Domain, show: Callable[[str], str] = trsr.plain_turn
+) -> dict[str, str]:
+    """Return every prompt with placeholders for the texts: what a run's results depend on.
+
+    show: makes a message a prompt, in the form that the model reads.
+    """
     room = trsr.Budget(1, lambda texts: [[] for _ in texts], Counter())
-    show = trsr.recommendation_prompts(paradigm, domain, "SUMMARY", ["ITEM"], ["CANDIDATE"])
-    return {
+    question = trsr.recommendation_prompts(paradigm, domain, "SUMMARY", ["ITEM"], ["CANDIDATE"])
+    messages = {
         "block": trsr.block_prompt(["ITEM"], domain, room),
         "merge": trsr.merge_prompt(["SUMMARY"], domain, room),
         "update": trsr.update_prompt("SUMMARY", ["ITEM"], domain, room),
-        "recommend": show[0],
+        "recommend": question[0],
     }
+    return {name: show(message) for name, message in messages.items()}

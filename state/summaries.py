@@ -5,12 +5,13 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from files.jsonl import read_jsonl, write_jsonl
+from files.jsonl import append_jsonl, read_jsonl, write_jsonl
 from state.settings import claim_config, read_config
-from trsr import Example, InputError, content_hash
+from trsr import Example, InputError, Node, content_hash
 
 # A line of summaries.jsonl. key: a hash of everything that determines the summary, which is the
-# settings of summarize.py and the history's texts.
+# settings of summarize.py and the history's texts. Also `ends`, how many of the user's texts ended
+# by themselves ("end"), at the limit ("limit"), or where another turn began ("turn").
 FIELDS = {"user": str, "paradigm": str, "key": str, "summary": str, "tree": dict}
 
 
@@ -25,6 +26,22 @@ def collect_records(run: Path) -> dict[str, dict]:
     for part in parts:
         part.unlink()
     return found
+
+
+def users_left(run: Path, keys: dict[str, str]) -> list[str]:
+    """Return the users, of keys, without a summary that has their key."""
+    records = read_jsonl(run / "summaries.jsonl", FIELDS)
+    done = {record["user"]: record["key"] for _, record in records}
+    return [user for user in keys if done.get(user) != keys[user]]
+
+
+def append_record(run: Path, rank: int, about: dict, root: Node, ends: dict[str, int]) -> None:
+    """Append a finished user to a process's part of summaries.jsonl.
+
+    about: user, paradigm and key. ends: how many of the user's texts ended in which way.
+    """
+    record = about | {"summary": root["summary"], "tree": root, "ends": ends}
+    append_jsonl(run / f"summaries.part{rank}.jsonl", record)
 
 
 def load_summaries(run: Path, items: dict[str, str], examples: Iterable[Example]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from experiments import base
 from experiments.corpus import Corpus, Question, Writing
 from experiments.rule import Rule
 from files.jsonl import read_json
+from models.chat import Plain
 from models.hub import load_model
 from models.tokenizer import Tokenizer
 from prepare.domains import DOMAINS
@@ -175,7 +176,7 @@ def test_writings_are_the_prompts_of_summarize_and_end(steps):
     for writing in writings:
         tree, (prompt, answer) = steps.writing_tree(writing), corpus.written(writing, budget)
         ids = [*tree.prefix, *tree.branches[0]]
-        begin = steps.tokenizer.encode([prompt])[0]
+        begin = steps.form.encode([prompt])[0]
         assert (ids[: len(begin)], ids[-1]) == (begin, 2)
         assert steps.tokenizer.decode(ids[len(begin) : -1]) == answer
 
@@ -217,7 +218,7 @@ def test_the_same_seed_makes_the_same_weights_and_another_others(data, made, tmp
 def test_base_json_counts_what_was_packed_and_it_learned(made, data):
     folder, trees = made
     record, model = read_json(folder / "base.json"), load_model(folder, CPU, torch.float32)
-    yes, no = trsr.answer_ids(Tokenizer(folder, 480).encode, DOMAINS["products"])
+    yes, no = trsr.answer_ids(Plain(Tokenizer(folder, 480)).encode, DOMAINS["products"])
     asked, written = ([tree for tree, last in trees if last == kind] for kind in (True, False))
     ends = Counter(branch[-1] for tree in asked for branch in tree.branches)
     assert record["answers"] == {"Yes": ends[yes], "No": ends[no]}

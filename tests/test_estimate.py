@@ -10,6 +10,7 @@ import trsr
 from launch.estimate import expected_slots, rows_that_fit, training_flops, training_memory
 from llama import load_model
 from lora import LoRAConfig, apply_lora
+from models.chat import Plain
 from models.tokenizer import Tokenizer
 from prepare.domains import DOMAINS
 
@@ -47,15 +48,15 @@ def test_memory_counts_weights_optimizer_and_activations(model):
 
 @pytest.mark.parametrize("paradigm", trsr.SUMMARIZED)
 def test_the_slots_expected_are_about_the_longest_prompt_with_its_summary(model_folder, paradigm):
-    tokenizer, domain = Tokenizer(model_folder, 640), DOMAINS["products"]
-    budget = trsr.Budget(1000, tokenizer.encode, Counter())
+    form, domain = Plain(Tokenizer(model_folder, 640)), DOMAINS["products"]
+    budget = trsr.Budget(1000, form.encode, Counter())
     histories = [[f"Title: blue lamp {n}" for n in range(count)] for count in (3, 12, 30)]
     slots = expected_slots(histories, domain, budget, paradigm, 5, 20)
     prompts = []
     for items in histories:
         task = getattr(trsr, paradigm)(items, domain, budget, 5)
         trsr.solve(task, lambda asked: prompts.extend(asked) or ["lamps"] * len(asked))
-    longest = max(map(len, tokenizer.encode(prompts)))
+    longest = max(map(len, form.encode(prompts)))
     assert 0.8 * (longest + 20) < slots <= 1020
     assert expected_slots([["x" * 9999]], domain, budget, paradigm, 5, 20) == 1020
     assert not budget.trimmed  # an estimate cuts nothing

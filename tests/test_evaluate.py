@@ -13,6 +13,7 @@ from batches import prompts
 from files.jsonl import read_json
 from llama import load_model
 from lora import load_adapter
+from models.chat import Plain
 from models.tokenizer import Tokenizer
 from prepare.dataset import load_dataset
 
@@ -42,8 +43,8 @@ def test_scores_equal_separate_prompts(trained, data_folder, model_folder):
     domain, items, splits = load_dataset(data_folder, ("test",))
     model = load_model(model_folder, CPU, torch.float32)
     load_adapter(model, trained / "adapter")
-    tokenizer = Tokenizer(model_folder, 640)
-    answers = list(trsr.answer_ids(tokenizer.encode, domain))
+    form = Plain(Tokenizer(model_folder, 640))
+    answers = list(trsr.answer_ids(form.encode, domain))
     lines = read_lines(trained / "summaries.jsonl")
     summaries = {line["user"]: line["summary"] for line in lines}
     records = scores(trained)
@@ -53,7 +54,7 @@ def test_scores_equal_separate_prompts(trained, data_folder, model_folder):
         shown = summaries[example.user], [items[i] for i in example.history[-3:]]
         for item, score in zip(record["candidates"], record["scores"], strict=True):
             parts = "hierarchical", domain, *shown, [items[item]]
-            (ids,) = tokenizer.encode(trsr.recommendation_prompts(*parts))
+            (ids,) = form.encode(trsr.recommendation_prompts(*parts))
             logits = last_logits(model.eval(), ids)[answers]
             assert score == pytest.approx(torch.softmax(logits, 0)[0].item(), abs=1e-4)
         of_positive = record["scores"][record["candidates"].index(example.positive)]
@@ -174,10 +175,30 @@ def test_scores_that_are_not_finite_are_refused(copied):
 
 
 def test_out_of_memory_is_one_line(trained, monkeypatch, capsys, run_script_here):
-    def full(*_):
+    def full(*_, total):
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(evaluate, "scored", full)
     monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", str(trained)])
     assert run_script_here(evaluate.main) == 2
     assert "evaluate: out of memory on the device; lower --pack-tokens" in capsys.readouterr().err
+
+
+def test_the_probability_of_both_answers_is_that_of_the_whole_vocabulary(
+    trained, model_folder, data_folder
+):
+    domain, items, splits = load_dataset(data_folder, ("test",))
+    model = load_model(model_folder, CPU, torch.float32)
+    load_adapter(model, trained / "adapter")
+    form, shares = Plain(Tokenizer(model_folder, 640)), []
+    answers = list(trsr.answer_ids(form.encode, domain))
+    summaries = {r["user"]: r["summary"] for r in read_lines(trained / "summaries.jsonl")}
+    for example in splits["test"]:
+        shown = summaries[example.user], [items[i] for i in example.history[-3:]]
+        candidates = [items[i] for i in (example.positive, *example.negatives)]
+        messages = trsr.recommendation_prompts("hierarchical", domain, *shown, candidates)
+        for ids in form.encode(messages):
+            shares.append(torch.softmax(last_logits(model.eval(), ids), 0)[answers].sum().item())
+    found = read_json(trained / "results.json")["answer_mass"]
+    assert found == pytest.approx(sum(shares) / len(shares), abs=1e-5)
+    assert 0 < found < 1

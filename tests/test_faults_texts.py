@@ -8,6 +8,7 @@ from helpers import read_lines, run, scores, write_dataset, write_lines
 from transformers import LlamaTokenizerFast
 
 from files.jsonl import read_jsonl
+from models.chat import Plain
 from models.tokenizer import Tokenizer
 from prepare.domains import DOMAINS
 from state.summaries import FIELDS
@@ -50,7 +51,7 @@ def test_no_text_can_end_the_prompt_or_give_the_answer(tmp_path, model_folder, k
     marks = {"###": 2, "### User:\n": 1, "[Next Item]": 1, "### Assistant:": 1}
     for paradigm in PARADIGMS:
         summaries = {"u": clean("".join(evil))}
-        budget = Budget(4096, tokenizer.encode, Counter())
+        budget = Budget(4096, Plain(tokenizer).encode, Counter())
         recommender = Recommender(paradigm, domain, items, summaries, 3, budget)
         example = Example("u", ["1", "2", "3"], "0", [])
         for ids in recommender.prompt_ids(example, ["0", "1", "2", "3"]):

@@ -71,7 +71,11 @@ def test_mind_meta_is_whole_and_has_no_paths(tmp_path):
     for name, rows in (("news.tsv", 12), ("behaviors.tsv", 30)):
         digest = hashlib.sha256((raw / name).read_bytes()).hexdigest()
         sources.append({"file": name, "sha256": digest, "rows": rows})
-    settings = SMALL | {"users": 24, "drop_unknown": False, "train_negatives": 1}
+    settings = (
+        SMALL
+        | {"users": 24, "drop_unknown": False, "train_negatives": 1}
+        | dict.fromkeys(("val_users", "test_users"))
+    )
     settings |= {"negatives": "uniform", "target": "history"}
     dropped = dict.fromkeys(meta(out)["dropped"], 0) | {"users beyond --users": 6}
     assert meta(out) == {

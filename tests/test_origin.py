@@ -81,15 +81,15 @@ def test_summaries_know_the_words_of_their_prompts(
     run("summarize.py", **common)
     before = read_lines(tmp_path / "summaries.jsonl")
     build = trsr.build_prompt
-    monkeypatch.setattr(trsr, "build_prompt", lambda *parts: build(*parts).replace("###", "##"))
+    monkeypatch.setattr(trsr, "build_prompt", lambda *parts: build(*parts) + " ")
     done = run("summarize.py", **common, check=False)
     assert done.returncode == 2
     assert "the prompts have other words now" in done.stderr
     assert read_lines(tmp_path / "summaries.jsonl") == before
 
 
-def test_an_untouched_model_is_recognized(copied, tmp_path):
-    write_model(tmp_path / "other", seed=5)
+def test_an_untouched_model_is_recognized(copied, model_folder, tmp_path):
+    write_model(tmp_path / "other", seed=5, tokenizer=model_folder / "tokenizer.model")
     done = run("evaluate.py", run=copied, model=tmp_path / "other", check=False)
     assert done.returncode == 2
     assert "not the model that" in done.stderr

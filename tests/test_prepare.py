@@ -16,9 +16,16 @@ from trsr import InputError
 def test_split_sizes_are_ten_to_one_to_one():
     assert split_sizes(12000) == {"train": 10000, "val": 1000, "test": 1000}
     assert split_sizes(3) == {"train": 1, "val": 1, "test": 1}
-    with pytest.raises(InputError, match="2 users left, at least 3 are needed"):
+    with pytest.raises(InputError, match="2 users left, not enough for 1 to validate and 1 to"):
         split_sizes(2)
     assert split_sizes(35) == {"train": 31, "val": 2, "test": 2}
+
+
+def test_split_sizes_can_be_given():
+    assert split_sizes(35, test=20) == {"train": 13, "val": 2, "test": 20}
+    assert split_sizes(35, 4, 30) == {"train": 1, "val": 4, "test": 30}
+    with pytest.raises(InputError, match="lower --val-users and --test-users"):
+        split_sizes(35, 5, 30)
 
 
 def test_the_choice_of_users_depends_on_the_seed_and_not_on_their_order():

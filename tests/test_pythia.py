@@ -9,6 +9,7 @@ from transformers import GPTNeoXForCausalLM
 
 import trsr
 from files.jsonl import read_json
+from models.chat import Plain
 from models.hub import load_model
 from models.tokenizer import Tokenizer
 from prepare.dataset import load_dataset
@@ -33,8 +34,8 @@ def test_the_chain_from_summaries_to_the_table(tmp_path, data_folder, pythia_fol
     domain, items, splits = load_dataset(data_folder, ("test",))
     base = GPTNeoXForCausalLM.from_pretrained(pythia_folder)
     theirs = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    tokenizer = Tokenizer(pythia_folder, 640)
-    answers = list(trsr.answer_ids(tokenizer.encode, domain))
+    form = Plain(Tokenizer(pythia_folder, 640))
+    answers = list(trsr.answer_ids(form.encode, domain))
     lines = read_lines(tmp_path / "summaries.jsonl")
     summaries = {line["user"]: line["summary"] for line in lines}
     found = scores(tmp_path)
@@ -45,7 +46,7 @@ def test_the_chain_from_summaries_to_the_table(tmp_path, data_folder, pythia_fol
         prompts = trsr.recommendation_prompts("hierarchical", domain, *shown, texts)
         for prompt, score in zip(prompts, record["scores"], strict=True):
             with torch.no_grad():
-                logits = theirs(torch.tensor(tokenizer.encode([prompt]))).logits[0, -1, answers]
+                logits = theirs(torch.tensor(form.encode([prompt]))).logits[0, -1, answers]
             assert score == pytest.approx(torch.softmax(logits, 0)[0].item(), abs=1e-4)
 
     refused = run("train.py", **settings, lora_targets="dense_h_to_4h", check=False)

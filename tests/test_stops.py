@@ -10,10 +10,11 @@ from helpers import LLAMA, random_prompts
 from transformers import LlamaTokenizerFast, PreTrainedTokenizerFast
 from transformers.generation.stopping_criteria import StopStringCriteria
 
+from batches.tasks import Writer
 from models.chat import Plain
 from models.stops import Choice, StopTexts, token_bytes
 from models.tokenizer import Tokenizer
-from summarize import Generator, Writer, generate_slowly
+from summarize import Generator, generate_slowly
 
 VARIED = Choice(repetition_penalty=1.3)  # random models write the same again and again without
 STOPS = ["### User:", "\n\n", "é☃", "Title: b", " lamp"]

@@ -26,6 +26,7 @@ from helpers import (
 import trsr
 from files.jsonl import read_json, read_jsonl
 from llama import load_model
+from models.chat import Plain
 from models.tokenizer import Tokenizer
 from prepare.dataset import load_dataset
 from state.summaries import FIELDS
@@ -123,10 +124,11 @@ def test_summaries_are_what_the_method_says_one_user_at_a_time(
 ):
     domain, items, splits = load_dataset(data_folder, ("train", "val", "test"))
     model, tokenizer = load_model(model_folder, CPU, torch.float32), Tokenizer(model_folder, 640)
+    form = Plain(tokenizer)
 
     def answers(prompts):  # no cache, no batch
         slowly = partial(generate_slowly, model, max_new_tokens=12, eos_ids=[2])
-        return [tokenizer.decode(slowly(ids)) for ids in tokenizer.encode(prompts)]
+        return [tokenizer.decode(slowly(ids)) for ids in form.encode(prompts)]
 
     found = records(finished[paradigm])
     examples = [e for split in splits.values() for e in split]
@@ -134,7 +136,7 @@ def test_summaries_are_what_the_method_says_one_user_at_a_time(
     settings = read_json(finished[paradigm] / "config.json")["summarize"]
     for example in examples[:6]:
         texts = [items[i] for i in example.history]
-        budget = trsr.Budget(1024 - 12, tokenizer.encode, Counter())
+        budget = trsr.Budget(1024 - 12, form.encode, Counter())
         root = trsr.solve(getattr(trsr, paradigm)(texts, domain, budget, 5), answers)
         record = found[example.user]
         assert record["tree"] == root

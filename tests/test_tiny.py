@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM
 import trsr
 from experiments.tiny import corpus, make, measure, questions, summaries
 from llama import load_config, load_model
+from models.chat import Plain
 from models.tokenizer import Tokenizer
 from prepare.shop import make_shop, one_of
 
@@ -33,7 +34,7 @@ def test_logits_equal_transformers(tokenizer):
     theirs = LlamaForCausalLM.from_pretrained(TINY_MODEL, dtype=torch.float32).eval()
     ours = load_model(TINY_MODEL, CPU, torch.float32)
     shown = "none", summaries.DOMAIN, "", [], ["Title: a lamp; Color: blue"]
-    ids = torch.tensor(tokenizer.encode(trsr.recommendation_prompts(*shown)))
+    ids = torch.tensor(Plain(tokenizer).encode(trsr.recommendation_prompts(*shown)))
     with torch.no_grad():
         assert (ours(ids) - theirs(ids).logits).abs().max() < 1e-4
 
@@ -47,7 +48,7 @@ def test_size_parameters_and_config():
 
 
 def test_answers_and_the_words_of_the_shop_are_single_pieces(tokenizer):
-    yes, no = trsr.answer_ids(tokenizer.encode, summaries.DOMAIN)
+    yes, no = trsr.answer_ids(Plain(tokenizer).encode, summaries.DOMAIN)
     assert [tokenizer.decode([i]) for i in (yes, no)] == ["Yes", "No"]
     for word in [*(word for words in summaries.WORDS.values() for word in words), "Yes", "No"]:
         assert len(tokenizer.pieces.encode(word)) == 1, word

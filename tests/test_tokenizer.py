@@ -8,6 +8,7 @@ from conftest import SHARED, needs_shared
 
 import trsr
 from llama import CheckpointError
+from models.chat import Plain
 from models.tokenizer import Tokenizer
 from prepare.domains import DOMAINS
 
@@ -43,7 +44,7 @@ def test_a_byte_level_tokenizer_without_a_first_token(tmp_path, pythia_folder):
     assert not any(0 in row for row in ids)
     assert ids[-1] == []
     for domain in DOMAINS.values():
-        yes, no = trsr.answer_ids(tokenizer.encode, domain)
+        yes, no = trsr.answer_ids(Plain(tokenizer).encode, domain)
         assert (tokenizer.decode([yes]), tokenizer.decode([no])) == ("Yes", "No")
     for rows in (599, 600 + 512):
         message = f"600 pieces, but the model's embedding has {rows} rows"
@@ -88,7 +89,7 @@ def test_the_real_llama2_tokenizer_equals_transformers():
 def test_yes_and_no_on_the_real_llama2_tokenizer():
     tokenizer = Tokenizer(SHARED / "tokenizers" / "llama2", 32000)
     for domain in DOMAINS.values():
-        assert trsr.answer_ids(tokenizer.encode, domain) == (8241, 3782)
+        assert trsr.answer_ids(Plain(tokenizer).encode, domain) == (8241, 3782)
 
 
 def fast_folder(model_folder, folder, **options):

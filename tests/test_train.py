@@ -26,6 +26,7 @@ import train
 import trsr
 from llama import load_model
 from lora import adapter_tensors, load_adapter
+from models.chat import Plain
 from models.tokenizer import Tokenizer
 from prepare.dataset import load_dataset
 
@@ -38,10 +39,10 @@ ADAPTER = "adapter/adapter_model.safetensors"
 def separate_examples(model_folder, data_folder):
     """Return the training examples' token ids, apart, the slow way."""
     domain, items, splits = load_dataset(data_folder, ("train",))
-    tokenizer = Tokenizer(model_folder, 640)
-    budget = trsr.Budget(1023, tokenizer.encode, Counter())
+    form = Plain(Tokenizer(model_folder, 640))
+    budget = trsr.Budget(1023, form.encode, Counter())
     recommender = trsr.Recommender("recent-only", domain, items, {}, 3, budget)
-    answers = trsr.answer_ids(tokenizer.encode, domain)
+    answers = trsr.answer_ids(form.encode, domain)
     found = []
     for example in splits["train"]:
         for i, item in enumerate([example.positive, *example.negatives]):

@@ -37,6 +37,7 @@ from launch.command import option, parse_settings, run_main
 from launch.numbers import natural, positive, positive_real, seed_number
 from launch.processes import ranks
 from llama import Llama, load_config, load_model
+from models.chat import Plain
 from models.tokenizer import Tokenizer
 from trsr import ANSWERS, InputError, answer_ids
 
@@ -73,7 +74,7 @@ def train_tokenizer(folder: Path, seed: int) -> None:
     for text in islice(corpus.texts(f"tokenizer {seed}"), TOKENIZER_TEXTS):
         lines += "".join(prompt + answer for prompt, answer in text).splitlines()
     tokenizer = write_tokenizer(folder, lines, CONFIG["vocab_size"])
-    answer_ids(tokenizer.encode, DOMAIN)  # raises unless Yes and No are one piece each
+    answer_ids(Plain(tokenizer).encode, DOMAIN)  # raises unless Yes and No are one piece each
     words = [word for options in WORDS.values() for word in options]
     pieces = tokenizer.pieces.encode(words)
     broken = [word for word, ids in zip(words, pieces, strict=True) if len(ids) > 1]

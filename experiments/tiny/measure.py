@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 import trsr
+from batches.tasks import Writer, run_tasks
 from experiments.tiny.corpus import shop_of
 from experiments.tiny.questions import (
     Claim,
@@ -37,9 +38,10 @@ from experiments.tiny.summaries import DOMAIN, Memory, text_of
 from launch.command import option, parse_settings, run_main
 from launch.numbers import positive
 from llama import load_model
+from models.chat import Plain
 from models.tokenizer import Tokenizer
 from prepare.shop import User, make_shop, make_user
-from summarize import Generator, Writer
+from summarize import Generator
 
 SHOP, BLOCK, NEW_TOKENS = 2001, 5, 150
 PARADIGMS = {"hierarchical": trsr.hierarchical, "recurrent": trsr.recurrent}
@@ -92,13 +94,14 @@ def summarize(folder: Path, users: list[User], paradigm: str, device: torch.devi
     model = load_model(folder, device, torch.float32)
     tokenizer = Tokenizer(folder, model.config.vocab_size)
     context = model.config.max_position_embeddings
-    budget = trsr.Budget(context - NEW_TOKENS, tokenizer.encode, Counter())
+    form = Plain(tokenizer)
+    budget = trsr.Budget(context - NEW_TOKENS, form.encode, Counter())
     tasks = []
     for i, user in enumerate(users):
         texts = [text_of(product) for product in user.history]
         tasks.append((i, PARADIGMS[paradigm](texts, DOMAIN, budget, BLOCK)))
     generator = Generator(model, 64, NEW_TOKENS, model.config.eos_token_id)
-    roots = dict(trsr.run_tasks(tasks, Writer(generator, tokenizer)))
+    roots = dict(run_tasks(tasks, Writer(generator, form)))
     return [roots[i]["summary"] for i in range(len(users))]
 
 
@@ -140,7 +143,7 @@ def answered(
     """
     model = load_model(folder, device, torch.float32)
     tokenizer = Tokenizer(folder, model.config.vocab_size)
-    pair = list(trsr.answer_ids(tokenizer.encode, DOMAIN))
+    pair = list(trsr.answer_ids(Plain(tokenizer).encode, DOMAIN))
     right, yes = [], []
     for i in range(n):
         text = offers_text(random.Random(f"tiny question {i}"), shop_of(SHOP), False, make)

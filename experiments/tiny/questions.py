@@ -235,7 +235,8 @@ def offers_text(
         "Read the texts and check that {}.",
     )
     ask, header = one_of(rng, forms).format(claim.words), scene.names[2]
-    first = trsr.build_prompt(ask, *scene.sections(rng, claim.needs, brief), (header, "|"))
+    sections = *scene.sections(rng, claim.needs, brief), (header, "|")
+    first = trsr.plain_turn(trsr.build_prompt(ask, *sections))
     options = [(offer, claim.holds(offer)) for offer in dict.fromkeys(scene.offers)]
     chosen = balanced(rng, options, 8 if brief else 4)
     return turns(first, [(text_of(offer, brief), answer(truth)) for offer, truth in chosen], header)
@@ -256,7 +257,8 @@ def claims_text(rng: random.Random, shop: Shop, brief: bool) -> Text:
     asked.append((f"Which in the {where} are of its kind?", " ".join(same) or "none"))
     sections = scene.sections(rng, ("profile", "shelf"), brief)
     sections += [(scene.names[2], text_of(offer, brief)), ("Question", "|")]
-    first = trsr.build_prompt(f"Answer the question about the {header}.", *sections)
+    ask = f"Answer the question about the {header}."
+    first = trsr.plain_turn(trsr.build_prompt(ask, *sections))
     return turns(first, some_of(rng, asked, len(asked)), "Question")
 
 
@@ -266,10 +268,12 @@ def description_text(rng: random.Random, shop: Shop, brief: bool) -> Text:
     if rng.random() < 0.4:
         known = {name: value for name, value in product.attributes.items() if name != "Description"}
         section = "Product", trsr.item_text(known)
-        prompt = trsr.build_prompt("Describe this product in a few sentences.", section)
+        ask = "Describe this product in a few sentences."
+        prompt = trsr.plain_turn(trsr.build_prompt(ask, section))
         return [(prompt, product.attributes["Description"])]
     ask = "Does the description fit the product? Answer 'Yes' or 'No'."
     sections = [("Product", f"Title: {product.attributes['Title']}"), ("Description", "|")]
     pairs = some_of(rng, [(product, "Yes"), (one_of(rng, others), "No")], 2)
     asked = [(p.attributes["Description"], said) for p, said in pairs]
-    return turns(trsr.build_prompt(ask, *sections), asked, "Description")
+    first = trsr.plain_turn(trsr.build_prompt(ask, *sections))
+    return turns(first, asked, "Description")

@@ -142,7 +142,8 @@ def block_text(rng: random.Random, shop: Shop, brief: bool) -> Text:
     blocks = some_blocks(rng, shop)
     block = blocks[-1 if rng.random() < 0.5 else 0]
     texts = [text_of(product, brief) for product in block]
-    return [(trsr.block_prompt(texts, DOMAIN, _unlimited()), str(Memory.of(block)))]
+    prompt = trsr.block_prompt(texts, DOMAIN, _unlimited())
+    return [(trsr.plain_turn(prompt), str(Memory.of(block)))]
 
 
 def merge_text(rng: random.Random, shop: Shop, brief: bool) -> Text:
@@ -151,7 +152,8 @@ def merge_text(rng: random.Random, shop: Shop, brief: bool) -> Text:
     if len(parts) > 3 and rng.random() < 0.15:  # a merge of merges
         parts = [Memory.joined(parts[i : i + 2]) for i in range(0, len(parts), 2)]
     summaries = [str(part) for part in parts]
-    return [(trsr.merge_prompt(summaries, DOMAIN, _unlimited()), str(Memory.joined(parts)))]
+    prompt = trsr.merge_prompt(summaries, DOMAIN, _unlimited())
+    return [(trsr.plain_turn(prompt), str(Memory.joined(parts)))]
 
 
 def update_text(rng: random.Random, shop: Shop, brief: bool) -> Text:
@@ -162,7 +164,7 @@ def update_text(rng: random.Random, shop: Shop, brief: bool) -> Text:
         memory = Memory.joined([memory, Memory.of(block)])
     texts = [text_of(product, brief) for product in last]
     prompt = trsr.update_prompt(str(memory), texts, DOMAIN, _unlimited())
-    return [(prompt, str(Memory.joined([memory, Memory.of(last)])))]
+    return [(trsr.plain_turn(prompt), str(Memory.joined([memory, Memory.of(last)])))]
 
 
 def several_blocks(rng: random.Random, shop: Shop) -> list[list[Product]]:
