@@ -92,6 +92,8 @@ def fingerprint(folder: Path) -> str:
     for name in ("config.json", "generation_config.json", "tokenizer.model", "tokenizer.json"):
         path = folder / name
         state.update(path.read_bytes() if path.is_file() else b"-")
+    options = folder / "tokenizer_config.json"  # such as whether a text begins with a token
+    state.update(options.read_bytes() if options.is_file() else b"")
     for path in weight_files(folder):
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")

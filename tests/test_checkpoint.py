@@ -190,6 +190,9 @@ def test_fingerprint_tells_models_apart(tmp_path):
     write_model(tmp_path / "c", seed=1)
     a, b, c = (fingerprint(tmp_path / name) for name in "abc")
     assert a == b != c
+    # It may say that a text begins with a token, and then every prompt is another.
+    (tmp_path / "b" / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    assert fingerprint(tmp_path / "b") != a
 
 
 # ---- Two sets of weights, and tied ones
