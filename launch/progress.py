@@ -3,8 +3,8 @@
 from statistics import median
 
 import torch
-from tqdm import tqdm
 
+from launch.bars import Bar
 from launch.processes import peak_memory
 
 
@@ -13,7 +13,7 @@ class StepBar:
 
     def __init__(self, total: int, done: int, tokens_per_epoch: int, device: torch.device):
         self.tokens, self.device, self.speeds = tokens_per_epoch, device, []
-        self.bar = tqdm(total=total, initial=done, unit="step")
+        self.bar = Bar(total=total, initial=done, unit="step")
 
     def step(self, epoch: int, loss: float, lr: float, speed: float) -> None:
         """Show a step that was done at `speed` tokens/s."""

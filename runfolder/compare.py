@@ -16,6 +16,7 @@ from runfolder.scores import paired_differences
 from trsr import InputError
 
 SCORES = "scores-test.jsonl"
+COLUMNS = 100  # of a printed table
 
 
 def results_of(run: Path) -> dict:
@@ -89,12 +90,26 @@ def ranks_by_user(run: Path) -> dict[str, int]:
 
 
 def format_table(rows: dict[str, dict], signed: bool = False) -> str:
-    """Return a table of rows (name -> metric -> {"mean", "interval"}).
+    """Return a table of rows (name -> metric -> {"mean", "interval"}), of at most 100 columns.
 
-    A row is a line of means, with a line of intervals below it. signed: for differences.
+    A row is a line of means, with a line of intervals below it. Metrics that find no room in one
+    line follow in another block. signed: for differences.
     """
     names, width = list(next(iter(rows.values()))), 2 + max(map(len, rows))
-    sign, between, wide = ("+", " to ", 18) if signed else ("", "-", 13)
+    wide = 18 if signed else 12
+    size, lines = max(1, (COLUMNS - width) // wide), []
+    kinds = len({name.split("@")[0] for name in names})
+    per_kind = len(names) // kinds
+    if per_kind <= size < len(names):  # what belongs together stays in one block
+        size -= size % per_kind
+    for start in range(0, len(names), size):
+        lines += table_block(rows, names[start : start + size], width, wide)
+    return "\n".join(lines)
+
+
+def table_block(rows: dict[str, dict], names: list[str], width: int, wide: int) -> list[str]:
+    """Return the lines of some metrics; width and wide: of the first column and the others."""
+    sign, between = ("+", " to ") if wide > 12 else ("", "-")
     lines = [" " * width + "".join(f"{name:>{wide}}" for name in names)]
     for title, metrics in rows.items():
         means = "".join(f"{metrics[name]['mean']:>{sign}{wide}.4f}" for name in names)
@@ -103,7 +118,7 @@ def format_table(rows: dict[str, dict], signed: bool = False) -> str:
             pairs = (metrics[name]["interval"] for name in names)
             intervals = (f"{low:{sign}.3f}{between}{high:{sign}.3f}" for low, high in pairs)
             lines.append(" " * width + "".join(f"{interval:>{wide}}" for interval in intervals))
-    return "\n".join(lines)
+    return lines
 
 
 def main() -> None:
