@@ -399,7 +399,7 @@ def summarization_tasks(
     texts: dict[str, list[str]], settings: Settings, domain: trsr.Domain, budget: trsr.Budget
 ) -> Iterator[tuple[str, trsr.Summarization]]:
     """Yield (user, the user's summarization), ready to be run."""
-    paradigm = {"hierarchical": trsr.hierarchical, "recurrent": trsr.recurrent}[settings.paradigm]
+    paradigm = trsr.SUMMARIZED[settings.paradigm]
     # Long histories go first, so that the last users to finish are short ones.
     users = sorted(texts, key=lambda user: -len(texts[user]))
     for user in users:

@@ -19,11 +19,10 @@ import re
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
-SUMMARIZED = ("hierarchical", "recurrent")  # the paper's paradigms; they need summarize.py first
-PARADIGMS = (*SUMMARIZED, "recent-only", "whole-history", "none")  # ablations, and TALLRec's prompt
 ANSWERS = ("Yes", "No")
 
 
@@ -43,34 +42,38 @@ class Example:
 
 # ---- Items as text (section 4.1.1)
 
-_HEADER = re.compile(
-    r"\[ ?((?:Historical Purchase|Recent Purchase|News Reading|Recent News Reading) Data"
-    r"|User Preferences Summaries|(?:Previous )?Preference Summary|Historical Items|Next Item) ?\]",
-    re.IGNORECASE,
-)
+# The headers that are in prompts of all domains; each has two of its own besides.
+MERGED, PREVIOUS = "User Preferences Summaries", "Previous Preference Summary"
+SUMMARY, RECENT, NEXT = "Preference Summary", "Historical Items", "Next Item"
+HEADERS = MERGED, PREVIOUS, SUMMARY, RECENT, NEXT
 _CONTROL_TOKEN = re.compile(r"<(/?s|unk|pad|\|[^<>]*?\|)>", re.IGNORECASE)
 # What ends a turn as plain text in some models' chat templates, such as Llama 2's.
 _TURN = re.compile(r"\[ ?(/?INST) ?\]|<< ?(/?SYS) ?>>|<((?:start|end)_of_turn)>", re.IGNORECASE)
 
 
-def item_text(attributes: dict[str, str]) -> str:
+def item_text(attributes: dict[str, str], domain: "Domain") -> str:
     """Return `Title: ...; Brand: ...`: the attributes that have a text, in their order."""
-    pairs = ((clean(name), clean(value)) for name, value in attributes.items())
+    pairs = ((clean(name, domain), clean(value, domain)) for name, value in attributes.items())
     return "; ".join(f"{name}: {value}" for name, value in pairs if value) or "(no description)"
 
 
-def clean(text: str) -> str:
+def clean(text: str, domain: "Domain") -> str:
     """Return text on one line, without anything that could pass for the prompt's own structure.
 
-    Control characters and runs of white space become one space; `###`, a bracketed section header,
-    a control token such as `</s>` and a sign of a turn such as `[INST]` lose the characters that
-    make them one.
+    Control characters and runs of white space become one space; `###`, a section header of the
+    domain's prompts in brackets, a control token such as `</s>` and a sign of a turn such as
+    `[INST]` lose the characters that make them one.
     """
     text = "".join(" " if ord(c) < 32 or 127 <= ord(c) < 160 else c for c in text)
     text = " ".join(text.split())  # a line break would end the list that the text is in
-    text = _CONTROL_TOKEN.sub(r"(\1)", _HEADER.sub(r"(\1)", text))
-    text = _TURN.sub(lambda found: f"({found[found.lastindex]})", text)
-    return re.sub(r"#{3,}", "#", text)
+    text = _TURN.sub(lambda found: f"({found[found.lastindex]})", _CONTROL_TOKEN.sub(r"(\1)", text))
+    return _headers(domain).sub(r"(\1)", re.sub(r"#{3,}", "#", text))  # last: nothing makes one now
+
+
+@cache
+def _headers(domain: "Domain") -> re.Pattern:
+    names = "|".join(map(re.escape, (domain.history, domain.recent, *HEADERS)))
+    return re.compile(rf"\[ ?({names}) ?\]", re.IGNORECASE)
 
 
 def numbered(texts: Iterable[str]) -> str:
@@ -118,7 +121,8 @@ def hierarchical(
     # The lowest layer has one summary per block.
     blocks = split_blocks(len(items), block_size)
     answers = yield [block_prompt(items[first:end], domain, budget) for first, end in blocks]
-    layer = [{"summary": clean(s), "items": list(b)} for s, b in zip(answers, blocks, strict=True)]
+    pairs = zip(answers, blocks, strict=True)
+    layer = [{"summary": clean(text, domain), "items": list(block)} for text, block in pairs]
 
     # Each further layer merges groups of summaries; a group of one moves up as it is.
     while len(layer) > 1:
@@ -126,7 +130,7 @@ def hierarchical(
         merged = [[node["summary"] for node in group] for group in groups if len(group) > 1]
         answers = iter((yield [merge_prompt(summaries, domain, budget) for summaries in merged]))
         layer = [
-            g[0] if len(g) == 1 else {"summary": clean(next(answers)), "children": g}
+            g[0] if len(g) == 1 else {"summary": clean(next(answers), domain), "children": g}
             for g in groups
         ]
     return layer[0]
@@ -138,13 +142,12 @@ def recurrent(
     """Summarize the first block, then update the summary block by block (4.2, figure 5)."""
     node: Node = {"summary": "", "items": [0, 0]}
     for first, end in split_blocks(len(items), block_size):
-        block = items[first:end]
-        if first == 0:
-            (answer,) = yield [block_prompt(block, domain, budget)]
-            node = {"summary": clean(answer), "items": [first, end]}
-        else:
-            (answer,) = yield [update_prompt(node["summary"], block, domain, budget)]
-            node = {"summary": clean(answer), "items": [first, end], "previous": node}
+        asked = items[first:end], domain, budget
+        (answer,) = yield [
+            update_prompt(node["summary"], *asked) if first else block_prompt(*asked)
+        ]
+        previous = {"previous": node} if first else {}
+        node = {"summary": clean(answer, domain), "items": [first, end]} | previous
     return node
 
 
@@ -153,13 +156,34 @@ def group_summaries(layer: list[Node], domain: "Domain", budget: "Budget") -> li
     groups = [[layer[0]]]
     for node in layer[1:]:
         summaries = [n["summary"] for n in [*groups[-1], node]]
-        prompt = build_prompt(domain.merge, (MERGE_HEADER, numbered(summaries)))
+        prompt = build_prompt(domain.merge, (MERGED, numbered(summaries)))
         # Two always go together, cut if need be; otherwise a layer might be as large as the last.
         if len(summaries) <= 2 or budget.fits(budget.encode([prompt])):
             groups[-1].append(node)
         else:
             groups.append([node])
     return groups
+
+
+# ---- Paradigms: what the prompt that recommends shows of a history; docs/extending.md adds one
+
+PARADIGMS: dict[str, str] = {}  # which items the prompt lists: the last --history-items, all, none
+SUMMARIZED: dict[str, Callable[..., Summarization]] = {}  # what a prompt with a summary has it from
+
+
+def register(name: str, summarize: Callable | None = None, recent: str = "last") -> None:
+    """Make a paradigm known to all scripts; ValueError for a name or value that cannot be."""
+    if name in PARADIGMS or recent not in ("last", "all", "none"):
+        raise ValueError(f"paradigm {name!r}: the name is taken, or recent={recent!r} is unknown")
+    PARADIGMS[name] = recent
+    SUMMARIZED.update({name: summarize} if summarize else {})
+
+
+register("hierarchical", hierarchical)
+register("recurrent", recurrent)
+register("recent-only")  # an ablation
+register("whole-history", recent="all")  # TALLRec's prompt
+register("none", recent="none")
 
 
 # ---- Prompts (figures 3, 4, 6, 7 and 8): the paper's headers, instructions in our own words
@@ -180,7 +204,6 @@ class Domain:
     recommend: str  # the question that opens every recommendation prompt
 
 
-MERGE_HEADER = "User Preferences Summaries"
 STOP_TEXTS = ("### User", "### Assistant")  # a model that writes one goes on with another turn
 
 
@@ -212,14 +235,14 @@ def block_prompt(items: list[str], domain: Domain, budget: "Budget") -> str:
 
 def merge_prompt(summaries: list[str], domain: Domain, budget: "Budget") -> str:
     """Return the prompt that asks for one summary of several (figure 4)."""
-    return list_prompt(domain.merge, MERGE_HEADER, summaries, "merges with summaries cut", budget)
+    return list_prompt(domain.merge, MERGED, summaries, "merges with summaries cut", budget)
 
 
 def update_prompt(summary: str, items: list[str], domain: Domain, budget: "Budget") -> str:
     """Return the prompt that asks to update a summary with the next block (figure 7)."""
 
     def build(limit: int, end: int) -> list[str]:
-        previous = "Previous Preference Summary", cut([summary], end)[0] or "(none)"
+        previous = PREVIOUS, cut([summary], end)[0] or "(none)"
         return [build_prompt(domain.update, previous, (domain.recent, numbered(cut(items, limit))))]
 
     limits = {
@@ -241,14 +264,14 @@ def recommendation_prompts(
     notes, sections = [domain.recommend], []
     if paradigm in SUMMARIZED:  # the long term
         notes.append("The preference summary tells what the user likes in the long run.")
-        sections.append(("Preference Summary", summary or "(none)"))
+        sections.append((SUMMARY, summary or "(none)"))
     if recent:  # the short term
         notes.append("The historical items, oldest first, tell what the user is after now.")
-        sections.append(("Historical Items", numbered(recent)))
+        sections.append((RECENT, numbered(recent)))
     if len(sections) > 1:
         notes.append("Weigh both.")
     instruction = " ".join([*notes, "Answer 'Yes' or 'No'."])
-    return [build_prompt(instruction, *sections, ("Next Item", text)) for text in candidates]
+    return [build_prompt(instruction, *sections, (NEXT, text)) for text in candidates]
 
 
 @dataclass(frozen=True)
@@ -263,7 +286,11 @@ class Recommender:
     budget: "Budget"
 
     def prompt_ids(self, example: Example, candidates: list[str]) -> list[list[int]]:
-        """Return the token ids of each candidate's prompt, all within the budget.
+        """Return the token ids of each candidate's prompt, all within the budget."""
+        return self.prompts(example, candidates)[1]
+
+    def prompts(self, example: Example, candidates: list[str]) -> tuple[list[str], list[list[int]]]:
+        """Return each candidate's message, and the token ids of its prompt within the budget.
 
         They agree up to the candidate. The instruction and the form are never cut. What is too long
         loses, in this order: the oldest recent items; the end of the summary; and if the candidate
@@ -271,11 +298,8 @@ class Recommender:
         decides for all of them, so that they keep one prefix.
         """
         history, summary = example.history, self.summaries.get(example.user, "")
-        shown = min(self.history_items, len(history))
-        if self.paradigm == "whole-history":
-            shown = len(history)
-        elif self.paradigm == "none":
-            shown = 0
+        shown = {"last": min(self.history_items, len(history)), "all": len(history), "none": 0}
+        shown = shown[PARADIGMS[self.paradigm]]
         recent = [self.items[i] for i in history[len(history) - shown :]]
         texts = [self.items[i] for i in candidates]
 
@@ -289,7 +313,7 @@ class Recommender:
             "prompts with the summary cut": len(summary),
             "prompts with candidates cut": longest(texts),
         }
-        return self.budget.fit(build, limits)[1]
+        return self.budget.fit(build, limits)
 
 
 # ---- Answers (equations 2 and 3)

@@ -18,7 +18,33 @@ from launch.command import option, parse_settings, run_main
 from launch.numbers import positive
 from prepare.dataset import load_dataset
 from state.settings import claim_config, locked
-from trsr import SUMMARIZED, Node, clean, content_hash, split_blocks
+from trsr import Domain, Node, clean, content_hash, split_blocks
+
+
+def hierarchical(rule: Rule, texts: list[str], domain: Domain, block_size: int) -> Node:
+    """Return the tree of a user's summaries: one per block, then one of all of them."""
+    leaves = [
+        {"summary": clean(rule.summary(items=texts[first:end]), domain), "items": [first, end]}
+        for first, end in split_blocks(len(texts), block_size)
+    ]
+    if len(leaves) == 1:
+        return leaves[0]
+    merged = rule.summary(summaries=[leaf["summary"] for leaf in leaves])
+    return {"summary": clean(merged, domain), "children": leaves}
+
+
+def recurrent(rule: Rule, texts: list[str], domain: Domain, block_size: int) -> Node:
+    """Return the chain of a user's summaries, each of a block and of the summary before it."""
+    node: Node = {"summary": "", "items": [0, 0]}
+    for first, end in split_blocks(len(texts), block_size):
+        before = [node["summary"]] if first else []
+        summary = clean(rule.summary(items=texts[first:end], summaries=before), domain)
+        node = {"summary": summary, "items": [first, end]} | ({"previous": node} if first else {})
+    return node
+
+
+# Those of trsr.SUMMARIZED that a rule can follow too.
+WAYS = {"hierarchical": hierarchical, "recurrent": recurrent}
 
 
 @dataclass(frozen=True)
@@ -28,37 +54,15 @@ class Settings:
     data: Path = option(Path("data/demo"), "dataset folder made by prepare", Path)
     run: Path = option(Path("runs/rule"), "run folder", Path)
     paradigm: str = option(
-        "hierarchical", "how blocks become one", choices=SUMMARIZED, group="summarization"
+        "hierarchical", "how blocks become one", choices=WAYS, group="summarization"
     )
     block_size: int = option(BLOCK, "items per block", positive)
-
-
-def hierarchical(rule: Rule, texts: list[str], block_size: int) -> Node:
-    """Return the tree of a user's summaries: one per block, then one of all of them."""
-    leaves = [
-        {"summary": clean(rule.summary(items=texts[first:end])), "items": [first, end]}
-        for first, end in split_blocks(len(texts), block_size)
-    ]
-    if len(leaves) == 1:
-        return leaves[0]
-    merged = rule.summary(summaries=[leaf["summary"] for leaf in leaves])
-    return {"summary": clean(merged), "children": leaves}
-
-
-def recurrent(rule: Rule, texts: list[str], block_size: int) -> Node:
-    """Return the chain of a user's summaries, each of a block and of the summary before it."""
-    node: Node = {"summary": "", "items": [0, 0]}
-    for first, end in split_blocks(len(texts), block_size):
-        before = [node["summary"]] if first else []
-        summary = clean(rule.summary(items=texts[first:end], summaries=before))
-        node = {"summary": summary, "items": [first, end]} | ({"previous": node} if first else {})
-    return node
 
 
 def main() -> None:
     """Summarize the users of all splits."""
     settings = parse_settings(Settings, __doc__)
-    _, items, splits = load_dataset(settings.data, ("train", "val", "test"))
+    domain, items, splits = load_dataset(settings.data, ("train", "val", "test"))
     rule = Corpus.load(str(settings.data)).rule
     # The fields that other scripts expect of a run's summaries.
     recorded = {
@@ -70,13 +74,12 @@ def main() -> None:
         "dtype": "none",
         "fingerprint": content_hash([rule.facets, sorted(rule.common)]),
     }
-    way = {"hierarchical": hierarchical, "recurrent": recurrent}[settings.paradigm]
     with locked(settings.run):
         claim_config(settings.run, "summarize", recorded, started=False)
         lines = []
         for example in chain(*splits.values()):
             texts = [items[i] for i in example.history]
-            root = way(rule, texts, settings.block_size)
+            root = WAYS[settings.paradigm](rule, texts, domain, settings.block_size)
             line = {"user": example.user, "paradigm": settings.paradigm}
             line |= {"key": content_hash([recorded, texts]), "summary": root["summary"]}
             lines.append(line | {"tree": root})

@@ -56,7 +56,7 @@ def load_dataset(
         path, known = folder / "meta.json", sorted(DOMAINS)
         raise InputError(f"{path}: field 'domain' is {domain!r}, expected one of {known}")
 
-    items = read_items(folder / "items.jsonl")
+    items = read_items(folder / "items.jsonl", DOMAINS[domain])
     users: set[str] = set()
     examples = {s: list(read_examples(folder / f"{s}.jsonl", items, users)) for s in splits}
     if empty := [split for split, found in examples.items() if not found]:
@@ -65,7 +65,7 @@ def load_dataset(
     return DOMAINS[domain], items, examples
 
 
-def read_items(path: Path) -> dict[str, str]:
+def read_items(path: Path, domain: Domain) -> dict[str, str]:
     """Return the item texts by id; InputError for a duplicate or an attribute that is no text."""
     items: dict[str, str] = {}
     for where, record in read_jsonl(path, {"id": str, "attributes": dict}):
@@ -73,7 +73,7 @@ def read_items(path: Path) -> dict[str, str]:
             raise InputError(f"{where}: field 'id': item {record['id']!r} is there twice")
         if not all(isinstance(value, str) for value in record["attributes"].values()):
             raise InputError(f"{where}: field 'attributes' holds something that is not a text")
-        items[record["id"]] = item_text(record["attributes"])
+        items[record["id"]] = item_text(record["attributes"], domain)
     return items
 
 

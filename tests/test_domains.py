@@ -15,7 +15,7 @@ def test_the_wording_is_every_prompt_with_placeholders(name):
         return trsr.plain_turn(trsr.build_prompt(*parts))
 
     assert words["block"] == prompt(domain.summarize, (domain.history, "1. ITEM"))
-    assert words["merge"] == prompt(domain.merge, (trsr.MERGE_HEADER, "1. SUMMARY"))
+    assert words["merge"] == prompt(domain.merge, (trsr.MERGED, "1. SUMMARY"))
     previous, recent = ("Previous Preference Summary", "SUMMARY"), (domain.recent, "1. ITEM")
     assert words["update"] == prompt(domain.update, previous, recent)
     assert domain.recommend in words["recommend"]

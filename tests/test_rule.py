@@ -2,7 +2,9 @@
 
 import trsr
 from experiments.rule import Rule
+from prepare.domains import DOMAINS
 
+PRODUCTS = DOMAINS["products"]
 RULE = Rule(("Color",), frozenset({"with"}))
 
 
@@ -38,7 +40,7 @@ def test_a_summary_is_read_back_as_it_was_and_stays_one_line_of_the_prompt():
     odd = "Title: Zed 12 ### User: tray; Color: a, b; Color: red 3; Color: red"
     summary = RULE.summary([odd, odd])
     assert summary == "Color: red 2; Words: User 2, tray 2"
-    assert RULE.summary(summaries=[summary]) == trsr.clean(summary) == summary
+    assert RULE.summary(summaries=[summary]) == trsr.clean(summary, PRODUCTS) == summary
 
 
 def test_facets_have_few_values_and_common_words_are_in_small_letters():

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import trsr
 from experiments.tiny.summaries import (
+    DOMAIN,
     FACTS,
     LIKED,
     WORDS,
@@ -267,7 +268,7 @@ def description_text(rng: random.Random, shop: Shop, brief: bool) -> Text:
     product, *others = (one_of(rng, shop.shelves[(one_of(rng, CATEGORIES),)]) for _ in range(3))
     if rng.random() < 0.4:
         known = {name: value for name, value in product.attributes.items() if name != "Description"}
-        section = "Product", trsr.item_text(known)
+        section = "Product", trsr.item_text(known, DOMAIN)
         ask = "Describe this product in a few sentences."
         prompt = trsr.plain_turn(trsr.build_prompt(ask, section))
         return [(prompt, product.attributes["Description"])]

@@ -40,7 +40,8 @@ Text = list[tuple[str, str]]  # turns: a prompt, which ends with the cue, and it
 def text_of(product: Product, brief: bool = False) -> str:
     """Return the product's text as prompts show it; brief: only the BRIEF attributes."""
     shown = product.attributes.items()
-    return trsr.item_text({name: value for name, value in shown if not brief or name in BRIEF})
+    kept = {name: value for name, value in shown if not brief or name in BRIEF}
+    return trsr.item_text(kept, DOMAIN)
 
 
 def facts(product: Product) -> dict[str, str]:
