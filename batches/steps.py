@@ -32,8 +32,8 @@ def check_batch_size(batch_size: int, train: list[Example]) -> None:
 
 def target_count(tree: Tree, loss: str) -> int:
     """Return how many next-token targets the tree's examples have, counted separately."""
-    n = len(tree.branches)
-    return n if loss == "answer" else n * (len(tree.prefix) - 1) + sum(map(len, tree.branches))
+    sequences = tree.sequences()
+    return len(sequences) if loss == "answer" else sum(map(len, sequences)) - len(sequences)
 
 
 def step_batches(n_users: int, users_per_step: int, seed: int, epoch: int) -> list[list[int]]:

@@ -91,7 +91,7 @@ def preflight(
     print(f"memory  about {sum(memory.values()) / GIB:.2f} GiB a device: {parts}")
 
     computed = sum(tree.size for tree in trees)
-    apart = sum(len(t.branches) * len(t.prefix) + sum(map(len, t.branches)) for t in trees)
+    apart = sum(len(ids) for tree in trees for ids in tree.sequences())
     flops, flops_apart = (training_flops(model, tokens) for tokens in (computed, apart))
     work = f"{computed} tokens an epoch, {flops:.2e} FLOP"
     print(f"work    {work}; each example apart: {apart}, {flops_apart:.2e}")

@@ -1,8 +1,8 @@
 """Packs: many texts that share prefixes in one row of tokens, so that each token is computed once.
 
-A tree is a prefix and its branches, such as a user's prompts, which differ only in the candidate.
-A pack holds many trees; the tokens that begin all of them, the trunk, appear once. Plain text is a
-tree with one branch.
+A tree is a prefix and its branches, such as a user's prompts, which differ only in the candidate; a
+branch can have branches of its own. A pack holds many trees; the tokens that begin all of them, the
+trunk, appear once. Plain text is a tree with one branch.
 
     row         0  1  2 |  3  4  5  6  7  8  9 | 10 11 12 13 14 15
     token       i  i  i |  p  p  p  a  a  b  b |  p  p  a  a  b  b   the trunk and two trees
@@ -14,6 +14,7 @@ The ends are all that the attention mask needs (ops/masks.py). T: tokens of a pa
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -30,15 +31,47 @@ WORTH_SHARING = 32  # prompts with a shorter prefix in common are read separatel
 
 @dataclass(frozen=True)
 class Tree:
-    """The token sequences prefix + branch, for each branch. No branch is empty."""
+    """The token sequences from the prefix to each leaf: each branch that no other continues.
+
+    The branches are in depth-first order, and none is empty.
+    """
 
     prefix: list[int]
     branches: list[list[int]]
+    parents: list[int] | None = None  # the branch that each continues, ROOT or an earlier one
 
     @property
     def size(self) -> int:
         """The tokens that it takes in a pack without a trunk."""
         return len(self.prefix) + sum(map(len, self.branches))
+
+    @property
+    def above(self) -> list[int]:
+        """The parent of each branch; in a tree without any, all continue the prefix."""
+        return [ROOT] * len(self.branches) if self.parents is None else self.parents
+
+    @property
+    def leaves(self) -> list[int]:
+        """The branches with which a sequence ends."""
+        if self.parents is None:
+            return [*range(len(self.branches))]
+        inner = set(self.parents)
+        return [b for b in range(len(self.branches)) if b not in inner]
+
+    def path(self, branch: int) -> list[int]:
+        """Return the branches from the prefix to this one, which comes last."""
+        path = [branch]
+        while self.parents and self.parents[path[-1]] != ROOT:
+            path.append(self.parents[path[-1]])
+        return path[::-1]
+
+    def sequences(self) -> list[list[int]]:
+        """Return the tokens of each sequence, in the order of the leaves."""
+        paths = (self.path(leaf) for leaf in self.leaves)
+        return [sum((self.branches[b] for b in path), self.prefix) for path in paths]
+
+
+ROOT = -1  # the parent of a branch that continues the prefix
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
@@ -53,6 +86,39 @@ def make_tree(sequences: list[list[int]]) -> Tree:
     """Return the tree of token sequences that share a prefix; each branch keeps a token or more."""
     shared = min(common_prefix(sequences), min(map(len, sequences)) - 1)
     return Tree(sequences[0][:shared], [ids[shared:] for ids in sequences])
+
+
+def make_deep_tree(sequences: list[list[int]]) -> Tree:
+    """Return the tree of token sequences in which what any of them share is there once.
+
+    The leaves are in the order of the sorted sequences. A sequence that others continue keeps its
+    last token to itself, since it ends with a leaf of its own.
+    """
+    ordered = sorted(sequences)
+
+    def shared(first: int, end: int) -> int:
+        group = ordered[first:end]
+        return min(common_prefix(group), min(map(len, group)) - 1)
+
+    def groups(first: int, end: int, start: int, parent: int) -> list[tuple[int, int, int, int]]:
+        """Return what continues a branch: the sequences from first to end by their next token."""
+        bounds = [i for i in range(first + 1, end) if ordered[i][start] != ordered[i - 1][start]]
+        return [(a, b, start, parent) for a, b in pairwise([first, *bounds, end])]
+
+    prefix = shared(0, len(ordered))
+    branches, parents = [], []
+    waiting = groups(0, len(ordered), prefix, ROOT)[::-1]  # a stack, so depth first
+    while waiting:
+        first, end, start, parent = waiting.pop()
+        until = shared(first, end) if end - first > 1 else len(ordered[first])
+        if until == start:  # the first one ends here, and the others go on
+            waiting.append((first + 1, end, start, parent))
+            until, end = start + 1, first + 1
+        branches.append(ordered[first][start:until])
+        parents.append(parent)
+        if end - first > 1:
+            waiting += groups(first, end, until, len(branches) - 1)[::-1]
+    return Tree(ordered[0][:prefix], branches, parents)
 
 
 def group_prompts(prompts: list[list[int]]) -> tuple[list[Tree], dict[tuple[int, int], int]]:
@@ -146,15 +212,24 @@ def pack_trees(
 
 
 def split_branches(tree: Tree, max_tokens: int) -> list[list[int]]:
-    """Return the tree's branches in groups, each within max_tokens together with the prefix."""
-    groups, size = [[]], len(tree.prefix)
-    for b, branch in enumerate(tree.branches):
-        if groups[-1] and size + len(branch) > max_tokens:
-            groups.append([])
-            size = len(tree.prefix)
-        groups[-1].append(b)
-        size += len(branch)
-    return groups
+    """Return the tree's branches in groups, each within max_tokens together with the prefix.
+
+    A group has all branches on the way to its leaves, so groups may have some in common.
+    """
+    groups, size = [{}], len(tree.prefix)  # dictionaries without values: sets that keep the order
+
+    def tokens(branches: list[int]) -> int:
+        return sum(len(tree.branches[b]) for b in branches)
+
+    for leaf in tree.leaves:
+        path = tree.path(leaf)
+        more = [b for b in path if b not in groups[-1]]
+        if groups[-1] and size + tokens(more) > max_tokens:
+            groups.append({})
+            more, size = path, len(tree.prefix)
+        groups[-1] |= dict.fromkeys(more)
+        size += tokens(more)
+    return [list(group) for group in groups]
 
 
 class _Columns:
@@ -198,24 +273,48 @@ class _Columns:
         self.ends += [length] * more
 
 
+@dataclass
+class _Shape:
+    """What is below the branches that a pack holds of a tree, by branch."""
+
+    tokens: dict[int, int]  # without the branch's own
+    leaves: dict[int, int]
+
+    @classmethod
+    def of(cls, tree: Tree, group: list[int]) -> "_Shape":
+        """Return the shape of the group's branches, ROOT for all of them included."""
+        above = tree.above
+        inner = {above[b] for b in group}
+        tokens = dict.fromkeys([ROOT, *group], 0)
+        leaves = {b: int(b not in inner) for b in tokens}
+        for b in reversed(group):  # what continues a branch comes after it
+            tokens[above[b]] += tokens[b] + len(tree.branches[b])
+            leaves[above[b]] += leaves[b]
+        return cls(tokens, leaves)
+
+
 def build_pack(
     trees: list[Tree], trunk: int, held: list[tuple[int, list[int]]], pad_to: int, last_only: bool
 ) -> Pack:
     """Return the pack of the held (tree, its branches): the trunk, then prefixes and branches."""
     columns, leaves = _Columns(last_only), {}
-    branch_tokens = [sum(len(trees[t].branches[b]) for b in group) for t, group in held]
-    tokens = trunk + sum(len(trees[t].prefix) - trunk for t, _ in held) + sum(branch_tokens)
+    shapes = [_Shape.of(trees[t], group) for t, group in held]
+    below = sum(shape.tokens[ROOT] for shape in shapes)
+    tokens = trunk + sum(len(trees[t].prefix) - trunk for t, _ in held) + below
     length = -(-tokens // pad_to) * pad_to
 
-    sequences = sum(len(group) for _, group in held)
+    sequences = sum(shape.leaves[ROOT] for shape in shapes)
     beginning = trees[held[0][0]].prefix[:trunk]
     # All that follows continues the trunk, padding included.
     root = columns.append(beginning, None, continued_by=length - trunk, weight=sequences)
-    for (t, group), below in zip(held, branch_tokens, strict=True):
-        prefix = trees[t].prefix[trunk:]
-        stem = columns.append(prefix, root, continued_by=below, weight=len(group))
+    for (t, group), shape in zip(held, shapes, strict=True):
+        tree, above = trees[t], trees[t].above
+        stem = tree.prefix[trunk:]
+        last = {ROOT: columns.append(stem, root, shape.tokens[ROOT], shape.leaves[ROOT])}
         for b in group:
-            leaves[t, b] = columns.append(trees[t].branches[b], stem, continued_by=0, weight=1)
+            branch, parent = tree.branches[b], last[above[b]]
+            last[b] = columns.append(branch, parent, shape.tokens[b], shape.leaves[b])
+        leaves |= {(t, b): last[b] for b in group if not shape.tokens[b]}
     columns.pad(length)
 
     return Pack(

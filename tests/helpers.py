@@ -27,8 +27,8 @@ import llama
 import lora
 from launch.command import run_main
 from models import hub
-from ops.cache import KVCache
-from ops.packs import make_tree
+from ops.packs import make_deep_tree, make_tree
+from ops.penalties import TextCache
 from prepare import amazon_m2
 from summarize import Generator
 
@@ -193,7 +193,7 @@ def change_json(path, **changes):
 def empty_cache(config, rows, slots, device=CPU, dtype=torch.float32):
     """Return a cache of zeros for a model of that configuration."""
     shape = (rows, config.num_key_value_heads, slots, config.head_dim)
-    return KVCache(config.num_hidden_layers, shape, device, dtype)
+    return TextCache(None, config.num_hidden_layers, shape, device, dtype)
 
 
 def generate(model, prompts, max_new_tokens, eos_ids, batch_size=16):
@@ -241,9 +241,24 @@ def random_trees(n, branches, seed=0):
     return trees
 
 
+def random_deep_trees(n, sequences, seed=0):
+    """Return n trees of any depth, each of this many sequences, which share a trunk of 7 tokens."""
+    rng, trees = random.Random(seed), []
+    trunk = random_ids(7, seed=seed + 100).tolist()
+    for _ in range(n):
+        made = [[*trunk, 3, 4]]
+        while len(made) < sequences:
+            begin = rng.choice(made)
+            begin = begin[: rng.randint(8, len(begin))]
+            # Two tokens to choose from at first, so that many go on alike.
+            made.append([*begin, rng.randint(3, 4), *(rng.randint(3, 639) for _ in range(5))])
+        trees.append(make_deep_tree(made))
+    return trees
+
+
 def sequences(tree):
     """Return the tree's token sequences, each on its own."""
-    return [tree.prefix + branch for branch in tree.branches]
+    return tree.sequences()
 
 
 def last_logits(model, ids):

@@ -11,6 +11,7 @@ from helpers import (
     LLAMA3,
     NEOX,
     last_logits,
+    random_deep_trees,
     random_ids,
     random_trees,
     separate_loss,
@@ -114,24 +115,47 @@ def test_packed_logits_and_scores_equal_separate_texts(tmp_path, family, n, bran
     assert seen == scores.keys() == {(t, b) for t in range(n) for b in range(branches)}
 
 
+@pytest.mark.parametrize("max_tokens", [9999, 60])
+def test_packed_logits_and_scores_of_deep_trees_equal_separate_texts(tiny, max_tokens):
+    trees = random_deep_trees(5, 12)
+    packs = pack_trees(trees, max_tokens, pad_to=16)
+    assert any(pack.shared_prefix for pack in packs) == (max_tokens == 60)
+    seen, scores = set(), score_packs(tiny, packs, [17, 400])
+    for pack in packs:
+        assert pack.tokens <= max_tokens
+        with torch.no_grad():
+            packed = tiny(pack.ids[None], pack.positions[None], pack.mask())[0]
+        for (t, b), row in pack.leaves.items():
+            tree = trees[t]
+            ids = sequences(tree)[tree.leaves.index(b)]
+            alone = last_logits(tiny, ids)
+            assert int(pack.positions[row]) == len(ids) - 1
+            assert (packed[row] - alone).abs().max() < 1e-4
+            assert (torch.tensor(scores[t, b]) - alone[[17, 400]]).abs().max() < 1e-4
+            seen.add((t, b))
+    assert seen == scores.keys() == {(t, b) for t, tree in enumerate(trees) for b in tree.leaves}
+
+
 @pytest.mark.parametrize(
-    ("max_tokens", "lora", "checkpointing"),
+    ("max_tokens", "lora", "checkpointing", "deep"),
     [
-        (9999, False, False),
-        (100, False, False),
-        (100, False, True),
-        (100, True, False),
-        (100, True, True),
+        (9999, False, False, False),
+        (9999, False, False, True),
+        (100, False, False, False),
+        (60, False, False, True),
+        (100, False, True, False),
+        (100, True, False, False),
+        (60, True, True, True),
     ],
 )
 def test_shared_prefix_loss_and_gradients_equal_separate_examples(
-    architecture, tiny, max_tokens, lora, checkpointing
+    architecture, tiny, max_tokens, lora, checkpointing, deep
 ):
     if lora:
         apply_lora(tiny, LoRAConfig(targets=architecture.attention, dropout=0.0))
         for parameter in adapter_tensors(tiny).values():
             torch.nn.init.normal_(parameter, std=0.1)
-    trees = random_trees(7, 2)
+    trees = random_deep_trees(4, 9) if deep else random_trees(7, 2)
     expected, count = separate_loss(tiny, trees)
     (expected / count).backward()
     wanted = {name: p.grad.clone() for name, p in tiny.named_parameters() if p.requires_grad}

@@ -12,6 +12,7 @@ from ops.packs import (
     common_prefix,
     fill_bins,
     group_prompts,
+    make_deep_tree,
     make_tree,
     pack_length,
     pack_trees,
@@ -25,6 +26,41 @@ def test_make_tree_finds_the_longest_common_prefix():
     assert make_tree([[1, 2], [1, 2, 5]]) == Tree([1], [[2], [2, 5]])  # a branch keeps a token
     assert make_tree([[1, 2, 3]]) == Tree([1, 2], [[3]])
     assert make_tree([[1], [2]]) == Tree([], [[1], [2]])
+
+
+def test_a_deep_tree_has_every_shared_beginning_once():
+    tree = make_deep_tree([[1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 6], [1, 7]])
+    assert tree == Tree([1], [[2], [3], [4], [5], [6], [7]], [-1, 0, 1, 1, 0, -1])
+    assert tree.leaves == [2, 3, 4, 5]
+    assert [tree.path(leaf) for leaf in tree.leaves] == [[0, 1, 2], [0, 1, 3], [0, 4], [5]]
+    # A sequence that others continue keeps its last token to itself; equal ones are there twice.
+    tree = make_deep_tree([[1, 2], [1, 2, 3], [1, 2, 4], [1, 2]])
+    assert tree == Tree([1], [[2], [2], [2], [3], [4]], [-1, -1, -1, 2, 2])
+    assert make_deep_tree([[1, 2, 3]]) == Tree([1, 2], [[3]], [-1])
+    assert make_deep_tree([[1], [2]]) == Tree([], [[1], [2]], [-1, -1])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_deep_tree_is_its_sequences_with_as_few_tokens_as_there_are_beginnings(seed):
+    rng = random.Random(seed)
+    made = [
+        [rng.randint(1, 3) for _ in range(rng.randint(1, 8))] for _ in range(rng.randint(1, 30))
+    ]
+    tree = make_deep_tree(made)
+    assert tree.sequences() == sorted(made)
+    beginnings = {tuple(ids[:n]) for ids in made for n in range(1, len(ids))}
+    assert tree.size == len(beginnings) + len(made)  # and a last token for each sequence
+    whole, small = pack_trees([tree], 999), pack_trees([tree], 12)
+    assert [pack.tokens for pack in whole] == [tree.size]
+    for packs in (whole, small):
+        found = {}
+        for pack in packs:
+            assert pack.tokens <= 12 or packs == whole
+            for (_, b), row in pack.leaves.items():
+                path = (pack.ends[: row + 1] > row).nonzero()[:, 0]
+                found[b] = pack.ids[path].tolist()
+                assert pack.positions[path].tolist() == [*range(len(path))]
+        assert [found[b] for b in tree.leaves] == sorted(made)
 
 
 def test_prompts_that_share_a_prefix_make_a_tree():
