@@ -47,7 +47,7 @@ from prepare.domains import wording
 from runfolder.compare import format_table
 from runfolder.page import write_report
 from runfolder.results import Question
-from runfolder.scores import table_of, table_of_file, write_scores
+from runfolder.scores import answer_mass, table_of, table_of_file, write_scores
 from state.checkpoint import epochs_done
 from state.origin import check_trained_on, differences
 from state.settings import read_config
@@ -295,7 +295,7 @@ def main() -> None:
 
 def tell(scores: Scores) -> None:
     """Print what is worth knowing of the prompts."""
-    mass = trsr.answer_mass(scores.logits.values())
+    mass = answer_mass(scores.logits.values())
     print(f"Yes and No together have {mass:.1%} of the probability of the next token")
     for what, number in scores.trimmed.items():
         print(f"trimmed to the context: {number} {what}")
@@ -344,7 +344,7 @@ def write_results(
     about = {name: getattr(settings, name) for name in names}
     about |= {"users": len(examples), "table": table, "trimmed": dict(scores.trimmed)}
     # Rounded, since the order of the packs may change the last digits.
-    about["answer_mass"] = round(trsr.answer_mass(scores.logits.values()), 6)
+    about["answer_mass"] = round(answer_mass(scores.logits.values()), 6)
     write_json(settings.question.results, about)
     return table
 

@@ -347,16 +347,6 @@ def yes_probability(yes_logits: np.ndarray, no_logits: np.ndarray) -> np.ndarray
     return weights[0] / weights.sum(axis=0)
 
 
-def answer_mass(logits: Iterable[Sequence[float]]) -> float:
-    """Return the mean probability, 0 to 1, that Yes and No have together.
-
-    logits: (Yes, No, log of the sum of exp(logit) over the vocabulary) of each prompt. A low value
-    means that the model would rather say something else.
-    """
-    found = np.array(list(logits), dtype=np.float64)
-    return float(np.exp(found[:, :2] - found[:, 2:]).sum(axis=1).mean())
-
-
 # ---- Ranking (section 5.2.1)
 
 

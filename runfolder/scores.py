@@ -2,7 +2,7 @@
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +73,16 @@ def scores_of(where: str, record: dict) -> dict[str, float]:
     if not all(type(x) in (int, float) and abs(x) <= LARGEST for x in scores):
         raise InputError(f"{where}: field 'scores' holds something that is no finite number")
     return dict(zip(record["candidates"], scores, strict=True))
+
+
+def answer_mass(logits: Iterable[Sequence[float]]) -> float:
+    """Return the mean probability, 0 to 1, that Yes and No have together.
+
+    logits: (Yes, No, log of the sum of exp(logit) over the vocabulary) of each prompt. A low value
+    means that the model would rather say something else.
+    """
+    found = np.array(list(logits), dtype=np.float64)
+    return float(np.exp(found[:, :2] - found[:, 2:]).sum(axis=1).mean())
 
 
 # ---- Tables
