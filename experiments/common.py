@@ -38,7 +38,7 @@ class FigureSettings(Settings):
     """The flags that all figures share."""
 
     paradigms: tuple[str, ...] = option(
-        SUMMARIZED, "of the summaries", choices=SUMMARIZED, nargs="+"
+        ("hierarchical", "recurrent"), "of the summaries", choices=SUMMARIZED, nargs="+"
     )
 
 

@@ -9,7 +9,7 @@ from experiments.stages import Stage, make_stage, slug, split_flags
 from experiments.tuning import DEFAULTS, Choice, combinations
 from launch.command import option
 from launch.numbers import natural, positive, positive_real, seed_number
-from trsr import SUMMARIZED
+from trsr import PARADIGMS, SUMMARIZED
 
 RULE = "rule"  # in a summarizer's place: experiments.ruled writes the summaries
 LRS, RANKS = (1e-4, 3e-4, 1e-3), (8, 32)  # of --tune
@@ -88,7 +88,7 @@ class LanguageModel:
         if self.paradigm in SUMMARIZED:
             parts.append(self.of_seed(self.summarizer, seed))
         parts.append(self.of_seed(self.recommender, seed))
-        if self.paradigm in (*SUMMARIZED, "recent-only"):
+        if PARADIGMS[self.paradigm] == "last":
             parts.append(f"items{self.items}")
         if self.budget is not None:
             parts.append(f"max{self.budget}")

@@ -29,6 +29,7 @@ from experiments.runs import (
 from experiments.tuning import Choice, combinations
 from launch.command import option, parse_settings
 from launch.numbers import positive_real
+from trsr import PARADIGMS, SUMMARIZED
 
 POSITIONS, ALONE, UNTRAINED = "+positions", "-alone", "untrained"  # endings and names of rows
 BASELINE_LRS = (3e-4, 1e-3, 3e-3)  # of --tune
@@ -43,9 +44,15 @@ NAMES = {
     f"recurrent{ALONE}": "recurrent summary only",
     "none": "the candidate alone",
 }
+OWN = {name: name for name in PARADIGMS if name not in NAMES}  # yours: rows only if asked for
+OWN |= {
+    f"{name}{ALONE}": f"{name}, summary only"
+    for name in OWN
+    if name in SUMMARIZED and PARADIGMS[name] == "last"
+}
 BASELINES = {name: model.__name__ for name, model in MODELS.items()}
 BASELINES |= {f"{key}{POSITIONS}": f"{name}, every position" for key, name in BASELINES.items()}
-TITLES = BASELINES | NAMES
+TITLES = BASELINES | NAMES | OWN
 AGAINST = {NAMES[key]: NAMES[key] for key in ("recent-only", "whole-history")}
 
 
@@ -59,7 +66,7 @@ class Settings(TunedSettings):
     summarizer: str = option("models/tiny", SUMMARIZER, group="rows")
     recommender: str = option("models/tiny", MODEL)
     rows: tuple[str, ...] = option(
-        tuple(key for key in TITLES if key != "none"),
+        tuple(key for key in BASELINES | NAMES if key != "none"),
         "besides random and popularity",
         choices=TITLES,
         nargs="+",

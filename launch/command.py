@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TypeVar
 
+import paradigms  # noqa: F401  (registers the user's own)
 from launch.numbers import positive_real
 from trsr import InputError
 
