@@ -1,0 +1,188 @@
+"""Every position of a history as a target: what each prompt may show, and a user's tree of them.
+
+A user's sequence is the history and the target. The item at each position was once the next one,
+so it is a positive given the items before it. All prompts of a user are in one tree:
+
+    whole history   the prompt of a position begins as that of the next one
+    summaries       the summary of the blocks before, and the items since; so the prompts of the
+                    positions between two blocks begin alike
+    recent items    a window that moves: only the instruction is shared
+
+A summary of the blocks before has not seen what follows them (summarize.py --every-block; the chain
+of recurrent summaries has it anyway).
+"""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from batches.prompts import Prompts
+from ops.packs import Tree, make_deep_tree
+from trsr import (
+    SUMMARIZED,
+    Budget,
+    Domain,
+    Example,
+    InputError,
+    Node,
+    Recommender,
+    Summarization,
+    split_blocks,
+)
+
+ALL = 2**31 - 1  # as many positions as there are
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Which positions are targets, and from what their negatives are drawn.
+
+    most: how many of a user's last positions. past_only: negatives are never the target or an item
+    before it, but may come later in the history; otherwise they are no item of the whole history.
+    """
+
+    most: int = 1
+    past_only: bool = False
+
+
+@dataclass(frozen=True)
+class Position:
+    """A target with what its prompt may show: only what came before."""
+
+    example: Example
+    summary: str
+    shown: int  # the most recent items of the history
+
+
+def positions(
+    example: Example, catalogue: Sequence[str], targets: Targets
+) -> list[tuple[int, Example]]:
+    """Return (t, example) for the user's last positions: the item at t, given the t items before.
+
+    The last one is the example itself. Others have as many negatives, drawn from the catalogue by a
+    seed that the user and the position determine, so every run has the same. An item that the user
+    has had before is no target, as in the datasets.
+    """
+    sequence, n = [*example.history, example.positive], len(example.history)
+    found = []
+    for t in range(max(1, n + 1 - targets.most), n):
+        if sequence[t] in sequence[:t]:
+            continue
+        taken = set(sequence[: t + 1] if targets.past_only else sequence)
+        negatives = draw(catalogue, taken, len(example.negatives), f"{example.user} {t}")
+        past = replace(example, history=sequence[:t], positive=sequence[t], negatives=negatives)
+        found.append((t, past))
+    return [*found, (n, example)]
+
+
+def draw(catalogue: Sequence[str], taken: set[str], n: int, seed: str) -> list[str]:
+    """Return n different uniform items that are not taken; InputError if there are too few."""
+    if len(catalogue) < n + len(taken) and len(set(catalogue) - taken) < n:
+        raise InputError(f"{len(catalogue)} items are too few for {n} negatives at every position")
+    # Python promises the same numbers in every version for random() only.
+    rng, found = random.Random(seed), {}
+    while len(found) < n:
+        item = catalogue[int(rng.random() * len(catalogue))]
+        if item not in taken:
+            found[item] = None
+    return list(found)
+
+
+def known_before(tree: Node) -> list[tuple[int, str]]:
+    """Return (items, summary) after each block but the last, the first blocks first.
+
+    tree: what summarize.py keeps of a user. InputError if it has no summaries of the blocks before.
+    """
+    if "before" in tree:
+        return [(int(items), summary) for items, summary in tree["before"]]
+    if "children" in tree:
+        what = "the summaries of the blocks before are missing"
+        raise InputError(f"{what}; run summarize.py --every-block, or --targets last")
+    chain = []
+    while "previous" in tree:
+        tree = tree["previous"]
+        chain.append((tree["items"][1], tree["summary"]))
+    return chain[::-1]
+
+
+def every_block(
+    paradigm: Callable[..., Summarization],
+    items: list[str],
+    domain: Domain,
+    budget: Budget,
+    block_size: int,
+) -> Summarization:
+    """Summarize the items before the end of each block, and then all of them.
+
+    The root is the paradigm's, and its "before" lists [items, summary] for known_before. No prompt
+    is asked twice.
+    """
+    known: dict[str, str] = {}
+    roots = []
+    for _, end in split_blocks(len(items), block_size) or [(0, 0)]:
+        task, answers = paradigm(items[:end], domain, budget, block_size), None
+        try:
+            while True:
+                asked = task.send(answers)
+                if new := [prompt for prompt in dict.fromkeys(asked) if prompt not in known]:
+                    known |= zip(new, (yield new), strict=True)
+                answers = [known[prompt] for prompt in asked]
+        except StopIteration as done:
+            roots.append((end, done.value))
+    before = [[end, root["summary"]] for end, root in roots[:-1]]
+    return roots[-1][1] | {"before": before}
+
+
+class EveryPosition(Prompts):
+    """Each user's prompts of all positions, as one tree; every prompt ends with its answer.
+
+    before: known_before of each user, where the paradigm has summaries.
+    """
+
+    def __init__(
+        self,
+        recommender: Recommender,
+        examples: list[Example],
+        answers: tuple[int, int],
+        targets: Targets,
+        before: dict[str, list[tuple[int, str]]],
+    ):
+        super().__init__(recommender, examples, answers)
+        self.targets, self.before = targets, before
+        self.catalogue = list(recommender.items)
+
+    def __getitem__(self, index: int) -> tuple[Tree | InputError, dict]:
+        # A counter of its own, because a worker process cannot add to the caller's.
+        budget, sequences = replace(self.recommender.budget, trimmed=Counter()), []
+        try:
+            for position in self.positions(self.users[index]):
+                sequences += self.prompts(position, budget)
+        except InputError as error:  # raised in a worker, it would come with a traceback
+            return error, {}
+        return make_deep_tree(sequences), dict(budget.trimmed)
+
+    def positions(self, example: Example) -> list[Position]:
+        """Return the user's positions, each with what its prompt may show."""
+        recommender, found = self.recommender, []
+        for t, past in positions(example, self.catalogue, self.targets):
+            summary, shown = recommender.summaries.get(example.user, ""), recommender.history_items
+            if recommender.paradigm in SUMMARIZED and t < len(example.history):
+                # The last summary that had seen nothing of what is to be told apart here.
+                earlier = [(0, ""), *self.before[example.user]]
+                items, summary = max(pair for pair in earlier if pair[0] <= t)
+                shown = t - max(0, items - recommender.history_items)
+            found.append(Position(past, summary, shown))
+        return found
+
+    def prompts(self, position: Position, budget: Budget) -> list[list[int]]:
+        """Return the position's prompts as token ids, each with its answer."""
+        example, (yes, no) = position.example, self.answers
+        recommender = replace(
+            self.recommender,
+            budget=budget,
+            summaries={example.user: position.summary},
+            history_items=position.shown,
+        )
+        rows = recommender.prompt_ids(example, [example.positive, *example.negatives])
+        return [[*ids, no if i else yes] for i, ids in enumerate(rows)]

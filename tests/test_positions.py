@@ -1,0 +1,173 @@
+"""batches/positions.py: every position a target, and nothing of what follows in any prompt."""
+
+import re
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+import trsr
+from batches.positions import (
+    ALL,
+    EveryPosition,
+    Targets,
+    draw,
+    every_block,
+    known_before,
+    positions,
+)
+from batches.prompts import Prompts
+from prepare.domains import DOMAINS
+from trsr import Budget, Example, InputError, Recommender
+
+DOMAIN = DOMAINS["products"]
+ITEMS = {f"i{n}": f"Title: thing number {n}" for n in range(60)}
+EXAMPLE = Example("u", [f"i{n}" for n in range(12)], "i12", ["i30", "i31"])
+YES, NO = "<yes>", "<no>"
+
+
+def encode(messages):
+    return [re.findall(r"\s*\S+", trsr.plain_turn(message)) for message in messages]
+
+
+def user(paradigm, history_items=3, before=((5, "after 5"), (10, "after 10"))):
+    budget = Budget(100_000, encode, Counter())
+    summaries = {"u": "after all"} if paradigm in trsr.SUMMARIZED else {}
+    shown = paradigm, DOMAIN, ITEMS, summaries, history_items, budget
+    targets = Targets(ALL)
+    return EveryPosition(Recommender(*shown), [EXAMPLE], (YES, NO), targets, {"u": list(before)})
+
+
+def prompts_of(made, index=0):
+    tree, trimmed = made[index]
+    assert not trimmed
+    return ["".join(tokens) for tokens in tree.sequences()]
+
+
+# ---- Which positions, and their negatives
+
+
+def test_every_item_after_the_first_is_a_target_given_the_items_before():
+    found = positions(EXAMPLE, list(ITEMS), Targets(ALL))
+    assert [t for t, _ in found] == list(range(1, 13))
+    assert found[-1] == (12, EXAMPLE)
+    for t, past in found:
+        assert past.history == [f"i{n}" for n in range(t)]
+        assert past.positive == f"i{t}"
+        assert len(set(past.negatives)) == 2
+        assert not {*past.negatives} & {*EXAMPLE.history, "i12"}
+    assert positions(EXAMPLE, list(ITEMS), Targets(ALL)) == found  # the same in every run
+    assert positions(EXAMPLE, list(ITEMS), Targets(3)) == found[-3:]
+    assert positions(EXAMPLE, list(ITEMS), Targets()) == found[-1:]
+
+
+def test_negatives_of_the_past_alone_may_come_later():
+    catalogue = [f"i{n}" for n in range(13)] + ["i30"]
+    found = positions(replace(EXAMPLE, negatives=["i30"]), catalogue, Targets(ALL, past_only=True))
+    drawn = {item for t, past in found for item in past.negatives if t < 12}
+    assert drawn & set(EXAMPLE.history)
+    assert all(item not in past.history for _, past in found for item in past.negatives)
+    found = positions(replace(EXAMPLE, negatives=["i30"]), catalogue, Targets(ALL))
+    assert {item for _, past in found for item in past.negatives} == {"i30"}
+
+
+def test_an_item_had_before_is_no_target():
+    example = replace(EXAMPLE, history=["i0", "i1", "i0", "i2"])
+    assert [t for t, _ in positions(example, list(ITEMS), Targets(ALL))] == [1, 3, 4]
+
+
+def test_too_few_items_for_negatives_are_told():
+    with pytest.raises(InputError, match="14 items are too few for 2 negatives"):
+        draw([f"i{n}" for n in range(14)], {f"i{n}" for n in range(13)}, 2, "seed")
+
+
+# ---- What the prompts show
+
+
+@pytest.mark.parametrize("paradigm", trsr.PARADIGMS)
+@pytest.mark.parametrize("history_items", [0, 3])
+def test_no_prompt_shows_its_target_or_anything_after_it(paradigm, history_items):
+    made = user(paradigm, history_items)
+    places = [(p.example, p.summary) for p in made.positions(EXAMPLE)]
+    assert len(places) == 12
+    for example, summary in places:
+        t = len(example.history)
+        seen = int(re.sub(r"\D", "", summary) or 0) if summary != "after all" else 12
+        assert seen <= t
+    # In the text itself: the item at t only behind the header of the candidate.
+    budget = Budget(100_000, encode, Counter())
+    for position in made.positions(EXAMPLE):
+        t = len(position.example.history)
+        for ids in made.prompts(position, budget):
+            before, after = "".join(ids[:-1]).split("[Next Item]")
+            shown = [int(n) for n in re.findall(r"thing number (\d+)", before)]
+            assert all(n < t for n in shown)
+            assert shown == list(range(t - len(shown), t))
+            assert ids[-1] == (YES if f"number {t}\n" in after else NO)
+
+
+def test_the_last_position_is_the_prompt_of_one_target():
+    for paradigm in trsr.PARADIGMS:
+        made = user(paradigm)
+        alone = Prompts.to_learn(made.recommender, [EXAMPLE], (YES, NO))
+        expected = {"".join(tokens) for tokens in alone[0][0].sequences()}
+        assert expected < set(prompts_of(made))
+
+
+def test_summaries_are_those_of_the_blocks_before_with_the_items_since():
+    made = user("recurrent")
+    shown = {len(p.example.history): (p.summary, p.shown) for p in made.positions(EXAMPLE)}
+    assert [shown[t] for t in (1, 4)] == [("", 1), ("", 4)]
+    assert [shown[t] for t in (5, 6, 9)] == [("after 5", 3), ("after 5", 4), ("after 5", 7)]
+    assert [shown[t] for t in (10, 11)] == [("after 10", 3), ("after 10", 4)]
+    assert shown[12] == ("after all", 3)  # as with one target
+
+
+@pytest.mark.parametrize(
+    ("paradigm", "share"), [("whole-history", 0.35), ("recurrent", 0.5), ("recent-only", 0.75)]
+)
+def test_what_prompts_share_is_computed_once(paradigm, share):
+    tree, _ = user(paradigm)[0]
+    apart = sum(map(len, tree.sequences()))
+    assert tree.size < share * apart
+    assert len(tree.leaves) == 12 * 3
+
+
+# ---- Summaries of the blocks before
+
+
+def answers(prompts):
+    return [
+        f"summary of {len(re.findall('thing', p))} things, {len(p)} characters" for p in prompts
+    ]
+
+
+@pytest.mark.parametrize("paradigm", [trsr.hierarchical, trsr.recurrent])
+@pytest.mark.parametrize("n", [0, 4, 5, 12, 23])
+def test_summaries_before_each_block_are_those_of_shorter_histories(paradigm, n):
+    budget, items = Budget(100_000, encode, Counter()), list(ITEMS.values())[:n]
+    asked = []
+
+    def generate(prompts):
+        asked.extend(prompts)
+        return answers(prompts)
+
+    root = trsr.solve(every_block(paradigm, items, DOMAIN, budget, 5), generate)
+    assert len(asked) == len(set(asked))  # once each
+    for items_before, summary in known_before(root):
+        alone = trsr.solve(paradigm(items[:items_before], DOMAIN, budget, 5), answers)
+        assert summary == alone["summary"]
+    assert [items_before for items_before, _ in known_before(root)] == list(range(5, n, 5))
+    whole = trsr.solve(paradigm(items, DOMAIN, budget, 5), answers)
+    assert {name: value for name, value in root.items() if name != "before"} == whole
+
+
+def test_a_chain_has_the_summaries_before_anyway():
+    budget = Budget(100_000, encode, Counter())
+    items = list(ITEMS.values())[:12]
+    chain = trsr.solve(trsr.recurrent(items, DOMAIN, budget, 5), answers)
+    full = trsr.solve(every_block(trsr.recurrent, items, DOMAIN, budget, 5), answers)
+    assert known_before(chain) == known_before(full)
+    tree = trsr.solve(trsr.hierarchical(items, DOMAIN, budget, 5), answers)
+    with pytest.raises(InputError, match=r"summarize\.py --every-block"):
+        known_before(tree)
