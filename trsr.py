@@ -143,9 +143,8 @@ def recurrent(
     node: Node = {"summary": "", "items": [0, 0]}
     for first, end in split_blocks(len(items), block_size):
         asked = items[first:end], domain, budget
-        (answer,) = yield [
-            update_prompt(node["summary"], *asked) if first else block_prompt(*asked)
-        ]
+        prompt = update_prompt(node["summary"], *asked) if first else block_prompt(*asked)
+        (answer,) = yield [prompt]
         previous = {"previous": node} if first else {}
         node = {"summary": clean(answer, domain), "items": [first, end]} | previous
     return node
@@ -298,8 +297,8 @@ class Recommender:
         decides for all of them, so that they keep one prefix.
         """
         history, summary = example.history, self.summaries.get(example.user, "")
-        shown = {"last": min(self.history_items, len(history)), "all": len(history), "none": 0}
-        shown = shown[PARADIGMS[self.paradigm]]
+        most = {"last": self.history_items, "all": len(history), "none": 0}
+        shown = min(most[PARADIGMS[self.paradigm]], len(history))
         recent = [self.items[i] for i in history[len(history) - shown :]]
         texts = [self.items[i] for i in candidates]
 
