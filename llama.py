@@ -290,7 +290,8 @@ class Llama(nn.Module):
 
 def compile_layers(model: Llama) -> None:
     """Compile the layers for batches of fixed shape on a GPU; all of them share a compilation."""
-    torch._dynamo.config.recompile_limit = 64  # one for each shape that occurs
+    config = torch._dynamo.config
+    config.recompile_limit = max(64, config.recompile_limit)  # one for each shape that occurs
     for layer in model.model.layers:
         layer.compile(dynamic=False)
 

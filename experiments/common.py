@@ -52,7 +52,7 @@ class Experiment:
         self.name = name
         seeds, ks = tuple(dict.fromkeys(settings.seeds)), tuple(sorted(set(settings.k)))
         self.settings = replace(settings, seeds=seeds, k=ks)
-        self.machine = Machine(settings.jobs, settings.nproc)
+        self.machine = Machine(settings.jobs, settings.nproc, settings.fresh)
         _, _, self.splits = load_dataset(settings.data, ("train", "val", "test"))
         self.domain = read_json(Path(settings.data) / "meta.json")["domain"]
         self.dataset = paper.DATASETS[self.domain]

@@ -3,54 +3,23 @@
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from pathlib import Path
-from threading import Lock
 
 import torch
 
+from experiments.processes import Call, Fresh, Workers, signal_name
 from experiments.stages import MARKS, Stage
 from files.jsonl import read_json, write_json
 from state.summaries import share_summaries
 from trsr import InputError
 
-ROOT = Path(__file__).parent.parent
 TRIMMED = "trimmed.json"  # in a run folder: what each script had to cut from prompts
 
-# ---- The machine and its processes
-
-
-@dataclass
-class Children:
-    """The processes that are under way."""
-
-    echo: bool = False  # whether their output is shown
-    running: set[subprocess.Popen] = field(default_factory=set)
-    lock: Lock = field(default_factory=Lock)
-    stopped: bool = False
-
-    def start(self, command: list[str], environment: dict | None) -> subprocess.Popen:
-        """Start a process with its output in a pipe; InputError once all are being stopped."""
-        with self.lock:
-            if self.stopped:
-                raise InputError("interrupted")
-            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-            process = subprocess.Popen(command, env=environment, **pipes)
-            self.running.add(process)
-            return process
-
-    def stop(self) -> None:
-        """Ask all processes to save what they have and end, and let no other one start."""
-        with self.lock:
-            self.stopped = True
-            for process in self.running:
-                if process.poll() is None:
-                    process.terminate()
+# ---- The machine
 
 
 def gpus_of_this_machine() -> list[str]:
@@ -66,23 +35,34 @@ class Machine:
 
     jobs: int = 1
     processes: int = 1  # of a stage, started by torchrun
+    fresh: bool = False  # a new process for every stage, instead of workers
     gpus: list[str] = field(default_factory=gpus_of_this_machine)
     busy: list[str] = field(default_factory=list)  # a GPU for every stage under way
-    children: Children = field(default_factory=Children)
+    children: Fresh | Workers = field(init=False)
 
     def __post_init__(self):
         if self.jobs > 1 and self.processes > 1:
             what = f"--jobs {self.jobs} and --nproc {self.processes}"
             raise InputError(f"{what}: either several stages at once or several processes each")
-        self.children.echo = self.jobs == 1 and sys.stderr.isatty()
+        echo, alone = self.jobs == 1 and sys.stderr.isatty(), self.processes == 1
+        workers = alone and not self.fresh
+        self.children = Workers(echo) if workers else Fresh(self.processes, echo)
 
     def take_gpu(self) -> str | None:
         """Return the GPU with the fewest stages; None if a stage has the whole machine."""
         if self.jobs == 1 or not self.gpus:
             return None
-        gpu = min(self.gpus, key=self.busy.count)
+        # Of equal ones that with a worker, so that no more workers are made than are needed.
+        idle = self.children.idle_on
+        gpu = min(self.gpus, key=lambda gpu: (self.busy.count(gpu), not idle(gpu)))
         self.busy.append(gpu)
         return gpu
+
+    def warm(self, n: int) -> None:
+        """Have workers for the first n stages get ready on their GPUs, if there are GPUs."""
+        if self.jobs > 1 and self.gpus:
+            places = [self.gpus[i % len(self.gpus)] for i in range(min(n, self.jobs))]
+            self.children.warm(places, self.environment)
 
     def free_gpu(self, gpu: str | None) -> None:
         """Take note that a stage on this GPU has ended."""
@@ -115,43 +95,15 @@ class Here(Executor):
 # ---- One stage
 
 
-def command_of(script: str, flags: tuple[str, ...], processes: int) -> list[str]:
-    """Return the command that starts a script, under torchrun if it has several processes."""
-    if not script.endswith(".py"):
-        return [sys.executable, "-m", script, *flags]
-    torchrun = []
-    if processes > 1:
-        torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-        torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    return [sys.executable, *torchrun, str(ROOT / script), *flags]
+def launch(call: Call, machine: Machine) -> tuple[int, str]:
+    """Run a script; return its exit status and the end of its output, which is in its log."""
+    return machine.children.run(call, machine.environment(call.gpu))
 
 
-def launch(
-    command: list[str], environment: dict | None, log: Path, children: Children
-) -> tuple[int, str]:
-    """Run a command; return its exit status and the end of its output, which goes to log too."""
-    process = children.start(command, environment)
-    output = b""
-    try:
-        with open(log, "wb") as file:
-            while chunk := os.read(process.stdout.fileno(), 1 << 16):
-                file.write(chunk)
-                file.flush()
-                output = (output + chunk)[-(1 << 16) :]
-                if children.echo:
-                    sys.stderr.write(chunk.decode("utf-8", "replace"))
-                    sys.stderr.flush()
-        return process.wait(), output.decode("utf-8", "replace")
-    finally:
-        if process.poll() is None:  # interrupted: the script saves what it has
-            process.terminate()
-            process.wait()
-        process.stdout.close()
-        children.running.discard(process)
-
-
-def reason(script: str, output: str) -> str:
+def reason(script: str, output: str, status: int = 2) -> str:
     """Return why a script failed: its own error line if it wrote one, else its last line."""
+    if killed := signal_name(status):
+        return f"it was ended by {killed}"
     lines = [line for line in re.split(r"[\r\n]+", output) if line.strip()]
     name = script.removesuffix(".py").split(".")[-1]
     form = re.compile(rf"(?:{name}|__main__)(?:\.py)?: (?:error: )?(.+)")
@@ -179,10 +131,11 @@ def execute(stage: Stage, machine: Machine, gpu: str | None = None) -> None:
         share_summaries(stage.summaries, stage.run)
     if stage.settings_of:
         write_json(stage.run / "config.json", read_json(stage.settings_of / "config.json"))
-    command = command_of(stage.script, stage.flags, machine.processes)
-    status, output = launch(command, machine.environment(gpu), log, machine.children)
+    status, output = launch(Call(stage.script, stage.flags, log, gpu), machine)
     if status or not stage.made():
-        why = reason(stage.script, output) if status else f"it made no {' or '.join(stage.makes)}"
+        why = f"it made no {' or '.join(stage.makes)}"
+        if status:
+            why = reason(stage.script, output, status)
         raise InputError(f"{stage.run}: {stage.script} failed: {why} (its output is in {log})")
     note_trimmed(stage, log.read_text("utf-8", "replace"))
     write_json(stage.run / MARKS, before | {stage.script: stage.key})
@@ -225,6 +178,7 @@ class Jobs:
     def run(self) -> None:
         """Run all; InputError, with a line for each stage that failed, at the end."""
         machine = self.machine
+        machine.warm(self.total)
         pool = Here() if machine.jobs == 1 else ThreadPoolExecutor(machine.jobs)
         try:
             while self.start_due(pool) or self.under_way:
@@ -233,6 +187,7 @@ class Jobs:
         finally:
             machine.children.stop()  # after an interruption; otherwise all have ended
             pool.shutdown()
+            machine.children.close()
 
         if self.failed:
             raise InputError("\n".join(map(str, self.failed.values())))

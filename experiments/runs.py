@@ -32,6 +32,7 @@ class Settings:
     nproc: int = option(
         1, "processes of summarize.py, train.py and evaluate.py, started by torchrun", positive
     )
+    fresh: bool = option(False, "start a process for every stage, instead of workers for many")
     summarize: str = option(
         "", 'more flags for summarize.py, such as "--int8 --batch-size 32"', metavar="FLAGS"
     )

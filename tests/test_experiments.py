@@ -13,27 +13,20 @@ from helpers import flags, read_lines, run, scores, write_dataset
 
 import trsr
 from experiments import jobs, paper, runs
+from experiments.processes import Call, Fresh
 from experiments.stages import slug
 from experiments.tuning import Choice
 from files.jsonl import read_json
 
 ROWS = ("hierarchical", "whole-history", "core", "sasrec")
-LAUNCH = jobs.launch
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def script_of(command):
-    """The script of a stage's command, and its flags."""
-    _, first, *rest = command
-    return (rest[0], rest[1:]) if first == "-m" else (Path(first).name, rest)
-
-
-def in_process(command, environment, log, children):
+def in_process(call, machine):
     """Do what experiments.jobs.launch does, in this process: torch takes seconds to start."""
-    script, arguments = script_of(command)
     name = {"baselines": "baselines.__main__.py", "experiments.ruled": "experiments.ruled.py"}
-    done = run(name.get(script, script), *arguments, check=False)
-    log.write_text(done.stdout + done.stderr)
+    done = run(name.get(call.script, call.script), *call.flags, check=False)
+    call.log.write_text(done.stdout + done.stderr)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -42,9 +35,9 @@ def launched(monkeypatch):
     """The stages that are run, as (run folder's name, script)."""
     found = []
 
-    def launch(command, environment, log, children):
-        found.append((log.parent.name, script_of(command)[0]))
-        return in_process(command, environment, log, children)
+    def launch(call, machine):
+        found.append((call.log.parent.name, call.script))
+        return in_process(call, machine)
 
     monkeypatch.setattr(jobs, "launch", launch)
     return found
@@ -212,10 +205,10 @@ def test_a_failing_stage_is_named_and_the_next_call_resumes_there(
 ):
     counted = jobs.launch
 
-    def failing(command, environment, log, children):
-        if script_of(command)[0] == "train.py":
+    def failing(call, machine):
+        if call.script == "train.py":
             return 1, "step 1\ntrain: out of everything\nbye"
-        return counted(command, environment, log, children)
+        return counted(call, machine)
 
     settings = world.table | {"rows": "hierarchical", "out": tmp_path, "seeds": 4}
     monkeypatch.setattr(jobs, "launch", failing)
@@ -260,14 +253,13 @@ def test_a_model_made_for_each_seed_has_summaries_of_its_own(model_folder, tmp_p
 def test_scripts_start_under_torchrun_and_say_why_they_fail(world, model_folder, tmp_path):
     folder, log = tmp_path / "two", tmp_path / "log"
     settings = {"data": world.data, "model": model_folder, "max_new_tokens": 8, "run_dir": folder}
-    command = jobs.command_of("summarize.py", tuple(flags(**settings)), 2)
-    assert LAUNCH(command, None, log, jobs.Children())[0] == 0
+    call = Call("summarize.py", tuple(flags(**settings)), log)
+    assert Fresh(processes=2).run(call, None)[0] == 0
     assert "on 2 x cpu" in log.read_text()
     own = next(world.out.glob("summaries-*/summaries.jsonl"))
     two, one = ([line["summary"] for line in read_lines(path)] for path in (folder / own.name, own))
     assert two == one
-    command = jobs.command_of("baselines", ("--data", "/nowhere"), 1)
-    status, output = LAUNCH(command, None, log, jobs.Children())
+    status, output = Fresh().run(Call("baselines", ("--data", "/nowhere"), log), None)
     assert status == 2
     assert jobs.reason("baselines", output).startswith("/nowhere: no dataset")
 

@@ -40,9 +40,8 @@ class Scripts:
         self.failing, self.seconds, self.lock = failing, seconds, threading.Lock()
         self.spans, self.environments, self.now, self.most = {}, {}, 0, 0
 
-    def launch(self, command, environment, log, children):
-        script = os.path.basename(command[1])
-        name = log.parent.name, script if script.endswith(".py") else command[2]
+    def launch(self, call, machine):
+        name = call.log.parent.name, call.script
         with self.lock:
             self.now += 1
             self.most = max(self.most, self.now)
@@ -51,10 +50,10 @@ class Scripts:
         with self.lock:
             self.now -= 1
             self.spans[name] = began, time.perf_counter()
-            self.environments[name] = environment
-        log.write_text("")
+            self.environments[name] = machine.environment(call.gpu)
+        call.log.write_text("")
         if name[0] in self.failing:
-            return 2, f"{script.removesuffix('.py')}: no room"
+            return 2, f"{call.script.removesuffix('.py')}: no room"
         self.makes[name].write_text("")
         return 0, ""
 
@@ -65,7 +64,7 @@ def run_all(runs, monkeypatch, failing=(), n=2, **more):
     scripts = Scripts(stages, failing)
     monkeypatch.setattr(jobs, "launch", scripts.launch)
     monkeypatch.setattr(jobs, "share_summaries", lambda source, run: None)
-    machine = Machine(n, gpus=more.pop("gpus", []))
+    machine = Machine(n, gpus=more.pop("gpus", []), fresh=True)
     try:
         Jobs(lambda: missing_of(runs), machine, len(stages)).run()
     except InputError as error:
