@@ -20,20 +20,14 @@ import torch
 from tqdm import tqdm
 
 import trsr
+from batches.candidates import Choice, about_candidates, choice, name_of, with_candidates
+from batches.catalogue import CatalogueRanking
 from batches.prompts import Batching, Ranking
 from batches.stream import own_packs
-from files.jsonl import write_json
 from launch import numbers
 from launch.command import Shared, option, parse_settings
 from launch.embedded import DATA, make_missing
-from launch.processes import (
-    gather,
-    join_processes,
-    peak_memory,
-    prefetch,
-    ranks,
-    run_script,
-)
+from launch.processes import gather, join_processes, peak_memory, prefetch, ranks, run_script
 from llama import Llama, compile_layers
 from lora import load_adapter
 from models.chat import Form
@@ -46,17 +40,18 @@ from prepare.dataset import load_dataset
 from prepare.domains import wording
 from runfolder.compare import format_table
 from runfolder.page import write_report
-from runfolder.results import Question
-from runfolder.scores import answer_mass, table_of, table_of_file, write_scores
+from runfolder.results import Question, write_results, write_table
+from runfolder.scores import ranks_of_file, table_of
+from runfolder.tally import BEST, Ranked, Tally, answer_mass
 from state.checkpoint import epochs_done
 from state.origin import check_trained_on, differences
 from state.settings import read_config
 from state.summaries import load_summaries
+from state.zeroshot import PROMPT, check_prompt_flags, untrained_settings
 from trsr import Example, InputError, Recommender
 
 # What an evaluation takes from the run's training, unless a flag says otherwise; dtype too.
-INHERITED = ("data", "model", "revision", "paradigm", "history_items", "max_length")
-INHERITED += ("prompt", "chat")
+INHERITED = ("data", "model", "revision", *PROMPT)
 
 
 @dataclass(frozen=True)
@@ -65,22 +60,28 @@ class Settings(Shared):
 
     split: str = option("test", "whom to rank for", choices=("val", "test"), group="evaluation")
     k: tuple[int, ...] = option((3, 5, 10), "cut-offs of the metrics", numbers.positive, nargs="+")
-    untrained: bool = option(False, "the base model, without the run's adapter")
+    candidates: Choice = option(
+        None, "rank all items, N drawn ones, or a file's (unset: the dataset's own)", choice
+    )
+    untrained: bool = option(False, "the base model; needs no training")
     users: int | None = option(None, "only the first so many users (unset: all)", numbers.positive)
     pack_tokens: int | None = option(
         None, "tokens per pass (unset: 16384, on CPUs 4096)", numbers.positive
     )
-    seed: int = option(0, "of intervals, and of popularity's ties", numbers.seed_number)
+    seed: int = option(0, "of intervals, popularity's ties, candidates", numbers.seed_number)
     scores: Path | None = option(None, "rank by a file's scores, like scores-test.jsonl", Path)
     report: bool = option(False, "write RUN/report.html too, for a browser")
+    csv: bool = option(False, "write the table and the scores as CSV too")
+
+    paradigm: str | None = option(
+        None, "what it shows", choices=tuple(trsr.PARADIGMS), group="prompt of what is not trained"
+    )
+    history_items: int = option(3, "recent items in the prompt", numbers.natural)
+    max_length: int = option(2048, "longest prompt with its answer, in tokens", numbers.positive)
+    chat: bool = option(False, "ask in the form of the model's chat template")
 
     # Resolved from the run.
-    kind: str = ""  # what training wrote: adapter or model
-    paradigm: str = ""
-    history_items: int = 0
-    max_length: int = 0
-    prompt: str | None = None  # its words, with placeholders for texts
-    chat: bool = False  # in the form of the model's chat template
+    kind: str = ""  # what training wrote: adapter or model; empty if nothing was trained
     epochs: str = ""  # how many of how many, if not all are trained
     question: Question | None = None  # which names the files
 
@@ -90,26 +91,33 @@ class Settings(Shared):
         return "untrained" if self.untrained else "trained"
 
 
-def resolve(flags: Settings) -> Settings:
-    """Return the settings, completed by the run's; InputError if nothing was trained there."""
+def resolve(flags: Settings, device: torch.device) -> Settings:
+    """Return the settings, completed by the run's; InputError if a training is needed first."""
     data = read_config(flags.run).get("train", {}).get("data", DATA)
-    make_missing(flags, data, summaries=True, training=True)
-    trained = read_config(flags.run).get("train")
-    kind = "adapter" if trained and trained["lora_r"] else "model"
-    if trained is None or not (flags.untrained or (flags.run / kind).is_dir()):
-        first = f"first run python train.py --run {flags.run}"
+    summaries = not flags.untrained or flags.paradigm in trsr.SUMMARIZED
+    make_missing(flags, data, summaries, training=not flags.untrained)
+    trained = read_config(flags.run).get("train", {})
+    kind = "" if not trained else "adapter" if trained["lora_r"] else "model"
+    if not flags.untrained and not (kind and (flags.run / kind).is_dir()):
+        first = f"first run python train.py --run {flags.run}, or add --untrained"
         raise InputError(f"{flags.run}: nothing trained here yet; {first}")
 
+    asked = {name: getattr(flags, name) for name in PROMPT if name in flags.given}
+    if trained:
+        check_prompt_flags(flags.run, trained, asked)
+    known = trained or untrained_settings(flags.run, flags.data, flags.model)
     names = INHERITED + (() if flags.dtype != "auto" else ("dtype",))
-    settings = flags.inherit({name: trained.get(name) for name in names})
+    settings = flags.inherit({name: known[name] for name in names if name in known})
     done, wanted = epochs_done(flags.run), trained.get("epochs")  # None if unknown
     unfinished = not flags.untrained and None not in (done, wanted) and done < wanted
     epochs = f"{done} of {wanted} epochs" if unfinished else ""
-    other = Path(settings.data).name if settings.data != trained["data"] else ""
-    which = "untrained" if flags.untrained else "interim" if unfinished else ""
-    users = f"{flags.users}-users" if flags.users else ""
-    question = Question(flags.run, flags.split, [part for part in (which, other, users) if part])
-    return replace(settings, kind=kind, epochs=epochs, question=question)
+    parts = ["untrained" if flags.untrained else "interim" if unfinished else ""]
+    parts += [] if trained else [f"{name}-{value}" for name, value in asked.items()]
+    parts.append(Path(settings.data).name if settings.data != known["data"] else "")
+    parts += [name_of(flags.candidates, flags.seed), f"{flags.users}-users" if flags.users else ""]
+    question = Question(flags.run, flags.split, [part for part in parts if part])
+    dtype = settings.dtype_on(device.type)
+    return replace(settings, kind=kind, epochs=epochs, question=question, dtype=dtype)
 
 
 # ---- From users to packs
@@ -192,33 +200,24 @@ def score_packs(model: Llama, packs: Iterable[Pack], vocabulary: Sequence[int]) 
     return scores
 
 
-@dataclass(frozen=True)
-class Scores:
-    """What scoring found, of all processes together."""
-
-    # Yes, No, and the log of the sum over the vocabulary, by (user, candidate).
-    logits: dict[tuple[int, int], list[float]]
-    prompt_tokens: Counter  # the longest prompt by user
-    trimmed: Counter
-
-
 def score_users(
-    model: Llama, packs: Iterator[Pack], answers: Sequence[int], budget: trsr.Budget
-) -> Scores:
-    """Score this process's packs; every process gets the scores of all."""
-    logits, longest = {}, Counter()
+    model: Llama, packs: Iterator[Pack], answers: Sequence[int], ranking: Ranking
+) -> tuple[list[Ranked], Counter]:
+    """Score and rank this process's users; every process gets all users, and what was trimmed."""
+    best = BEST if isinstance(ranking, CatalogueRanking) else None
+    tally = Tally(ranking.examples, ranking.candidates, best)
     # A thread fills the next packs while this one is on the GPU.
     for pack, found in scored(model, prefetch(packs), answers, total=True):
-        logits.update(zip(pack.leaves, found, strict=True))
-        for (user, _), row in pack.leaves.items():  # a leaf's position is its prompt's length
-            longest[user] = max(longest[user], int(pack.positions[row]) + 1)
+        lengths = pack.positions[list(pack.leaves.values())] + 1  # a leaf ends its prompt
+        of_row = dict(zip(pack.leaves.values(), found, strict=True))  # candidates can share one
+        found = [of_row[row] for row in pack.leaves.values()]
+        tally.add(pack.leaves, found, lengths.tolist())
 
-    whole = Scores({}, Counter(), Counter())  # what all processes found
-    for part in gather(Scores(logits, longest, budget.trimmed)):
-        whole.logits.update(part.logits)
-        whole.prompt_tokens.update(part.prompt_tokens)
-        whole.trimmed.update(part.trimmed)
-    return whole
+    ranked, trimmed = {}, Counter()  # what all processes found
+    for part, cut in gather((tally.ranked, ranking.recommender.budget.trimmed)):
+        ranked |= part
+        trimmed.update(cut)
+    return [ranked[user] for user in range(len(ranking.examples))], trimmed
 
 
 @dataclass(frozen=True)
@@ -257,58 +256,74 @@ def main() -> None:
     if flags.scores:
         return rank_by_file(flags)
     rank, world, device = join_processes(flags.timeout)
-    settings = resolve(flags)
+    settings = resolve(flags, device)
     batching = Batching.on(device, settings.pack_tokens, on_gpus=16384)
 
     # The users, and what makes their prompts.
     folder = find_model(settings.model, settings.revision)
     form = load_form(folder, settings.chat)
     domain, items, splits = load_dataset(settings.data, ("train", settings.split))
-    examples = splits[settings.split][: settings.users]
+    shown = splits[settings.split][: settings.users]
+    examples = with_candidates(settings.candidates, shown, items, settings.seed)
     words = wording(settings.paradigm, domain, form.show)["recommend"]
-    check_trained_on(settings.run, settings.model, fingerprint(folder), words)
-    recommender, answers = make_recommender(settings, folder, form, domain, items, examples)
-    ranking = Ranking.of(recommender, examples)
+    if settings.kind:
+        check_trained_on(settings.run, settings.model, fingerprint(folder), words)
+    recommender, answers = make_recommender(settings, folder, form, domain, items, shown)
     if rank == 0:
         tokens = recommender.budget.tokens
-        announce(settings, len(examples), tokens, f"{world} x {device.type}")
+        announce(settings, examples, tokens, f"{world} x {device.type}")
+    ranking = Ranking.of(recommender, examples)
+    if settings.candidates:
+        ranking = CatalogueRanking.among(recommender, shown, examples, show=rank == 0)
 
     # Worker processes tokenize while the weights are loaded.
     packs = own_packs(ranking, batching, show=rank == 0)
     model = load_weights(settings, folder, device)
     start = time.perf_counter()  # on a GPU, the first users are tokenized by now
-    scores = score_users(model, packs, answers, recommender.budget)
-    seconds = time.perf_counter() - start
-    if rank > 0:  # all have the same scores now
-        return
+    ranked, trimmed = score_users(model, packs, answers, ranking)
+    if rank == 0:  # all have the same now, and one reports
+        print(f"{len(examples)} users in {time.perf_counter() - start:.1f} s", end="; ")
+        print(f"peak {peak_memory(device)}")
+        report(settings, examples, splits["train"], ranked, {"prompt": words, "trimmed": trimmed})
 
-    # One process ranks and reports.
-    table = write_results(settings, ranking, scores, splits["train"])
+
+def report(
+    settings: Settings,
+    examples: list[Example],
+    train: list[Example],
+    ranked: list[Ranked],
+    about: dict,
+) -> None:
+    """Print and write the table, and write the users' lines; about: what else to record."""
+    found = [user.rank for user in ranked]
+    table = table_of(settings.row, found, examples, train, settings.k, settings.seed)
     print(format_table(table))
     print("below each mean is its 95 % interval over users")
-    print(f"{len(examples)} users in {seconds:.1f} s; peak {peak_memory(device)}")
-    tell(scores)
-    question = settings.question
-    page = f", {write_report(question)}" if settings.report else ""
-    print(f"wrote   {question.results}, {question.scores}{page}")
-
-
-def tell(scores: Scores) -> None:
-    """Print what is worth knowing of the prompts."""
-    mass = answer_mass(scores.logits.values())
-    print(f"Yes and No together have {mass:.1%} of the probability of the next token")
-    for what, number in scores.trimmed.items():
+    print(
+        f"Yes and No together have {answer_mass(ranked):.1%} of the probability of the next token"
+    )
+    for what, number in about["trimmed"].items():
         print(f"trimmed to the context: {number} {what}")
 
+    names = ("data", "split", "model", "row", "paradigm", "epochs")
+    about |= {name: getattr(settings, name) for name in names} | {"table": table}
+    about |= about_candidates(settings.candidates, examples, settings.seed)
+    written = write_results(settings.question, about, examples, ranked, settings.csv)
+    if settings.report:
+        written.append(write_report(settings.question))
+    print(f"wrote   {', '.join(map(str, written))}")
 
-def announce(settings: Settings, n_users: int, tokens: int, where: str) -> None:
+
+def announce(settings: Settings, examples: list[Example], tokens: int, where: str) -> None:
     """Print what is about to be evaluated."""
     row, recent = f"trained ({settings.kind})", f"{settings.history_items} recent items"
     if settings.untrained:
         row = "untrained"
     elif settings.epochs:
         row += f", unfinished: the best of {settings.epochs}"
-    print(f"data    {settings.data}: {n_users} users of {settings.split}.jsonl")
+    mean = sum(1 + len(example.negatives) for example in examples) / len(examples)
+    users = f"{len(examples)} users of {settings.split}.jsonl"
+    print(f"data    {settings.data}: {users}, {mean:.10g} candidates each")
     print(f"model   {settings.model}, {row}, {settings.dtype}, on {where}")
     print(f"prompt  {settings.paradigm}, {recent}, {tokens} tokens at most")
 
@@ -329,38 +344,21 @@ def load_weights(settings: Settings, folder: Path, device: torch.device) -> Llam
     return model
 
 
-def write_results(
-    settings: Settings, ranking: Ranking, scores: Scores, train: Sequence[Example]
-) -> dict:
-    """Rank the candidates, write the scores and the results, and return the table."""
-    examples, candidates = ranking.examples, ranking.candidates
-    probabilities, found_ranks = trsr.rank_users(examples, candidates, scores.logits)
-    lengths = [scores.prompt_tokens[u] for u in range(len(examples))]
-    path = settings.question.scores
-    write_scores(path, examples, candidates, found_ranks, probabilities, lengths)
-
-    table = table_of(settings.row, found_ranks, examples, train, settings.k, settings.seed)
-    names = ("data", "split", "model", "row", "paradigm", "prompt", "epochs")
-    about = {name: getattr(settings, name) for name in names}
-    about |= {"users": len(examples), "table": table, "trimmed": dict(scores.trimmed)}
-    # Rounded, since the order of the packs may change the last digits.
-    about["answer_mass"] = round(answer_mass(scores.logits.values()), 6)
-    write_json(settings.question.results, about)
-    return table
-
-
 def rank_by_file(flags: Settings) -> None:
     """Print the table of the scores in flags.scores, and write it to RUN/results-NAME.json."""
     data = flags.data or read_config(flags.run).get("train", {}).get("data", DATA)
-    _, _, splits = load_dataset(data, ("train", flags.split))
-    examples, name = splits[flags.split][: flags.users], flags.scores.stem
-    table = table_of_file(flags.scores, examples, splits["train"], flags.k, flags.seed)
+    _, items, splits = load_dataset(data, ("train", flags.split))
+    shown, name = splits[flags.split][: flags.users], flags.scores.stem
+    examples = with_candidates(flags.candidates, shown, items, flags.seed)
+    ranks = ranks_of_file(flags.scores, examples)
+    table = table_of(name, ranks, examples, splits["train"], flags.k, flags.seed)
     print(format_table(table))
     about = {"data": data, "split": flags.split, "users": len(examples), "row": name}
-    question = Question(flags.run, flags.split, [name])
-    flags.run.mkdir(parents=True, exist_ok=True)
-    write_json(question.results, about | {"paradigm": name, "table": table})
-    print(f"wrote   {question.results}")
+    about |= {"paradigm": name, "table": table}
+    about |= about_candidates(flags.candidates, examples, flags.seed)
+    parts = [name, name_of(flags.candidates, flags.seed)]
+    question = Question(flags.run, flags.split, [part for part in parts if part])
+    print(f"wrote   {', '.join(map(str, write_table(question, about, flags.csv)))}")
 
 
 if __name__ == "__main__":

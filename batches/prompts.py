@@ -77,8 +77,10 @@ class Prompts(Dataset):
         return make_tree(prompts), dict(budget.trimmed)
 
 
-def tokenize(prompts: Prompts, workers: int, show: bool) -> Iterator[Tree]:
-    """Return the trees in order, made by worker processes, and count what is trimmed.
+def tokenize(prompts: Dataset, workers: int, show: bool) -> Iterator:
+    """Return what the prompts make of each user, in order, and count what is trimmed.
+
+    prompts: Prompts, which make trees, or alike. The work is done by worker processes.
 
     The processes start now rather than with the first tree, since they must not be forked from the
     thread that may ask for it.
@@ -87,12 +89,12 @@ def tokenize(prompts: Prompts, workers: int, show: bool) -> Iterator[Tree]:
     loader = DataLoader(prompts, batch_size=None, num_workers=workers, prefetch_factor=ahead)
     made = iter(loader)
 
-    def trees() -> Iterator[Tree]:
-        for tree, cut in tqdm(made, "prompts", len(prompts), unit="user", disable=not show):
-            if isinstance(tree, InputError):
-                # Raising `tree` itself would tie it to this frame, and keep the workers alive.
-                raise InputError(*tree.args)
+    def made_of_users() -> Iterator:
+        for found, cut in tqdm(made, "prompts", len(prompts), unit="user", disable=not show):
+            if isinstance(found, InputError):
+                # Raising `found` itself would tie it to this frame, and keep the workers alive.
+                raise InputError(*found.args)
             prompts.recommender.budget.trimmed.update(cut)
-            yield tree
+            yield found
 
-    return trees()
+    return made_of_users()

@@ -3,6 +3,15 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
+from batches.catalogue import (
+    Beginning,
+    Beginnings,
+    CatalogueRanking,
+    distinct,
+    split_packs,
+    spread,
+    tree_of,
+)
 from batches.prompts import Batching, Prompts, Ranking, tokenize
 from launch.processes import ranks, share_out
 from ops.packs import Pack, Tree, pack_trees, stream_length
@@ -50,7 +59,44 @@ def user_packs(
 def own_packs(ranking: Ranking, batching: Batching, show: bool) -> Iterator[Pack]:
     """Return the packs of this process's users, shared out by the length of their candidates."""
     rank, world = ranks()
+    if isinstance(ranking, CatalogueRanking):
+        sizes = [round(ranking.tokens(user)) for user in range(len(ranking.examples))]
+        mine = sorted(share_out(sizes, world)[rank])
+        return catalogue_packs(ranking, mine, batching, show)
     # Candidates dominate the cost of a user, since the prefix is computed once.
     texts = ranking.recommender.items
     sizes = [sum(len(texts[i]) for i in items) for items in ranking.candidates]
     return user_packs(ranking, sorted(share_out(sizes, world)[rank]), batching, show)
+
+
+def catalogue_packs(
+    ranking: CatalogueRanking, users: Sequence[int], batching: Batching, show: bool
+) -> Iterator[Pack]:
+    """Return packs with all prompts of these users, who have many candidates each.
+
+    Users who fill packs have packs of their own, in which the prefix is computed once.
+    """
+    begun = tokenize(Beginnings(ranking, users), batching.workers, show)
+    groups: dict[int, list[list[int]]] = {}  # the places of equal tails, by user
+    small = max(map(ranking.tokens, users), default=0) < batching.pack_tokens / 2
+
+    def tails_of() -> Iterator[tuple[int, Beginning, list]]:
+        for user, beginning in zip(users, begun, strict=True):
+            if not small:  # all packs of the user before are made
+                groups.clear()
+            tails = beginning.tails(ranking.tails, ranking.candidates[user])
+            tails, groups[user] = distinct(tails)
+            yield user, beginning, tails
+
+    if small:
+        trees = ((user, tree_of(beginning, tails)) for user, beginning, tails in tails_of())
+        packs = stream_packs(trees, len(users), batching)
+    else:
+        longest = ranking.recommender.budget.tokens
+        packs = (
+            pack
+            for user, beginning, tails in tails_of()
+            for pack in split_packs(user, beginning.prefix, tails, batching, longest)
+        )
+    # Items with the same text have one row, so that they tie.
+    return (replace(pack, leaves=spread(pack.leaves, groups)) for pack in packs)

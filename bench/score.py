@@ -191,7 +191,7 @@ def text_scorer(settings: Settings, ours: Ours, users: int) -> tuple[Callable[[]
 
     def score() -> None:
         packs = own_packs(ranking, ours.batching, show=False)
-        evaluate.score_users(ours.model, packs, answers, budget)
+        evaluate.score_users(ours.model, packs, answers, ranking)
 
     return score, len(ranking.examples)
 

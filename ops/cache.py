@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ops.masks import BLOCK
+
 
 @dataclass
 class Slots:
@@ -63,7 +65,11 @@ class PrefixCache:
 
     length: int
     kept: tuple[Tensor, Tensor] | None = None
-    fixed_shape = False
+
+    @property
+    def fixed_shape(self) -> bool:
+        """Whether a compiled layer can take it: a prefix of whole blocks was padded to them."""
+        return self.kept is not None and self.length % BLOCK == 0
 
     def update(self, positions: Tensor, k: Tensor, v: Tensor, mask) -> tuple[Tensor, Tensor]:
         """Keep the beginning of the first k, v (1, K, T, D); put it before the later ones."""

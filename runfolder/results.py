@@ -3,15 +3,23 @@
     results.json            the table of the trained model on all test users
     scores-test.jsonl       a line per user
     report.html             both, for a browser
+    results.csv, scores-test.csv    both, for a spreadsheet
 
 The names say what differs from that question, so that no evaluation replaces another's files:
 results-untrained.json, results-val.json, results-20-users.json, results-mind.json (other data),
-results-interim.json (before the last epoch).
+results-interim.json (before the last epoch), results-all.json (all of the catalogue is ranked).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from files.jsonl import read_jsonl, write_json, write_jsonl
+from files.sheet import TABLE, table_rows, write_csv
+from runfolder.tally import Ranked, answer_mass
+from trsr import Example
+
+RANKING = ("user", "place", "candidate", "score", "positive")  # the columns of a CSV file of scores
 
 
 @dataclass(frozen=True)
@@ -40,3 +48,65 @@ class Question:
     def report(self) -> Path:
         """The path of the page."""
         return self._path("report", ".html")
+
+
+# ---- What they hold
+
+
+def write_results(
+    question: Question,
+    about: dict,
+    examples: Sequence[Example],
+    ranked: Sequence[Ranked],
+    csv: bool = False,
+) -> list[Path]:
+    """Write a line per user, and the table; return the paths.
+
+    about: what the table's file says, the table itself under "table". csv: both as CSV too.
+    """
+    question.run.mkdir(parents=True, exist_ok=True)  # not there yet if nothing was trained
+    write_jsonl(question.scores, (line_of(*pair) for pair in zip(examples, ranked, strict=True)))
+    # Rounded, since the order of the packs may change the last digits.
+    about |= {"users": len(examples), "answer_mass": round(answer_mass(ranked), 6)}
+    written = [*write_table(question, about, csv), question.scores]
+    if csv:
+        path = question.scores.with_suffix(".csv")
+        write_csv(path, RANKING, ranking_rows(question.scores))
+        written.append(path)
+    return written
+
+
+def write_table(question: Question, about: dict, csv: bool = False) -> list[Path]:
+    """Write the table, under "table" of about, and as CSV too if csv; return the paths."""
+    question.run.mkdir(parents=True, exist_ok=True)
+    write_json(question.results, about)
+    if not csv:
+        return [question.results]
+    path = question.results.with_suffix(".csv")
+    write_csv(path, TABLE, table_rows(about["table"]))
+    return [question.results, path]
+
+
+def line_of(example: Example, ranked: Ranked) -> dict:
+    """Return a user's line: the candidates and their probabilities, and the positive's rank."""
+    line = {"user": example.user, "positive": example.positive, "rank": ranked.rank}
+    if ranked.best_first:  # so the list may end before the positive
+        line |= {"score": ranked.positive_score, "ranked": ranked.number}
+    line |= {"candidates": ranked.candidates, "scores": ranked.scores}
+    return line | {"prompt_tokens": ranked.prompt_tokens}
+
+
+def ranking_rows(path: Path) -> Iterator[list]:
+    """Yield a line per user and candidate of a file of scores, each user's best candidate first.
+
+    The place of the positive is its rank. If it is not among those in the file, it comes last.
+    """
+    for _, line in read_jsonl(path, {"user": str, "candidates": list}):
+        pairs = zip(line["scores"], line["candidates"], strict=True)
+        # As in its rank, ties count against the positive.
+        order = sorted(pairs, key=lambda pair: (-pair[0], pair[1] == line["positive"]))
+        for place, (score, item) in enumerate(order, 1):
+            positive = item == line["positive"]
+            yield [line["user"], line["rank"] if positive else place, item, score, int(positive)]
+        if line["positive"] not in line["candidates"]:
+            yield [line["user"], line["rank"], line["positive"], line["score"], 1]

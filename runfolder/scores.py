@@ -2,63 +2,48 @@
 
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 import trsr
-from files.jsonl import read_jsonl, write_jsonl
+from files.jsonl import read_jsonl
 from prepare.dataset import popularity
 from trsr import Example, InputError
 
 LARGEST = sys.float_info.max  # of a score; JSON's numbers can be larger
 
-# ---- scores-SPLIT.jsonl
+# ---- Another system's scores
 
 
-def write_scores(
-    path: Path,
-    examples: Sequence[Example],
-    candidates: Sequence[list[str]],
-    ranks: Sequence[int],
-    probabilities: Sequence[list[float]],
-    prompt_tokens: Sequence[int],
-) -> None:
-    """Write a line per user: the candidates, their probabilities, and the positive's rank."""
-    lines = []
-    columns = (examples, candidates, ranks, probabilities, prompt_tokens)
-    for example, items, rank, scores, tokens in zip(*columns, strict=True):
-        line = {"user": example.user, "positive": example.positive, "rank": rank}
-        lines.append(line | {"candidates": items, "scores": scores, "prompt_tokens": tokens})
-    write_jsonl(path, lines)
-
-
-def read_scores(
-    path: Path, examples: Sequence[Example], candidates: Sequence[list[str]]
-) -> dict[tuple[int, int], tuple]:
-    """Return {(user, candidate): (score, 0)} from lines {"user", "candidates", "scores"}.
+def ranks_of_file(path: Path, examples: Sequence[Example]) -> list[int]:
+    """Return the positive's rank of each example by lines {"user", "candidates", "scores"}.
 
     The lines may be in any order. InputError if a user is missing, if the candidates are not the
-    dataset's, or if a score is not a finite number.
+    example's positive and negatives, or if a score is not a finite number.
     """
-    lines = {}
+    wanted = {example.user: example for example in examples}
+    seen, ranks = set(), {}
     for where, record in read_jsonl(path, {"user": str, "candidates": list}):
-        if record["user"] in lines:
-            raise InputError(f"{where}: field 'user': {record['user']!r} is there twice")
-        lines[record["user"]] = where, scores_of(where, record)
-
-    found = {}
-    for u, (example, items) in enumerate(zip(examples, candidates, strict=True)):
-        if example.user not in lines:
-            raise InputError(f"{path}: user {example.user!r} is missing")
-        where, scores = lines[example.user]
-        if scores.keys() != set(items):
-            odd = sorted(scores.keys() ^ set(items))[0]
-            what = f"{odd!r} is not there on one side; expected the dataset's own"
+        user, scores = record["user"], scores_of(where, record)
+        if user in seen:
+            raise InputError(f"{where}: field 'user': {user!r} is there twice")
+        seen.add(user)
+        if user not in wanted:
+            continue
+        example = wanted[user]
+        expected = {example.positive, *example.negatives}
+        if scores.keys() != expected:
+            odd = sorted(scores.keys() ^ expected)[0]
+            what = f"{odd!r} is not there on one side; expected those that are to be ranked"
             raise InputError(f"{where}: field 'candidates': {what}")
-        found |= {(u, c): (float(scores[item]), 0.0) for c, item in enumerate(items)}
-    return found
+        place = list(scores).index(example.positive)
+        ranks[user] = trsr.rank_of_positive([float(score) for score in scores.values()], place)
+
+    if missing := [example.user for example in examples if example.user not in ranks]:
+        raise InputError(f"{path}: user {missing[0]!r} is missing")
+    return [ranks[example.user] for example in examples]
 
 
 def scores_of(where: str, record: dict) -> dict[str, float]:
@@ -73,16 +58,6 @@ def scores_of(where: str, record: dict) -> dict[str, float]:
     if not all(type(x) in (int, float) and abs(x) <= LARGEST for x in scores):
         raise InputError(f"{where}: field 'scores' holds something that is no finite number")
     return dict(zip(record["candidates"], scores, strict=True))
-
-
-def answer_mass(logits: Iterable[Sequence[float]]) -> float:
-    """Return the mean probability, 0 to 1, that Yes and No have together.
-
-    logits: (Yes, No, log of the sum of exp(logit) over the vocabulary) of each prompt. A low value
-    means that the model would rather say something else.
-    """
-    found = np.array(list(logits), dtype=np.float64)
-    return float(np.exp(found[:, :2] - found[:, 2:]).sum(axis=1).mean())
 
 
 # ---- Tables
@@ -186,16 +161,3 @@ def table_of(
     table = {"random": {name: {"mean": mean} for name, mean in chance.items()}}
     table["popularity"] = means_and_intervals(by_popularity, ks, seed)
     return table | {row: means_and_intervals(ranks, ks, seed)}
-
-
-def table_of_file(
-    path: Path,
-    examples: Sequence[Example],
-    train: Sequence[Example],
-    ks: Sequence[int],
-    seed: int = 0,
-) -> dict:
-    """Return the rows for another system's scores, in a file like scores-test.jsonl."""
-    candidates = [trsr.shuffled_candidates(example) for example in examples]
-    _, ranks = trsr.rank_users(examples, candidates, read_scores(path, examples, candidates))
-    return table_of(path.stem, ranks, examples, train, ks, seed)

@@ -15,7 +15,7 @@ from runfolder.scores import (
     paired_differences,
     popularity_ranks,
     random_metrics,
-    read_scores,
+    ranks_of_file,
 )
 
 
@@ -82,7 +82,27 @@ def test_scores_that_cannot_be_ranked_are_named(tmp_path, candidates, scores, me
     )
     examples = users_with(2)
     with pytest.raises(trsr.InputError, match=rf"s\.jsonl:1: .*{message}"):
-        read_scores(tmp_path / "s.jsonl", examples, [["i0", "i1", "i2"]])
+        ranks_of_file(tmp_path / "s.jsonl", examples)
+
+
+def test_the_ranks_of_a_file(tmp_path):
+    examples = users_with(2, 3)
+    names = [[e.positive, *e.negatives] for e in examples]
+    scores = [[0.5, 0.7, 0.5], [10**30, -1, 3, 2.5]]
+    lines = [
+        {"user": e.user, "candidates": c[::-1], "scores": s[::-1]}
+        for e, c, s in zip(examples, names, scores, strict=True)
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in [*lines[::-1], lines[0] | {"user": "u9"}])
+    (tmp_path / "s.jsonl").write_text(text)
+    assert ranks_of_file(tmp_path / "s.jsonl", examples) == [3, 1]
+    (tmp_path / "s.jsonl").write_text(json.dumps(lines[0]) + "\n")
+    with pytest.raises(trsr.InputError, match=r"s\.jsonl: user 'u1' is missing"):
+        ranks_of_file(tmp_path / "s.jsonl", examples)
+    (tmp_path / "s.jsonl").write_text(json.dumps(lines[0]) + "\n" * 2)
+    more = [trsr.Example("u0", [], "i0", ["i1", "i2", "i7"])]
+    with pytest.raises(trsr.InputError, match=r"s\.jsonl:1: .*'i7' is not there on one side"):
+        ranks_of_file(tmp_path / "s.jsonl", more)
 
 
 # ---- Differences
