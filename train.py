@@ -11,10 +11,13 @@ with the best validation recall is kept. After an interruption the same command 
 RUN/checkpoint/.
 """
 
+import launch.waiting  # noqa: F401  # before torch
+
 import math
 import signal
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +26,8 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 import trsr
-from batches.prompts import Batching, Prompts, Ranking, tokenize
+from batches.positions import ALL, Targets, prompts_to_learn
+from batches.prompts import Batching, Ranking, tokenize
 from batches.steps import Step, check_batch_size, make_step, step_batches
 from batches.stream import user_packs
 from evaluate import Validation, make_recommender
@@ -32,7 +36,15 @@ from launch import numbers
 from launch.command import Shared, option, parse_settings
 from launch.embedded import DATA, MODEL, make_missing
 from launch.estimate import preflight, training_memory
-from launch.processes import all_reduce, join_processes, peak_memory, prefetch, ranks, run_script
+from launch.processes import (
+    all_reduce,
+    join_processes,
+    peak_memory,
+    prefetch,
+    ranks,
+    run_script,
+    sum_gradients,
+)
 from launch.progress import StepBar
 from llama import Llama, compile_layers
 from lora import LoRAConfig, apply_lora
@@ -70,6 +82,11 @@ class Settings(Shared):
     chat: bool = option(False, "ask in the form of the model's chat template")
     max_length: int = option(2048, "longest prompt with its answer, in tokens", numbers.positive)
 
+    targets: int = option(
+        1, "of a user: last, all positions, or so many", partial(numbers.count_or, last=1, all=ALL)
+    )
+    negatives_past: bool = option(False, "negatives of a position may come later in the history")
+
     epochs: int = option(8, "passes over the training users", numbers.positive, "optimization")
     lr: float = option(1e-4, "learning rate, constant", numbers.positive_real)
     batch_size: int = option(64, "examples per step, over all processes", numbers.positive)
@@ -92,6 +109,11 @@ class Settings(Shared):
     dry_run: bool = option(False, "report what the run will take, and stop")
     save_every: int = option(50, "steps between checkpoints within an epoch", numbers.positive)
     k: tuple = option((3, 5, 10), "cut-offs of validation recall", numbers.positive, nargs="+")
+
+    @property
+    def which(self) -> Targets:
+        """The positions to learn from."""
+        return Targets(self.targets, self.negatives_past)
 
     @property
     def autocast(self) -> bool:
@@ -153,17 +175,6 @@ def shard(model: Llama, device: torch.device, mode: str) -> None:
     register_fsdp_forward_method(model, "loss")  # so that calling it gathers weights too
 
 
-def sum_gradients(model: Llama) -> None:
-    """Replace every process's gradients by the sum over all, in one message."""
-    parameters = list(trainable(model).values())
-    # One large message is faster than many small ones.
-    flat = torch.cat([p.grad.flatten() for p in parameters])
-    dist.all_reduce(flat)
-    parts = flat.split([p.numel() for p in parameters])
-    for parameter, grad in zip(parameters, parts, strict=True):
-        parameter.grad = grad.view_as(parameter)
-
-
 def backward(model: Llama, step: Step, device: torch.device, mode: str, autocast: bool) -> Tensor:
     """Add up the gradients of the step's mean loss; return this process's share of the loss."""
     sharded, (_, world) = isinstance(model, FSDPModule), ranks()
@@ -202,7 +213,7 @@ def train_step(
     # Gradients of this process's packs, then of all processes'; FSDP adds them up by itself.
     loss = backward(model, step, device, mode, autocast)
     if dist.is_initialized() and not isinstance(model, FSDPModule):
-        sum_gradients(model)
+        sum_gradients(list(trainable(model).values()))
     loss = all_reduce(loss.item(), device)
 
     # Clip, and refuse to update on what is not finite.
@@ -261,13 +272,14 @@ class Trainer:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, _frame: self.signals.append(number))
 
-        per_step = self.settings.batch_size // len(self.trees[0].branches)
-        total = self.settings.epochs * -(-len(self.trees) // per_step)
+        settings, sizes = self.settings, [len(tree.leaves) for tree in self.trees]
+        shape = sizes, settings.batch_size, settings.seed
+        epochs = [step_batches(*shape, epoch) for epoch in range(settings.epochs)]
         if self.rank == 0:
             tokens = sum(tree.size for tree in self.trees)
+            total = sum(map(len, epochs))
             self.bar = StepBar(total, self.progress.step, tokens, self.device)
-        for epoch in range(self.progress.epoch, self.settings.epochs):
-            batches = step_batches(len(self.trees), per_step, self.settings.seed, epoch)
+        for batches in epochs[self.progress.epoch :]:
             self.train_epoch(batches[self.progress.batch :])  # what is left of it
             self.end_epoch()
 
@@ -369,7 +381,8 @@ def main() -> None:
     # The users, the model with a new adapter, and what makes the prompts.
     domain, items, splits = load_dataset(settings.data, ("train", "val"))
     train, val = splits["train"], splits["val"]
-    check_batch_size(settings.batch_size, train)
+    if settings.targets == 1:
+        check_batch_size(settings.batch_size, train)
     folder = find_model(settings.model, settings.revision)
     form = load_form(folder, settings.chat)
     recommender, answers = make_recommender(settings, folder, form, domain, items, train + val)
@@ -384,7 +397,7 @@ def main() -> None:
             announce(settings, model, len(train), len(val), recommender.budget.tokens)
 
         # Every prompt as token ids: trees to learn from, packs to validate on.
-        prompts = Prompts.to_learn(recommender, train, answers)
+        prompts = prompts_to_learn(recommender, train, answers, settings.which, settings.run)
         trees = list(tokenize(prompts, batching.workers, show=rank == 0))
         ranking = Ranking.of(recommender, val)
         packs = user_packs(ranking, range(len(val)), batching, show=rank == 0)

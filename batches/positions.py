@@ -16,16 +16,17 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from batches.prompts import Prompts
 from ops.packs import Tree, make_deep_tree
+from state.summaries import load_before
 from trsr import (
     SUMMARIZED,
     Budget,
     Domain,
     Example,
     InputError,
-    Node,
     Recommender,
     Summarization,
     split_blocks,
@@ -89,23 +90,6 @@ def draw(catalogue: Sequence[str], taken: set[str], n: int, seed: str) -> list[s
     return list(found)
 
 
-def known_before(tree: Node) -> list[tuple[int, str]]:
-    """Return (items, summary) after each block but the last, the first blocks first.
-
-    tree: what summarize.py keeps of a user. InputError if it has no summaries of the blocks before.
-    """
-    if "before" in tree:
-        return [(int(items), summary) for items, summary in tree["before"]]
-    if "children" in tree:
-        what = "the summaries of the blocks before are missing"
-        raise InputError(f"{what}; run summarize.py --every-block, or --targets last")
-    chain = []
-    while "previous" in tree:
-        tree = tree["previous"]
-        chain.append((tree["items"][1], tree["summary"]))
-    return chain[::-1]
-
-
 def every_block(
     paradigm: Callable[..., Summarization],
     items: list[str],
@@ -115,8 +99,8 @@ def every_block(
 ) -> Summarization:
     """Summarize the items before the end of each block, and then all of them.
 
-    The root is the paradigm's, and its "before" lists [items, summary] for known_before. No prompt
-    is asked twice.
+    The root is the paradigm's, and its "before" lists [items, summary] of all blocks before the
+    last. No prompt is asked twice.
     """
     known: dict[str, str] = {}
     roots = []
@@ -137,7 +121,7 @@ def every_block(
 class EveryPosition(Prompts):
     """Each user's prompts of all positions, as one tree; every prompt ends with its answer.
 
-    before: known_before of each user, where the paradigm has summaries.
+    before: (items, summary) of the blocks before each user's last one, if there are summaries.
     """
 
     def __init__(
@@ -186,3 +170,21 @@ class EveryPosition(Prompts):
         )
         rows = recommender.prompt_ids(example, [example.positive, *example.negatives])
         return [[*ids, no if i else yes] for i, ids in enumerate(rows)]
+
+
+def prompts_to_learn(
+    recommender: Recommender,
+    examples: list[Example],
+    answers: tuple[int, int],
+    targets: Targets,
+    run: Path,
+) -> Prompts:
+    """Return what makes the examples' prompts with their answers, for each of their targets.
+
+    run: the folder of the summaries. InputError if it lacks those of earlier blocks.
+    """
+    if targets.most == 1:
+        return Prompts.to_learn(recommender, examples, answers)
+    summarized = recommender.paradigm in SUMMARIZED
+    before = load_before(run, examples) if summarized else {}
+    return EveryPosition(recommender, examples, answers, targets, before)

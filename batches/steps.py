@@ -1,5 +1,6 @@
 """Which users make an optimizer step, and their packs."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,11 +37,21 @@ def target_count(tree: Tree, loss: str) -> int:
     return len(sequences) if loss == "answer" else sum(map(len, sequences)) - len(sequences)
 
 
-def step_batches(n_users: int, users_per_step: int, seed: int, epoch: int) -> list[list[int]]:
-    """Return the users of each step of an epoch, in an order that seed and epoch determine."""
+def step_batches(sizes: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Return the users of each step of an epoch, in an order that seed and epoch determine.
+
+    sizes: each user's examples. A step has whole users, as many as batch_size has room for, but at
+    least one.
+    """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**64)
-    order = torch.randperm(n_users, generator=generator).tolist()
-    return [order[i : i + users_per_step] for i in range(0, n_users, users_per_step)]
+    batches, room = [], 0
+    for user in torch.randperm(len(sizes), generator=generator).tolist():
+        if sizes[user] > room or not batches:
+            batches.append([])
+            room = batch_size
+        batches[-1].append(user)
+        room -= sizes[user]
+    return batches
 
 
 def make_step(trees: list[Tree], users: list[int], loss: str, batching: Batching) -> Step:

@@ -30,6 +30,14 @@ def real(text: str, least: float = 0.0, below: float = math.inf, open: bool = Fa
     return value
 
 
+def count_or(text: str, **words: int) -> int:
+    """Return the number that one of the words stands for, or text as a whole number from 1."""
+    if text not in words and not text.isdecimal():
+        known = ", ".join(words)
+        raise argparse.ArgumentTypeError(f"expected {known} or a whole number, not {text!r}")
+    return words[text] if text in words else positive(text)
+
+
 positive = partial(natural, least=1)
 seed_number = partial(natural, most=LARGEST_SEED)
 positive_real = partial(real, open=True)  # above 0

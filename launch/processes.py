@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 from threading import Thread
 
 import torch
@@ -36,6 +37,7 @@ def join_processes(timeout: float = 600.0) -> tuple[int, int, torch.device]:
         what = f"{' and '.join(strays)} without the rest of torchrun's environment"
         print(f"one process: {what} is ignored", file=sys.stderr)
     device = torch.device("cpu")
+    torch.set_num_threads(allowed_threads(torch.get_num_threads()))
     if torch.cuda.is_available():
         device = torch.device("cuda", found.get("LOCAL_RANK", 0))
         torch.cuda.set_device(device)
@@ -101,6 +103,16 @@ def gather(value: object) -> list:
     return values
 
 
+def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
+    """Replace every process's gradients by the sum over all, in one message."""
+    # One large message is faster than many small ones.
+    flat = torch.cat([p.grad.flatten() for p in parameters])
+    dist.all_reduce(flat)
+    parts = flat.split([p.numel() for p in parameters])
+    for parameter, grad in zip(parameters, parts, strict=True):
+        parameter.grad = grad.view_as(parameter)
+
+
 def all_reduce(value: float, device: torch.device, op=dist.ReduceOp.SUM) -> float:
     """Return a number reduced over the processes."""
     if not dist.is_initialized():
@@ -125,6 +137,22 @@ def share_out(sizes: list[int], shares: int) -> list[list[int]]:
 
 
 # ---- Resources of one process
+
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container
+
+
+def allowed_threads(threads: int, path: Path = QUOTA) -> int:
+    """Return how many of torch's threads to use: in a container, no more than its share of cores.
+
+    A number in OMP_NUM_THREADS is the user's, and stays.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return threads
+    try:
+        most, period = path.read_text().split()
+        return max(1, min(threads, round(int(most) / int(period))))
+    except (OSError, ValueError, ZeroDivisionError):  # no such file, or "max": no limit
+        return threads
 
 
 def peak_memory(device: torch.device) -> str:

@@ -35,12 +35,20 @@ def users_left(run: Path, keys: dict[str, str]) -> list[str]:
     return [user for user in keys if done.get(user) != keys[user]]
 
 
+def known_summaries(run: Path) -> dict[str, str]:
+    """Return the run's summaries by key; none if there is no file."""
+    path = run / "summaries.jsonl"
+    records = read_jsonl(path, FIELDS) if path.is_file() else ()
+    return {record["key"]: record["summary"] for _, record in records}
+
+
 def append_record(run: Path, rank: int, about: dict, root: Node, ends: dict[str, int]) -> None:
     """Append a finished user to a process's part of summaries.jsonl.
 
     about: user, paradigm and key. ends: how many of the user's texts ended in which way.
     """
-    record = about | {"summary": root["summary"], "tree": root, "ends": ends}
+    # Sorted, since texts end in another order if some of them are known from before.
+    record = about | {"summary": root["summary"], "tree": root, "ends": dict(sorted(ends.items()))}
     append_jsonl(run / f"summaries.part{rank}.jsonl", record)
 
 
@@ -61,6 +69,39 @@ def load_summaries(run: Path, items: dict[str, str], examples: Iterable[Example]
             what = "the summary is of another history"
             raise InputError(f"{path}: user {example.user!r}: {what}; {again}")
     return {example.user: found[example.user]["summary"] for example in examples}
+
+
+def known_before(tree: Node) -> list[tuple[int, str]]:
+    """Return (items, summary) after each block but the last, the first blocks first.
+
+    tree: what summarize.py keeps of a user. InputError if it has no summaries of the blocks before.
+    """
+    if "before" in tree:
+        return [(int(items), summary) for items, summary in tree["before"]]
+    if "children" in tree:
+        what = "the summaries of the blocks before are missing"
+        raise InputError(f"{what}; run summarize.py --every-block, or --targets last")
+    chain = []
+    while "previous" in tree:
+        tree = tree["previous"]
+        chain.append((tree["items"][1], tree["summary"]))
+    return chain[::-1]
+
+
+def load_before(run: Path, examples: Iterable[Example]) -> dict[str, list[tuple[int, str]]]:
+    """Return (items, summary) of the blocks before each user's last one, from a checked file.
+
+    InputError if a user's are missing, as those of a hierarchy are without --every-block.
+    """
+    path = run / "summaries.jsonl"
+    trees = {record["user"]: record["tree"] for _, record in read_jsonl(path, FIELDS)}
+    found = {}
+    for example in examples:
+        try:
+            found[example.user] = known_before(trees[example.user])
+        except InputError as error:
+            raise InputError(f"{path}: user {example.user!r}: {error}") from None
+    return found
 
 
 def share_summaries(source: Path, run: Path) -> None:

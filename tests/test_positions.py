@@ -13,11 +13,11 @@ from batches.positions import (
     Targets,
     draw,
     every_block,
-    known_before,
     positions,
 )
 from batches.prompts import Prompts
 from prepare.domains import DOMAINS
+from state.summaries import known_before
 from trsr import Budget, Example, InputError, Recommender
 
 DOMAIN = DOMAINS["products"]

@@ -12,12 +12,24 @@ from trsr import Example, InputError
 
 
 def test_an_epoch_is_a_permutation_that_the_seed_determines():
-    steps = step_batches(10, 4, seed=3, epoch=1)
+    sizes = [2] * 10
+    steps = step_batches(sizes, 9, seed=3, epoch=1)
     assert [len(step) for step in steps] == [4, 4, 2]
     assert sorted(u for step in steps for u in step) == list(range(10))
-    assert steps == step_batches(10, 4, seed=3, epoch=1)
-    assert steps != step_batches(10, 4, seed=3, epoch=2)
-    assert steps != step_batches(10, 4, seed=4, epoch=1)
+    assert steps == step_batches(sizes, 9, seed=3, epoch=1)
+    assert steps != step_batches(sizes, 9, seed=3, epoch=2)
+    assert steps != step_batches(sizes, 9, seed=4, epoch=1)
+
+
+def test_users_of_any_size_fill_a_step_in_the_same_order():
+    sizes = [3, 1, 40, 2, 5, 1, 1]
+    steps = step_batches(sizes, 6, seed=0, epoch=0)
+    order = [u for step in steps for u in step]
+    assert order == [u for step in step_batches([1] * 7, 1, seed=0, epoch=0) for u in step]
+    for step, following in zip(steps, [*steps[1:], None], strict=True):
+        total = sum(sizes[u] for u in step)
+        assert total <= 6 or len(step) == 1
+        assert following is None or total + sizes[following[0]] > 6  # as full as it can be
 
 
 @pytest.mark.parametrize("loss", ["prompt", "answer"])

@@ -13,6 +13,7 @@ from helpers import (
     losses,
     own_lines,
     read_lines,
+    run,
     same_losses,
     validations,
     write_dataset,
@@ -24,6 +25,7 @@ from transformers import LlamaForCausalLM
 
 import train
 import trsr
+from batches.positions import ALL, Targets, positions
 from llama import load_model
 from lora import adapter_tensors, load_adapter
 from models.chat import Plain
@@ -36,15 +38,20 @@ ADAPTER = "adapter/adapter_model.safetensors"
 # ---- A step
 
 
-def separate_examples(model_folder, data_folder):
+def separate_examples(model_folder, data_folder, paradigm="recent-only", targets=1):
     """Return the training examples' token ids, apart, the slow way."""
     domain, items, splits = load_dataset(data_folder, ("train",))
     form = Plain(Tokenizer(model_folder, 640))
     budget = trsr.Budget(1023, form.encode, Counter())
-    recommender = trsr.Recommender("recent-only", domain, items, {}, 3, budget)
+    recommender = trsr.Recommender(paradigm, domain, items, {}, 3, budget)
     answers = trsr.answer_ids(form.encode, domain)
     found = []
-    for example in splits["train"]:
+    examples = [
+        past
+        for example in splits["train"]
+        for _, past in positions(example, list(items), Targets(targets))
+    ]
+    for example in examples:
         for i, item in enumerate([example.positive, *example.negatives]):
             (ids,) = recommender.prompt_ids(example, [item])
             found.append([*ids, answers[min(i, 1)]])
@@ -52,11 +59,19 @@ def separate_examples(model_folder, data_folder):
 
 
 @pytest.mark.parametrize("loss", ["prompt", "answer"])
-def test_a_step_equals_separate_examples(tmp_path, data_folder, model_folder, fit, loss):
-    fit(tmp_path, epochs=1, lora_dropout=0, loss=loss, batch_size=24)
+@pytest.mark.parametrize(
+    ("paradigm", "targets", "batch_size"),
+    [("recent-only", "last", 24), ("recent-only", "3", 72), ("whole-history", "all", 999)],
+)
+def test_a_step_equals_separate_examples(
+    tmp_path, data_folder, model_folder, fit, loss, paradigm, targets, batch_size
+):
+    step = {"epochs": 1, "lora_dropout": 0, "loss": loss, "batch_size": batch_size}
+    fit(tmp_path, **step, paradigm=paradigm, targets=targets)
     model = fresh_adapter(model_folder)
     total, count = 0.0, 0
-    for ids in separate_examples(model_folder, data_folder):
+    most = {"last": 1, "3": 3, "all": ALL}[targets]
+    for ids in separate_examples(model_folder, data_folder, paradigm, most):
         first = len(ids) - 2 if loss == "answer" else 0
         logits = model(torch.tensor([ids]))[0, first:-1]
         total = total + F.cross_entropy(logits, torch.tensor(ids[first + 1 :]), reduction="sum")
@@ -65,7 +80,7 @@ def test_a_step_equals_separate_examples(tmp_path, data_folder, model_folder, fi
     parameters = adapter_tensors(model).values()
     norm = torch.stack([p.grad.norm() for p in parameters]).norm()
     ((_, found, found_norm),) = losses(tmp_path)
-    assert count == 24 or loss == "prompt"
+    assert count == 24 or loss == "prompt" or targets != "last"
     assert abs(found - (total / count).item()) < 1e-5
     assert abs(found_norm - norm.item()) < 1e-5
 
@@ -201,3 +216,18 @@ def test_a_dry_run_reports_what_the_run_will_take_and_leaves_nothing(
     assert re.search(r"time    [\d.]+ minutes an epoch", done.stdout)
     assert not (tmp_path / "config.json").exists()
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_every_position_needs_the_summaries_of_the_blocks_before(
+    tmp_path, data_folder, model_folder, fit
+):
+    common = {"data": data_folder, "model": model_folder, "max_new_tokens": 4, "block_size": 2}
+    run("summarize.py", run=tmp_path / "without", **common)
+    done = fit(tmp_path / "without", paradigm=None, targets="all", check=False)
+    assert done.returncode == 2
+    assert "summarize.py --every-block, or --targets last" in done.stderr
+    for paradigm in ("hierarchical", "recurrent"):
+        whole = paradigm == "hierarchical"
+        run("summarize.py", run=tmp_path / paradigm, paradigm=paradigm, every_block=whole, **common)
+        fit(tmp_path / paradigm, paradigm=None, targets="all", epochs=1, batch_size=200)
+        assert losses(tmp_path / paradigm)
