@@ -8,17 +8,17 @@ session is a user, named by its locale and its row number from 1, such as UK-17.
 ten attributes: the nine here and the id, which carries no text.
 """
 
-import csv
 import re
 from argparse import SUPPRESS
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from launch.command import option, parse_settings, run_main
 from prepare.common import Item, Options, Session, Source, prepare
-from prepare.tables import Table, attributes
+from prepare.domains import domain_option, find_domain
+from prepare.tables import Table, attributes, split_csv
 from trsr import InputError
 
 ATTRIBUTES = {
@@ -37,7 +37,6 @@ SESSIONS = ("prev_items", "next_item", "locale")
 ID = re.compile(r"'([^'\s]+)'")
 # Lists are printed NumPy arrays: no commas, and line breaks if they are long.
 IDS = re.compile(r"\s*\[\s*(?:'[^'\s]+'\s*)*\]\s*")
-FIELD_LIMIT = 2**24  # characters; an unclosed quote fails here instead of swallowing the file
 OTHER_LOCALE = "sessions of other locales"
 
 
@@ -52,23 +51,8 @@ class Settings(Options):
         "Amazon-M2",
         required=True,
     )
+    domain: str = domain_option("products")
     locale: str = option("UK", "the shop's country; the paper uses UK")
-
-
-def split_csv(lines: Iterable[str], path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield (number of the first line, columns) of comma-separated rows.
-
-    A quoted text may span lines.
-    """
-    csv.field_size_limit(FIELD_LIMIT)
-    reader, number = csv.reader(lines, strict=True), 1
-    try:
-        for fields in reader:
-            yield number, fields
-            number = reader.line_num + 1
-    except csv.Error as error:
-        what = f"not comma-separated text ({error}); is the file whole?"
-        raise InputError(f"{path}:{number}: {what}") from None
 
 
 def of_locale(table: Table, locale: str) -> Iterator[tuple[str, dict[str, str]]]:
@@ -118,7 +102,7 @@ def main() -> None:
     sessions = Table(raw / "sessions_train.csv", SESSIONS, split=split_csv)
     source = Source(
         "prepare.amazon_m2",
-        "products",
+        *find_domain(settings.domain),
         products,
         sessions,
         items=lambda: read_products(products, locale),

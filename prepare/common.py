@@ -1,8 +1,8 @@
 """From raw sessions to a dataset: filters, users, splits and negatives (section 5.1).
 
-A reader (mind, amazon_m2, recbole) turns raw rows into items and `Session`s. `prepare` does the
-rest, without knowing any raw format. It keeps the catalogue's ids and the chosen users in memory,
-but not the item texts, which can be gigabytes: it reads those twice.
+A reader (mind, amazon_m2, recbole, table) turns raw rows into items and `Session`s. `prepare` does
+the rest, without knowing any raw format. It keeps the catalogue's ids and the chosen users in
+memory, but not the item texts, which can be gigabytes: it reads those twice.
 """
 
 import hashlib
@@ -12,15 +12,18 @@ from argparse import SUPPRESS
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, islice
 from pathlib import Path
+from typing import Protocol
 
 from launch.command import option
 from launch.numbers import positive, seed_number
 from prepare.dataset import save_dataset
-from prepare.tables import Table
-from trsr import InputError
+from prepare.domains import named
+from trsr import Domain, InputError
+
+SPLITS = ("train", "val", "test")
 
 # ---- The flags, and what a reader provides
 
@@ -40,6 +43,9 @@ class Options:
     seed: int = option(0, "of the choice of users, their splits and their negatives", seed_number)
     min_history: int = option(10, "fewest items before the target", positive)
     max_history: int = option(25, "most items before the target", positive)
+    long: str = option(
+        "drop", "longer histories; cut: to their last --max-history items", choices=("drop", "cut")
+    )
     drop_unknown: bool = option(False, "drop ids that the catalogue lacks or has no text for")
     train_negatives: int = option(1, "negatives per training user", positive, "negatives")
     eval_negatives: int = option(20, "negatives per validation or test user", positive)
@@ -58,6 +64,9 @@ class Session:
     where: `file:line` of the session, or one for each item of the history.
     target: None if the data does not name it; the last known item of the history is then used.
     shown: what was shown with the target and not chosen, if the data records it.
+    earlier: the items before the history, where it was cut; they are no negatives either.
+    periods: the number of the split, in the order of SPLITS, in whose time each item of the history
+    lies; only if one moment divides all users (prepare/periods.py).
     """
 
     where: Sequence[str]
@@ -65,6 +74,18 @@ class Session:
     history: list[str]
     target: str | None
     shown: list[str] | None = None
+    earlier: Sequence[str] = ()
+    periods: Sequence[int] = ()
+
+
+class File(Protocol):
+    """A raw file: prepare/tables.py and prepare/rows.py have two kinds."""
+
+    path: Path
+    rows: int  # of the last reading
+
+    def source(self) -> dict:
+        """Return what meta.json records of the file."""
 
 
 @dataclass(frozen=True)
@@ -73,20 +94,29 @@ class Source:
 
     sessions: takes a counter for what the reader itself drops.
     filters: the reader's names in that counter.
+    divide: makes splits of the sessions, as `divide` below does, which is the default.
+    used: if only items that somebody has chosen by the end of a split's time can be its negatives:
+    returns them for a split.
+    more: what else meta.json tells; the reader may add to it until all is read.
     """
 
     made_by: str  # the reader, as in `python -m prepare.mind`
     domain: str
-    catalogue: Table
-    raw: Table
+    words: Domain
+    catalogue: File
+    raw: File
     items: Callable[[], Iterable[Item]]
     sessions: Callable[[Counter], Iterable[Session]]
     filters: Sequence[str] = ()
+    divide: Callable[..., dict[str, list[Session]]] | None = None
+    used: Callable[[str], Iterable[str]] | None = None
+    more: dict = field(default_factory=dict)
 
 
 # ---- Filters
 
 BEYOND = "users beyond --users"
+CUT = "items cut from the beginning of long histories"  # with --long cut alone
 FILTERS = (
     "rows of a user already taken",
     "unknown ids in histories",
@@ -138,7 +168,7 @@ def eligible(
             continue
         taken.add(session.user)
         dropped[BEYOND] += 1
-        yield resolved
+        yield shortened(resolved, options, dropped)
 
 
 def resolve(
@@ -178,7 +208,7 @@ def reason_to_drop(session: Session, options: Options) -> str | None:
     """Return the filter that a resolved session fails, if any."""
     if len(session.history) < options.min_history:
         return "history too short"
-    if len(session.history) > options.max_history:
+    if len(session.history) > options.max_history and options.long == "drop":
         return "history too long"
     if session.target in session.history:
         return "target already in history"
@@ -188,16 +218,28 @@ def reason_to_drop(session: Session, options: Options) -> str | None:
     return None
 
 
+def shortened(session: Session, options: Options, dropped: Counter) -> Session:
+    """Return the session with no more than the last --max-history items in its history."""
+    n_cut = len(session.history) - options.max_history
+    if n_cut <= 0:
+        return session
+    dropped[CUT] += n_cut
+    history = session.history
+    return replace(session, history=history[n_cut:], earlier=history[:n_cut])
+
+
 # ---- Users, splits, negatives
+
+
+def order_of(seed: int, user: str) -> bytes:
+    """Return a user's place in the random order that only the seed and the users determine."""
+    return hashlib.sha256(f"{seed}\0{user}".encode()).digest()
 
 
 def choose(sessions: Iterable[Session], limit: int, seed: int) -> list[Session]:
     """Return up to limit sessions, in a random order that only the seed and the users determine."""
-
-    def key(session: Session) -> bytes:
-        return hashlib.sha256(f"{seed}\0{session.user}".encode()).digest()
-
-    return heapq.nsmallest(limit, sessions, key)  # never holds more than limit
+    # It never holds more than limit.
+    return heapq.nsmallest(limit, sessions, lambda session: order_of(seed, session.user))
 
 
 def split_sizes(n_users: int, val: int | None = None, test: int | None = None) -> dict[str, int]:
@@ -214,6 +256,25 @@ def split_sizes(n_users: int, val: int | None = None, test: int | None = None) -
     return {"train": n_users - sum(sizes.values()), **sizes}
 
 
+def divide(
+    source: Source, known: dict[str, bool], options: Options, dropped: Counter
+) -> dict[str, list[Session]]:
+    """Return the sessions of each split, chosen by the seed; InputError if too few are left."""
+    passing = eligible(source.sessions(dropped), known, options, dropped)
+    chosen = choose(passing, options.users, options.seed)
+    dropped[BEYOND] -= len(chosen)
+    if len(chosen) < 3:
+        what = f"{len(chosen)} users left, at least 3 are needed ({counted(dropped)})"
+        raise InputError(f"{source.raw.path}: {what}; loosen the filters")
+    sizes, rest = split_sizes(len(chosen), options.val_users, options.test_users), iter(chosen)
+    return {split: list(islice(rest, size)) for split, size in sizes.items()}
+
+
+def counted(dropped: Counter) -> str:
+    """Return what was dropped as words."""
+    return ", ".join(f"{name} {n}" for name, n in dropped.items() if n) or "nothing dropped"
+
+
 def draw_negatives(
     seed: int, session: Session, items: Sequence[str], cumulative: Sequence[int], n: int
 ) -> list[str]:
@@ -222,7 +283,7 @@ def draw_negatives(
     cumulative: the running sum of the items' weights, all above 0. Raises InputError if there are
     too few items.
     """
-    excluded = {*session.history, session.target}
+    excluded = {*session.earlier, *session.history, session.target}
     # What a user was shown holds none of the excluded items, the catalogue holds all of them.
     free = len(items) if session.shown else len(items) - len(excluded)
     if free < n:
@@ -240,26 +301,47 @@ def draw_negatives(
     return list(negatives)
 
 
-def make_splits(
-    sessions: list[Session], known: dict[str, bool], options: Options
-) -> dict[str, list[dict]]:
-    """Return the examples of each split, with their negatives, as they are written."""
-    if options.negatives == "popular":
-        weights: dict[str, int] = Counter()
-        for session in sessions:
-            weights.update([*session.history, session.target])
-    else:
-        weights = dict.fromkeys((item for item, has_text in known.items() if has_text), 1)
-    items = [item for item in known if item in weights]
-    cumulative = list(accumulate(weights[item] for item in items))
+def weights_of(
+    split: str,
+    divided: dict[str, list[Session]],
+    known: dict[str, bool],
+    options: Options,
+    used: Callable[[str], Iterable[str]] | None,
+) -> dict[str, int]:
+    """Return the weight of each item that can be a negative of a split."""
+    if options.negatives == "uniform":
+        items = known if used is None else used(split)
+        return dict.fromkeys((item for item in items if known.get(item)), 1)
 
-    splits, rest = {}, iter(sessions)
-    sizes = split_sizes(len(sessions), options.val_users, options.test_users)
-    for split, size in sizes.items():
+    # With a moment between the splits, what came after a split's time is unknown in it.
+    splits = SPLITS if used is None else SPLITS[: SPLITS.index(split) + 1]
+    weights: Counter = Counter()
+    for name in splits:
+        for session in divided[name]:
+            weights.update([*session.earlier, *session.history, session.target])
+    return weights
+
+
+def make_splits(
+    divided: dict[str, list[Session]],
+    known: dict[str, bool],
+    options: Options,
+    used: Callable[[str], Iterable[str]] | None = None,
+) -> dict[str, list[dict]]:
+    """Return the examples of each split, with their negatives, as they are written.
+
+    used: as in Source.
+    """
+    splits, catalogue = {}, None
+    for split in SPLITS:
         n = options.train_negatives if split == "train" else options.eval_negatives
+        if catalogue is None or used is not None:  # else it is the same for all splits
+            weights = weights_of(split, divided, known, options, used)
+            items = [item for item in known if item in weights]
+            catalogue = items, list(accumulate(weights[item] for item in items))
         splits[split] = []
-        for session in islice(rest, size):
-            pool = items, cumulative
+        for session in divided[split]:
+            pool = catalogue
             if session.shown:
                 pool = session.shown, range(1, len(session.shown) + 1)
             negatives = draw_negatives(options.seed, session, *pool, n)
@@ -271,6 +353,8 @@ def make_splits(
 
 # ---- The whole preparation
 
+NOT_SETTINGS = ("seed", "domain", "print_domain")  # told elsewhere in meta.json, or nothing to tell
+
 
 def prepare(options: Options, source: Source) -> None:
     """Prepare a dataset from its source, and print what is done.
@@ -279,16 +363,10 @@ def prepare(options: Options, source: Source) -> None:
     """
     announce(options, source)
     known = read_catalogue(source.catalogue.path, source.items())
-    dropped = Counter(dict.fromkeys([*source.filters, *FILTERS, BEYOND], 0))
-    passing = eligible(source.sessions(dropped), known, options, dropped)
-    chosen = choose(passing, options.users, options.seed)
-    dropped[BEYOND] -= len(chosen)
-    if len(chosen) < 3:
-        counts = ", ".join(f"{name} {n}" for name, n in dropped.items() if n) or "nothing dropped"
-        what = f"{len(chosen)} users left, at least 3 are needed ({counts}); loosen the filters"
-        raise InputError(f"{source.raw.path}: {what}")
-
-    splits = make_splits(chosen, known, options)
+    cut = [CUT] if options.long == "cut" else []
+    dropped = Counter(dict.fromkeys([*source.filters, *FILTERS, *cut, BEYOND], 0))
+    divided = (source.divide or divide)(source, known, options, dropped)
+    splits = make_splits(divided, known, options, source.used)
     report(options, source, dropped, write(options, source, splits, dropped))
 
 
@@ -316,8 +394,10 @@ def write(
             mentioned.update(e["history"], [e["positive"]], e["negatives"])
 
     kept = {n: value for n, value in vars(options).items() if not isinstance(value, Path)}
-    seed = kept.pop("seed")
-    meta = {"made_by": source.made_by, "domain": source.domain, "seed": seed, "settings": kept}
+    for name in NOT_SETTINGS:
+        kept.pop(name, None)
+    meta = {"made_by": source.made_by, **named(source.domain, source.words)}
+    meta |= {"seed": options.seed, "settings": kept, **source.more}
     tables = source.catalogue, source.raw
     meta |= {"sources": [table.source() for table in tables], "dropped": dict(dropped)}
     read = ((item, attributes) for _, item, attributes in source.items() if item in mentioned)

@@ -1,7 +1,7 @@
 """The dataset on disk: the schema that `prepare` writes and every script reads and checks.
 
 items.jsonl {"id", "attributes"}; train, val and test.jsonl {"user", "history", "positive",
-"negatives"}; meta.json, which names the domain.
+"negatives"}; meta.json, which names the domain and holds its words.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from files.atomic import atomic_write
 from files.jsonl import read_json, read_jsonl, write_json, write_jsonl
-from prepare.domains import DOMAINS
+from prepare.domains import domain_of
 from trsr import Domain, Example, InputError, item_text
 
 EXAMPLE_FIELDS = {"user": str, "history": list, "positive": str, "negatives": list}
@@ -51,18 +51,15 @@ def load_dataset(
         if (folder / "items.jsonl").is_file():
             way = 'add one with {"domain": "products"} or {"domain": "news"}'
         raise InputError(f"{folder}: no dataset (no meta.json); {way}")
-    domain = read_json(folder / "meta.json").get("domain")
-    if domain not in DOMAINS:
-        path, known = folder / "meta.json", sorted(DOMAINS)
-        raise InputError(f"{path}: field 'domain' is {domain!r}, expected one of {known}")
+    domain = domain_of(read_json(folder / "meta.json"), str(folder / "meta.json"))
 
-    items = read_items(folder / "items.jsonl", DOMAINS[domain])
+    items = read_items(folder / "items.jsonl", domain)
     users: set[str] = set()
     examples = {s: list(read_examples(folder / f"{s}.jsonl", items, users)) for s in splits}
     if empty := [split for split, found in examples.items() if not found]:
         path = folder / f"{empty[0]}.jsonl"
         raise InputError(f"{path}: no users in it; prepare the dataset again, with looser filters")
-    return DOMAINS[domain], items, examples
+    return domain, items, examples
 
 
 def read_items(path: Path, domain: Domain) -> dict[str, str]:

@@ -20,6 +20,7 @@ from launch.command import option, parse_settings, run_main
 from launch.numbers import positive, seed_number
 from prepare.common import split_sizes
 from prepare.dataset import save_dataset
+from prepare.domains import DOMAINS, named
 from prepare.shop import RECENT, Product, Shop, Taste, make_shop, make_user
 from trsr import InputError, rank_of_positive
 
@@ -135,7 +136,7 @@ def main() -> None:
     kept = {"items": settings.items, "users": sizes}
     meta = {
         "made_by": "prepare.demo",
-        "domain": "products",
+        **named("products", DOMAINS["products"]),
         "seed": seed,
         "settings": kept,
         "sources": [],

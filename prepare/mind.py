@@ -17,6 +17,7 @@ from pathlib import Path
 
 from launch.command import option, parse_settings, run_main
 from prepare.common import Item, Options, Session, Source, prepare
+from prepare.domains import domain_option, find_domain
 from prepare.tables import Table, attributes
 from trsr import InputError
 
@@ -50,6 +51,7 @@ class Settings(Options):
     raw: Path = option(
         SUPPRESS, "folder with news.tsv and behaviors.tsv", Path, "MIND", required=True
     )
+    domain: str = domain_option("news")
     target: str = option(
         "history",
         "where the target and the negatives come from",
@@ -102,7 +104,7 @@ def main() -> None:
     )
     source = Source(
         "prepare.mind",
-        "news",
+        *find_domain(settings.domain),
         news,
         behaviors,
         items=lambda: read_news(news),

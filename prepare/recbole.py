@@ -17,8 +17,8 @@ from pathlib import Path
 
 from launch.command import option, parse_settings, run_main
 from prepare.common import Item, Options, Session, Source, prepare
-from prepare.domains import DOMAINS
-from prepare.tables import Table, attributes
+from prepare.domains import domain_option, find_domain
+from prepare.tables import Table, attributes, shown_names
 from trsr import InputError
 
 OTHER_ROWS = "rows of a user other than the one taken"
@@ -32,7 +32,7 @@ class Settings(Options):
 
     inter: Path = option(SUPPRESS, "file with the interactions", Path, "RecBole", required=True)
     item: Path = option(SUPPRESS, "file with the items", Path, required=True)
-    domain: str = option(SUPPRESS, "what the items are", choices=sorted(DOMAINS), required=True)
+    domain: str = domain_option()
     rows: str = option(
         "last", "which of a user's session rows count; all: each as a user of its own", choices=ROWS
     )
@@ -58,16 +58,12 @@ def typed_columns(table: Table, required: tuple[str, ...]) -> dict[str, str]:
 
 def attribute_columns(table: Table, columns: dict[str, str]) -> dict[str, str]:
     """Return the column of each attribute; InputError if two columns become the same attribute."""
-    found: dict[str, str] = {}
-    for name, column in columns.items():
-        if name == "item_id" or column.endswith(":float_seq"):
-            continue
-        shown = (name[:1].upper() + name[1:]).replace("_", " ")
-        if shown in found:
-            what = f"columns {found[shown]!r} and {column!r} both become {shown!r}; rename one"
-            raise InputError(f"{table.path}:1: {what}")
-        found[shown] = column
-    return found
+    shown = {
+        name: column
+        for name, column in columns.items()
+        if name != "item_id" and not column.endswith(":float_seq")
+    }
+    return shown_names(table.path, shown)
 
 
 def read_items(table: Table, columns: dict[str, str]) -> Iterator[Item]:
@@ -138,7 +134,7 @@ def main() -> None:
 
     source = Source(
         "prepare.recbole",
-        settings.domain,
+        *find_domain(settings.domain),
         item,
         inter,
         items=lambda: read_items(item, item_columns),

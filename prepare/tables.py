@@ -1,5 +1,6 @@
 """Raw files with columns, read row by row; errors name the file and the line."""
 
+import csv
 import hashlib
 import html
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -9,11 +10,29 @@ from tqdm import tqdm
 
 from trsr import InputError
 
+FIELD_LIMIT = 2**24  # characters; an unclosed quote fails here instead of swallowing the file
+
 
 def split_tabs(lines: Iterable[str], path: Path) -> Iterator[tuple[int, list[str]]]:
     """Yield (line number, columns) of tab-separated lines, in which quotes mean nothing special."""
     for number, line in enumerate(lines, 1):
         yield number, line.rstrip("\r\n").split("\t")
+
+
+def split_csv(lines: Iterable[str], path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield (number of the first line, columns) of comma-separated rows.
+
+    A quoted text may span lines.
+    """
+    csv.field_size_limit(FIELD_LIMIT)
+    reader, number = csv.reader(lines, strict=True), 1
+    try:
+        for fields in reader:
+            yield number, fields
+            number = reader.line_num + 1
+    except csv.Error as error:
+        what = f"not comma-separated text ({error}); is the file whole?"
+        raise InputError(f"{path}:{number}: {what}") from None
 
 
 class Table:
@@ -103,4 +122,24 @@ def attributes(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
         text = html.unescape(raw)
         if text.strip() and text.strip().lower() not in MISSING:
             found[name] = text
+    return found
+
+
+def shown_name(column: str) -> str:
+    """Return the name of a column's attribute in prompts: `Release year` of release_year."""
+    return (column[:1].upper() + column[1:]).replace("_", " ")
+
+
+def shown_names(path: Path, columns: dict[str, str]) -> dict[str, str]:
+    """Return the column of each attribute, for columns by name.
+
+    Raises InputError if two columns become the same attribute.
+    """
+    found: dict[str, str] = {}
+    for name, column in columns.items():
+        shown = shown_name(name)
+        if shown in found:
+            what = f"columns {found[shown]!r} and {column!r} both become {shown!r}; rename one"
+            raise InputError(f"{path}:1: {what}")
+        found[shown] = column
     return found

@@ -16,7 +16,7 @@ from files.atomic import atomic_write
 from files.jsonl import write_jsonl
 from launch.command import option, parse_settings, run_main
 from prepare.dataset import load_dataset
-from trsr import Example, shuffled_candidates
+from trsr import Example, InputError, shuffled_candidates
 
 SPLITS = {"train": "train", "val": "valid", "test": "test"}  # ours and RecBole's
 
@@ -27,6 +27,19 @@ class Settings:
 
     data: Path = option(SUPPRESS, "dataset folder made by prepare", Path, required=True)
     out: Path = option(SUPPRESS, "folder for RecBole's files; it names them", Path, required=True)
+
+
+def check_ids(splits: dict[str, list[Example]]) -> None:
+    """Raise InputError for an id that RecBole's files cannot hold: they separate by white space."""
+    for examples in splits.values():
+        for example in examples:
+            items = [*example.history, example.positive, *example.negatives]
+            if bad := [i for i in items if i.split() != [i]]:
+                what = "has white space in it, or nothing else; RecBole's lists cannot hold it"
+                raise InputError(f"item {bad[0]!r} of user {example.user!r}: the id {what}")
+            if set(example.user) & set("\t\r\n"):
+                what = "has a tab or line break in it; RecBole's files cannot hold it"
+                raise InputError(f"user {example.user!r}: the id {what}")
 
 
 def write_sessions(path: Path, examples: list[Example]) -> None:
@@ -49,6 +62,7 @@ def main() -> None:
     settings = parse_settings(Settings, __doc__)
     out = settings.out
     _, items, splits = load_dataset(settings.data, SPLITS)
+    check_ids(splits)
     out.mkdir(parents=True, exist_ok=True)
     for split, theirs in SPLITS.items():
         write_sessions(out / f"{out.name}.{theirs}.inter", splits[split])

@@ -3,12 +3,14 @@
 import hashlib
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 from conftest import SHARED, needs_shared
 from helpers import ROOT, SMALL, examples, flags, meta, prepared, read_lines, write_mind
 
 from prepare import mind
+from prepare.domains import DOMAINS
 from trsr import InputError
 
 
@@ -76,11 +78,12 @@ def test_mind_meta_is_whole_and_has_no_paths(tmp_path):
         | {"users": 24, "drop_unknown": False, "train_negatives": 1}
         | dict.fromkeys(("val_users", "test_users"))
     )
-    settings |= {"negatives": "uniform", "target": "history"}
+    settings |= {"negatives": "uniform", "target": "history", "long": "drop"}
     dropped = dict.fromkeys(meta(out)["dropped"], 0) | {"users beyond --users": 6}
     assert meta(out) == {
         "made_by": "prepare.mind",
         "domain": "news",
+        "words": asdict(DOMAINS["news"]),
         "seed": 7,
         "settings": settings,
         "sources": sources,

@@ -1,11 +1,23 @@
 """prepare/common.py: users, splits and negatives, whatever the raw data."""
 
 import hashlib
+import subprocess
+import sys
 from collections import Counter
 from itertools import accumulate
 
 import pytest
-from helpers import SMALL, SPLITS, examples, meta, prepared, read_lines, write_amazon, write_mind
+from helpers import (
+    ROOT,
+    SMALL,
+    SPLITS,
+    examples,
+    meta,
+    prepared,
+    read_lines,
+    write_amazon,
+    write_mind,
+)
 
 from prepare import amazon_m2, mind
 from prepare.common import Options, Session, choose, draw_negatives, make_splits, split_sizes
@@ -63,7 +75,7 @@ def test_popular_negatives_follow_how_often_items_were_chosen():
     named = [f"{kind}{n}" for n in range(6000) for kind in "ht"]
     known = dict.fromkeys(["z", "w", "x", "y", *named], True)
     args = Options(seed=0, negatives="popular", train_negatives=1, eval_negatives=1)
-    splits = make_splits(sessions, known, args)
+    splits = make_splits({"train": sessions, "val": [], "test": []}, known, args)
     of_y = Counter(e["negatives"][0] for e in splits["train"] if e["history"][0] == "y")
     n = of_y.total()
     # For users of y: 18,000 choices, less 1200 of y and the user's own two others; 12,000 items
@@ -118,3 +130,12 @@ def test_what_is_written_loads(tmp_path):
     assert items["B000000001"].startswith(
         'Title: Jug "1" large; Price: 9.5; Brand: Acme; Size: 1 l; Material: Tin; Desc'
     )
+
+
+def test_the_package_lists_every_command_of_its_own():
+    command = [sys.executable, "-m", "prepare"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    scripts = [p for p in (ROOT / "prepare").glob("*.py") if "run_main(main)" in p.read_text()]
+    assert len(scripts) >= 6
+    assert all(f"python -m prepare.{path.stem} " in shown for path in scripts)
+    assert all(word in shown for word in ("Tab-separated", "user_id:token", "timestamp:float"))

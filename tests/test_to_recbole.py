@@ -1,10 +1,11 @@
 """prepare/to_recbole.py: a dataset in RecBole's files, with the candidates to score."""
 
-from helpers import prepared, read_lines
+import pytest
+from helpers import prepared, read_lines, write_dataset
 
 from prepare import to_recbole
 from prepare.dataset import load_dataset
-from trsr import shuffled_candidates
+from trsr import InputError, shuffled_candidates
 
 
 def test_the_dataset_as_recbole_s_files(tmp_path, data_folder):
@@ -18,3 +19,13 @@ def test_the_dataset_as_recbole_s_files(tmp_path, data_folder):
     assert lines == [f"{item}\t{text}" for item, text in items.items()]
     lines = [r for r in read_lines(out / "rec.candidates.jsonl") if r["split"] == "test"]
     assert [r["candidates"] for r in lines] == [shuffled_candidates(e) for e in splits["test"]]
+
+
+@pytest.mark.parametrize(("old", "new"), [('"i1"', '"i 1"'), ('"test0"', '"test\\t0"')])
+def test_ids_that_recbole_s_files_cannot_hold_are_refused(tmp_path, old, new):
+    data = write_dataset(tmp_path / "data")
+    for path in data.glob("*.jsonl"):
+        path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(InputError, match=r"(item 'i 1' of|user 'test\\t0': the id has a tab)"):
+        prepared(to_recbole, data=data, out=tmp_path / "rec")
+    assert not (tmp_path / "rec").exists()
