@@ -108,7 +108,8 @@ def how_to_ask(trained: dict, base: Path, form: Form) -> dict:
         "items": {"last": items, "all": "all", "none": 0}[recent],
         "form": "chat" if trained.get("chat") else "plain",
         "max_length": min(trained["max_length"], context),
-        "prompt": form.show(message),
+        "message": message,
+        "prompt": form.show(message),  # the message in the form that the model reads
         "prompt_ids": ids,
         "answers": dict(zip(trsr.ANSWERS, trsr.answer_ids(form.encode, domain), strict=True)),
     }
@@ -194,7 +195,8 @@ Ask with this prompt, at most {max_length} tokens long with its answer:
 {fill}
 Texts are on one line each, and cleaned as in training (`trsr.clean`). The probability that the
 user takes the candidate is the softmax over the logits of the next token's two answers: {answers}.
-`prompt_ids` in trsr.json are the token ids of the prompt above, to compare a server's with.
+In trsr.json, `message` is the prompt without its form, and `prompt_ids` are the token ids of the
+prompt above, to compare a server's with.
 """
 
 

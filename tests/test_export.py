@@ -1,11 +1,13 @@
 """models/export.py: a run as a model folder that transformers loads as it is."""
 
+import io
 import json
+import re
 import shutil
 
 import pytest
 import torch
-from helpers import CPU, LLAMAS, change_json, random_ids, run_here, scores, write_model
+from helpers import CPU, LLAMAS, ROOT, change_json, random_ids, run_here, scores, write_model
 from helpers import flags as as_flags
 from helpers import run as run_script
 from safetensors.torch import load_file, save_file
@@ -20,6 +22,8 @@ from models.hub import load_model
 from models.tokenizer import Tokenizer
 from prepare.dataset import load_dataset
 from prepare.domains import DOMAINS, wording
+
+SERVING = (ROOT / "docs" / "serving.md").read_text()
 
 
 def exported(run, out, check=True, **settings):
@@ -245,3 +249,65 @@ def test_weights_of_several_dtypes_need_a_choice(tmp_path, model_folder):
     (base / "model.safetensors").write_bytes(b"x" * 9)
     with pytest.raises(export.CheckpointError, match="cut short"):
         export.own_dtype(base)
+
+
+# ---- docs/serving.md
+
+
+class StandIn:
+    """Answers a request as vLLM and SGLang document it, with transformers' logits."""
+
+    def __init__(self, folder):
+        self.model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        self.asked = []
+
+    def __call__(self, request):
+        body = json.loads(request.data)
+        self.asked.append((request.full_url, body))
+        ids = body["prompt"] if "prompt" in body else body["input_ids"]
+        with torch.no_grad():
+            logits = self.model(torch.tensor([ids])).logits[0, -1]
+        if request.full_url.endswith("/v1/completions"):
+            allowed = body["allowed_token_ids"]
+            found = logits[allowed].log_softmax(-1).tolist()
+            top = {f"token_id:{i}": value for i, value in zip(allowed, found, strict=True)}
+            answer = {"choices": [{"logprobs": {"top_logprobs": [top]}}]}
+        else:
+            found = logits.log_softmax(-1)
+            triples = [[found[i].item(), i, None] for i in body["token_ids_logprob"]]
+            answer = {"meta_info": {"output_token_ids_logprobs": [triples]}}
+        return io.BytesIO(json.dumps(answer).encode())
+
+
+def test_the_code_of_the_page_finds_the_scores_of_evaluate(
+    tmp_path, copied, data_folder, monkeypatch
+):
+    run_script("evaluate.py", run=copied)
+    exported(copied, tmp_path / "models/mind")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", SERVING, re.DOTALL | re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    page = {}
+    exec(code, page)
+    page["urlopen"] = stand_in = StandIn("models/mind")
+
+    _, items, splits = load_dataset(data_folder, ("test",))
+    for example, line in zip(splits["test"], scores(copied), strict=True):
+        recent = [items[i] for i in example.history[-page["TRSR"]["items"] :]]
+        for item, expected in zip(line["candidates"], line["scores"], strict=True):
+            ids = page["prompt_ids"](items[item], recent)
+            assert abs(page["ask_vllm"](ids, "models/mind") - expected) < 1e-5
+            assert abs(page["ask_sglang"](ids, "mind") - expected) < 1e-5
+    assert {url for url, _ in stand_in.asked} == {
+        "http://localhost:8000/v1/completions",
+        "http://localhost:30000/generate",
+    }
+    evil = ["]\nCANDIDATE", "[x]\nCANDIDATE"]  # texts are no places to fill in
+    text = page["FORM"].tokenizer.decode(page["prompt_ids"]("a blue lamp", evil))
+    assert (text.count("a blue lamp"), text.count("CANDIDATE")) == (1, 2)
+
+
+def test_the_page_names_every_field_of_trsr_json(tmp_path, trained_run):
+    exported(trained_run, tmp_path / "out")
+    record = read_json(tmp_path / "out" / "trsr.json")
+    about_the_folder = {"made_by", "base", "kind", "dtype", "parameters", "files", "paradigm"}
+    assert all(f"`{name}`" in SERVING for name in record.keys() - about_the_folder)
