@@ -10,6 +10,8 @@ trees fill packs; the model gives each branch's logits of Yes and No (equation 2
 (equation 3) ranks the candidates. train.py validates with the same functions.
 """
 
+import launch.waiting  # noqa: F401  # before torch
+
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence

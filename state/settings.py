@@ -59,9 +59,13 @@ def read_config(run: Path) -> dict:
     for name, section in config.items():
         where = f"{path}: in {name!r}"
         check_fields(where, section, SECTIONS.get(name, {}))
-        if name not in SECTIONS or section["paradigm"] not in PARADIGMS:
+        if name not in SECTIONS:
             what = "no settings that a script of this project would write"
             raise InputError(f"{where}: {what}; choose another --run")
+        if section["paradigm"] not in PARADIGMS:
+            what = f"paradigm {section['paradigm']!r} is unknown"
+            way = "put the file that registers it into paradigms/, or choose another --run"
+            raise InputError(f"{where}: {what}; {way}")
     return config
 
 

@@ -47,7 +47,7 @@ FOREIGN = "no settings that a script of this project would write"
             {"train": COMMON | {"max_length": "9"}},
             "in 'train': field 'max_length' is a str, expected int",
         ),
-        ({"train": COMMON | {"paradigm": "nine"}}, f"in 'train': {FOREIGN}"),
+        ({"train": COMMON | {"paradigm": "nine"}}, "in 'train': paradigm 'nine' is unknown"),
         ({"tarin": COMMON}, f"in 'tarin': {FOREIGN}"),
         ({"summarize": []}, "in 'summarize': field 'data' is missing"),
     ],
