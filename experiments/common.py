@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from experiments import paper
+from experiments.forecast import foresee
 from experiments.jobs import Jobs, Machine
 from experiments.rows import Row, Run, plan_of, stages_of
 from experiments.runs import Settings
@@ -55,7 +56,7 @@ class Experiment:
         self.machine = Machine(settings.jobs, settings.nproc, settings.fresh)
         _, _, self.splits = load_dataset(settings.data, ("train", "val", "test"))
         self.domain = read_json(Path(settings.data) / "meta.json")["domain"]
-        self.dataset = paper.DATASETS[self.domain]
+        self.dataset = paper.DATASETS.get(self.domain)  # None: the paper has none
 
     @property
     def title(self) -> str:
@@ -84,11 +85,16 @@ class Experiment:
         return {"paper": values, "misprints": misprints}
 
     def finish(self, rows: list[Row], x_name: str = "", log: bool = False) -> None:
-        """Run what is left to run; print the table, and write it with its figure."""
+        """Run what is left to run; print the table, and write it with its figure.
+
+        With --dry-run, print what that would take instead.
+        """
         settings, out = self.settings, self.settings.out
         stages, left = stages_of(rows)
         self.announce(sum(len(row.expected) for row in rows), len(stages), len(left))
 
+        if settings.dry_run:
+            return foresee(stages, left, settings.jobs, settings.speed)
         names = [f"{metric}@{k}" for metric in ("Recall", "MRR") for k in settings.k]
         with locked(out):
             self.claim_data()
@@ -110,7 +116,7 @@ class Experiment:
         """Print what is about to be run."""
         settings = self.settings
         users = ", ".join(f"{len(examples)} {split}" for split, examples in self.splits.items())
-        domain = f"{self.domain}, as the paper's {self.dataset}"
+        domain = self.domain + (f", as the paper's {self.dataset}" if self.dataset else "")
         print(f"data    {settings.data}: {users} users ({domain})")
         for flag in MODEL_FLAGS:
             if value := getattr(settings, flag, None):
@@ -125,7 +131,8 @@ class Experiment:
         intervals = "in brackets 95 % intervals over users"
         best = "Bold: the best measured value."
         found = f"{self.title}: {users}, seeds {listed(self.settings.seeds)}; {intervals}. {best}"
-        notes = [found, *filter(None, [paper.NOTES.get(self.name)])]
+        theirs = paper.NOTES.get(self.name) if self.dataset else None
+        notes = [found, *filter(None, [theirs])]
         if any(row.misprints for row in rows):
             notes.append("† A misprint in the paper: the value is below the Recall@3 next to it.")
         chosen = [f"{row.name}: {row.chosen}" for row in rows if row.tried()]

@@ -33,7 +33,8 @@ def main() -> None:
             rows.append(Row(f"{paradigm}, {name}", name, paradigm, runs))
 
         theirs, known = paper.RECOMMENDER, experiment.paper_row(paradigm)
-        rows.append(Row(f"{paradigm}, {theirs}", f"{theirs}, the paper", paradigm, **known))
+        if known["paper"]:
+            rows.append(Row(f"{paradigm}, {theirs}", f"{theirs}, the paper", paradigm, **known))
     experiment.finish(rows)
 
 

@@ -40,14 +40,14 @@ def main() -> None:
     settings = parse_settings(Settings, __doc__)
     experiment, rows = Experiment("figure9", settings), []
     for paradigm in settings.paradigms:
-        for items in sorted({*settings.history_items, paper.HISTORY_ITEMS}):
-            runs, known = {}, {}
+        known = experiment.paper_row(paradigm)
+        of_paper = {paper.HISTORY_ITEMS} if known["paper"] else set()
+        for items in sorted({*settings.history_items, *of_paper}):
+            runs, theirs = {}, known if items in of_paper else {}
             if items in settings.history_items:
                 model = LanguageModel(paradigm, settings.summarizer, settings.recommender, items)
                 runs = experiment.runs(language_model_run, model)
-            if items == paper.HISTORY_ITEMS:
-                known = experiment.paper_row(paradigm)
-            rows.append(Row(f"{paradigm}, {items} items", items, paradigm, runs, **known))
+            rows.append(Row(f"{paradigm}, {items} items", items, paradigm, runs, **theirs))
     experiment.finish(rows, x_name="recent items in the prompt")
 
 

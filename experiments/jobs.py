@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from experiments.processes import Call, Fresh, Workers, signal_name
-from experiments.stages import MARKS, Stage
+from experiments.stages import MARKS, SECONDS, Stage
 from files.jsonl import read_json, write_json
 from state.summaries import share_summaries
 from trsr import InputError
@@ -131,12 +131,14 @@ def execute(stage: Stage, machine: Machine, gpu: str | None = None) -> None:
         share_summaries(stage.summaries, stage.run)
     if stage.settings_of:
         write_json(stage.run / "config.json", read_json(stage.settings_of / "config.json"))
+    began = time.perf_counter()
     status, output = launch(Call(stage.script, stage.flags, log, gpu), machine)
     if status or not stage.made():
         why = f"it made no {' or '.join(stage.makes)}"
         if status:
             why = reason(stage.script, output, status)
         raise InputError(f"{stage.run}: {stage.script} failed: {why} (its output is in {log})")
+    note(stage, SECONDS, round(time.perf_counter() - began, 1))
     note_trimmed(stage, log.read_text("utf-8", "replace"))
     write_json(stage.run / MARKS, before | {stage.script: stage.key})
 
@@ -145,10 +147,15 @@ def note_trimmed(stage: Stage, output: str) -> None:
     """Record what the script says it cut from its prompts, if it has read them in this call."""
     if "prompt  " not in output:
         return
-    path = stage.run / TRIMMED
     found = re.findall(r"trimmed to the context: (\d+) ([\w ]+)", output)
+    note(stage, TRIMMED, {what: int(n) for n, what in found})
+
+
+def note(stage: Stage, name: str, value: object) -> None:
+    """Record something of a stage in a file of its run folder, which has a field per script."""
+    path = stage.run / name
     before = read_json(path) if path.is_file() else {}
-    write_json(path, before | {stage.script: {what: int(n) for n, what in found}})
+    write_json(path, before | {stage.script: value})
 
 
 def untrimmed(run: list[Stage]) -> bool:

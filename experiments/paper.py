@@ -69,7 +69,10 @@ NOTES = {
 
 
 def paper_values(domain: str, row: str) -> dict[str, float]:
-    """Return table 2's values for a row on the domain's dataset, by metric; {} for other rows."""
-    if row not in TABLE2:
+    """Return table 2's values for a row on the domain's dataset, by metric.
+
+    {} for rows and domains that it does not have.
+    """
+    if row not in TABLE2 or domain not in DATASETS:
         return {}
     return dict(zip(METRICS, TABLE2[row][list(DATASETS).index(domain)], strict=True))

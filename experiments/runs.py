@@ -32,6 +32,14 @@ class Settings:
     nproc: int = option(
         1, "processes of summarize.py, train.py and evaluate.py, started by torchrun", positive
     )
+    dry_run: bool = option(
+        False, "report the tokens of what is left to run, from a sample of users, and stop"
+    )
+    speed: float | None = option(
+        None,
+        "tokens that train.py learns per second, for --dry-run (unset: as in finished runs)",
+        positive_real,
+    )
     fresh: bool = option(False, "start a process for every stage, instead of workers for many")
     summarize: str = option(
         "", 'more flags for summarize.py, such as "--int8 --batch-size 32"', metavar="FLAGS"

@@ -18,6 +18,7 @@ from ops.checkpoint import fingerprint
 from trsr import InputError, content_hash
 
 MARKS = "stages.json"  # in a run folder: the keys of the stages that finished there, in order
+SECONDS = "seconds.json"  # in a run folder: how long each script took, when it last finished
 
 # The flags that an experiment sets itself, so --train and the like cannot have them.
 OWN = (

@@ -6,7 +6,7 @@ from experiments.rows import Row
 from runfolder.plots import bar_panel, line_panel, svg_file
 
 
-def markdown(rows: Sequence[Row], names: Sequence[str], dataset: str) -> str:
+def markdown(rows: Sequence[Row], names: Sequence[str], dataset: str | None) -> str:
     """Return a markdown table, with the best of each column bold and the paper's in italics."""
     lines = [f"| | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
     best = {}

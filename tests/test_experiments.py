@@ -1,9 +1,11 @@
 """The experiments: tables that say what the runs' files say, and nothing that is run twice."""
 
+import json
 import os
 import re
 import shutil
 import xml.etree.ElementTree as ET
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,11 +14,12 @@ import pytest
 from helpers import flags, read_lines, run, scores, write_dataset
 
 import trsr
-from experiments import jobs, paper, runs
+from experiments import forecast, jobs, paper, runs
 from experiments.processes import Call, Fresh
 from experiments.stages import slug
 from experiments.tuning import Choice
 from files.jsonl import read_json
+from prepare.domains import DOMAINS
 
 ROWS = ("hierarchical", "whole-history", "core", "sasrec")
 SVG = "{http://www.w3.org/2000/svg}"
@@ -449,6 +452,119 @@ def test_the_trainer_s_own_limit_is_a_budget_whose_runs_are_shared(world, launch
     assert "--train: the experiment sets --max-length itself" in refused.stderr
 
 
+# ---- What it will take
+
+
+def number(text):
+    return int(text.replace(",", ""))
+
+
+def foreseen(output):
+    """The tokens that --dry-run foresees, as (learned, read, written) by (run folder, script)."""
+    found = {}
+    for line in output.splitlines():
+        if match := re.fullmatch(r"(\S+): (\S+\.py)  (.+)", line):
+            parts = {w: number(n) for n, w in re.findall(r"([\d,]+) to (\w+)", match[3])}
+            found[match[1], match[2]] = [parts.get(w, 0) for w in ("learn", "read", "write")]
+    return found
+
+
+def test_a_dry_run_foresees_the_tokens_and_leaves_nothing_behind(world, launched, tmp_path):
+    models = {"rows": ["recent-only", "hierarchical"], "train": "--epochs 3 --batch-size 8"}
+    settings = world.table | models | {"out": tmp_path / "none", "seeds": 7, "dry_run": True}
+    done = experiment("table2", **settings)
+    found, fresh = foreseen(done.stdout), world.out / f"{world.hierarchical}-items3-seed0"
+    assert (launched, (tmp_path / "none").exists()) == ([], False)
+    assert "without train.py, evaluate.py, summarize.py: none has finished here" in done.stdout
+    assert "summaries that are not there yet count with as many tokens" in done.stdout
+    assert len(found) == 5
+
+    # As many summaries as were asked for, of 8 tokens each.
+    lines = read_lines(next(world.out.glob("summaries-hier*/summaries.jsonl")))
+    texts = sum(sum(line["ends"].values()) for line in lines)
+    ((_, read, written),) = [v for (_, script), v in found.items() if script == "summarize.py"]
+    assert written == 8 * texts
+    assert read > written
+
+    # The summaries that are there have the tokens that train.py counts; all three epochs count.
+    settings |= {"out": world.out, "train": world.table["train"], "rows": "hierarchical"}
+    done = experiment("table2", **settings)
+    found, name = foreseen(done.stdout), f"{world.hierarchical}-items3-seed7"
+    reported = re.search(r"(\d+) tokens an epoch", (fresh / "train.log").read_text())
+    learned, validated, _ = found[name, "train.py"]
+    assert learned == int(reported[1])
+    assert validated > 0
+    assert "count with as many" not in done.stdout
+    settings["train"] = settings["train"].replace("--epochs 1", "--epochs 3")
+    done = experiment("table2", **settings)
+    assert foreseen(done.stdout)[name, "train.py"] == [3 * learned, 3 * validated, 0]
+    assert launched == []
+
+
+def test_a_dry_run_tells_minutes_by_the_stages_that_have_finished(world, launched, monkeypatch):
+    settings = world.table | {"rows": ["whole-history", "sasrec"], "seeds": [0, 1, 7]}
+    settings |= {"dry_run": True}
+    for path in world.out.rglob("seconds.json"):
+        seconds = {"train.py": 120.0, "evaluate.py": 60.0, "baselines": 30.0}
+        path.write_text(
+            json.dumps({name: seconds[name] for name in read_json(path).keys() & seconds.keys()})
+        )
+    done = experiment("table2", **settings)
+    assert "\nminutes 3.5\n" in done.stdout  # 120, 60 and 30 seconds once more
+    done = experiment("table2", **settings, jobs=2)
+    assert "\nminutes 3.5; 2 at a time 1.8\n" in done.stdout
+    settings["train"] += " --epochs 7"  # so none has finished
+    done = experiment("table2", **settings, speed=1e3)
+    rate = re.search(r"tokens +([\d,]+) to learn, ([\d,]+) to read", done.stdout)
+    minutes = (number(rate[1]) + number(rate[2]) / 2) / 1e3 / 60 + 0.5
+    assert float(re.search("minutes ([\\d.]+)", done.stdout)[1]) == pytest.approx(minutes, abs=0.06)
+
+
+def test_a_sample_of_the_users_is_near_all_of_them(monkeypatch, model_folder, tmp_path):
+    data = write_dataset(tmp_path, users=(200, 4, 4), history=(2, 20))
+    asked = flags(data=data, model=model_folder, paradigm="whole-history", run=tmp_path / "none")
+    found = []
+    for size in (200, 40):
+        monkeypatch.setattr(forecast, "SAMPLE", size)
+        found.append(forecast.Forecast().train_work(asked, None))
+    assert found[0] != found[1]
+    assert found[1].learned == pytest.approx(found[0].learned, rel=0.02)
+    assert found[1].scored == found[0].scored  # there are few users to validate on
+
+
+# ---- Datasets that the paper has not
+
+
+def test_a_dataset_of_another_domain_has_no_rows_of_the_paper(launched, model_folder, tmp_path):
+    data, out = write_dataset(tmp_path / "data", history=(3, 6)), tmp_path / "out"
+    words = asdict(DOMAINS["products"]) | {"recommend": "Will the user cook this dish next?"}
+    (data / "meta.json").write_text(json.dumps({"domain": "dishes", "words": words}))
+    settings = {"data": data, "out": out, "train": "--epochs 1 --batch-size 8", "seeds": 0}
+    settings |= {"summarizer": "rule", "recommender": model_folder}
+    done = experiment("table2", **settings, rows=["hierarchical", "ncf"], baselines="--epochs 1")
+    assert "(dishes)" in done.stdout
+    done = experiment("figure9", **settings, history_items=1, paradigms="hierarchical")
+    settings["recommenders"] = [settings.pop("recommender")]
+    experiment("figure10", **settings, paradigms="hierarchical")
+    experiment(
+        "budgets",
+        **settings | {"recommenders": None, "recommender": model_folder},
+        budgets=2048,
+        rows="hierarchical",
+    )
+    found = read_json(out / "results.json")
+    assert {name: len(found[name]["rows"]) for name in found} == {
+        "table2": 4,
+        "figure9": 1,
+        "figure10": 1,
+        "budgets": 1,
+    }
+    for name in found:
+        assert not any(row["paper"] for row in found[name]["rows"])
+        assert "paper" not in (out / f"{name}.md").read_text()
+        ET.parse(out / f"{name}.svg")
+
+
 # ---- What is refused
 
 
@@ -468,6 +584,10 @@ def test_the_trainer_s_own_limit_is_a_budget_whose_runs_are_shared(world, launch
         ({"train": "--lr 1", "lrs": 0.1}, "--train: the experiment sets --lr itself; leave it out"),
         ({"evaluate": "--users 3"}, "--evaluate: the experiment sets --users itself"),
         ({"baselines": "--size 8 --every-position"}, "--baselines: the experiment sets --every"),
+        (
+            {"evaluate": "--candidates 9", "dry_run": True},
+            "--dry-run foresees the dataset's candidates",
+        ),
         ({"ranks": 0}, "expected a whole number from 1"),
     ],
 )
