@@ -153,7 +153,7 @@ def solved(paradigm, steps, texts):
 
 def answer_to(corpus, prompt):
     """Return the rule's summary of what the prompt shows, read off its text."""
-    sections = dict(re.findall(r"\[([^]\n]+)\]\n(.*?)\n\n", prompt, re.DOTALL))
+    sections = dict(re.findall(r"\[([^]\n]+)\]\n(.*?)(?:\n\n|\Z)", prompt, re.DOTALL))
     lists = {
         name: [line.partition(". ")[2] for line in body.splitlines()]
         for name, body in sections.items()
