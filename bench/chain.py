@@ -26,14 +26,14 @@ class Settings:
     """The flags."""
 
     data: Path = option(SUPPRESS, "dataset folder made by prepare", Path, required=True)
-    shape: str = option(SUPPRESS, "of the model", choices=SHAPES, required=True)
+    shape: str = option(SUPPRESS, "shape of the model's layers", choices=SHAPES, required=True)
     layers: int | None = option(None, "number of layers (unset: the shape's)", positive)
     tokenizer: Path = option(SUPPRESS, "the model's tokenizer.model", Path, required=True)
     out: Path = option(SUPPRESS, "folder for the model and the run", Path, required=True)
-    dtype: str = option("bf16", "of the model", choices=("bf16", "fp32"))
-    epochs: int = option(1, "of train.py", positive)
-    batch_size: int = option(32, "of summarize.py", positive)
-    max_new_tokens: int = option(150, "of summarize.py", positive)
+    dtype: str = option("bf16", "type of the weights", choices=("bf16", "fp32"))
+    epochs: int = option(1, "epochs of train.py", positive)
+    batch_size: int = option(32, "prompts that summarize.py decodes together", positive)
+    max_new_tokens: int = option(150, "longest summary, in tokens", positive)
     int8: bool = option(False, "summarize with 8-bit weights")
 
 

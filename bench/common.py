@@ -30,11 +30,11 @@ INSTRUCTION, VARIED, CANDIDATES = 100, 0.25, 21
 class Settings:
     """The flags that all comparisons share; each adds its own."""
 
-    shape: str = option("100m", "of the random weights", choices=("tiny", *SHAPES))
+    shape: str = option("100m", "shape of the models", choices=("tiny", *SHAPES))
     layers: int | None = option(None, "number of layers (unset: the shape's)", positive)
     work: str = option("mind", "the dataset whose prompt lengths to use", choices=tuple(WORK))
     repeats: int = option(3, "timings; the median counts", positive)
-    seed: int = option(0, "of the weights and the prompts", seed_number)
+    seed: int = option(0, "seed of the weights and the prompts", seed_number)
     json: bool = option(False, "print one JSON object at the end")
 
     @property

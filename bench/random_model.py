@@ -32,14 +32,16 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 class Settings:
     """The flags."""
 
-    shape: str = option(SUPPRESS, "of the model", choices=SHAPES | PYTHIA, required=True)
+    shape: str = option(
+        SUPPRESS, "shape of the model's layers", choices=SHAPES | PYTHIA, required=True
+    )
     layers: int | None = option(None, "number of layers (unset: the shape's)", positive)
     tokenizer: Path = option(
         SUPPRESS, "the model's tokenizer.model or tokenizer.json", Path, required=True
     )
     out: Path = option(SUPPRESS, "model folder to write", Path, required=True)
-    dtype: str = option("fp32", "of the weights", choices=tuple(DTYPES))
-    seed: int = option(0, "of the weights", seed_number)
+    dtype: str = option("fp32", "type of the weights", choices=tuple(DTYPES))
+    seed: int = option(0, "seed of the weights", seed_number)
 
 
 def random_weights(model: nn.Module, dtype: torch.dtype, seed: int) -> Iterator[tuple[str, Tensor]]:

@@ -65,8 +65,8 @@ class Settings(common.Settings):
     )
     unshared: bool = option(False, "this project without shared prefixes")
     no_peer: bool = option(False, "this project alone")
-    activation_checkpointing: bool = option(False, "as in train.py")
-    shard: str = option("zero2", "as in train.py", choices=SHARDS)
+    activation_checkpointing: bool = option(False, "less memory, a third more time, as in train.py")
+    shard: str = option("zero2", "what processes share out, as in train.py", choices=SHARDS)
 
 
 def sequences_of(trees: list[Tree]) -> list[list[int]]:

@@ -66,7 +66,7 @@ class Settings:
 
     data: str = option(SUPPRESS, "dataset folder made by prepare", required=True)
     out: Path = option(SUPPRESS, "model folder to write", Path, required=True)
-    seed: int = option(0, "of weights and examples", seed_number)
+    seed: int = option(0, "seed of weights and examples", seed_number)
     hidden_size: int = option(384, "a multiple of 64", positive)
     layers: int = option(8, "number of layers", positive)
     vocabulary: int = option(8192, "pieces of the tokenizer", positive)

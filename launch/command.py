@@ -16,12 +16,39 @@ from trsr import InputError
 Settings = TypeVar("Settings")
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows a script's docstring as it is written, and the default of a flag that has one."""
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Shows a script's docstring as it is written, each flag's default, and long choices once."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        silent = action.default in (None, False, "", argparse.SUPPRESS)
-        return action.help if silent else super()._get_help_string(action)
+        text = action.help or ""
+        if action.choices and action.metavar:  # they stand here instead of behind the flag
+            text += ": " + ", ".join(map(str, action.choices))
+        return text if (default := shown(action)) is None else f"{text} (default: {default})"
+
+
+def shown(action: argparse.Action) -> str | None:
+    """Return the default of a flag as one would type it; None if there is none to show."""
+    default = action.default
+    nothing = default is False or default in (None, "", (), argparse.SUPPRESS)
+    if nothing or not action.option_strings:
+        return None
+    if isinstance(default, tuple | list):
+        everything = action.choices and tuple(default) == tuple(action.choices)
+        return "all" if everything else " ".join(map(shown_value, default))
+    return shown_value(default)
+
+
+def shown_value(value: object) -> str:
+    """Return a value as one would type it: 600 instead of 600.0."""
+    return f"{value:.12g}" if isinstance(value, float) else str(value)
+
+
+def typed() -> str:
+    """Return how the program was started: python summarize.py, or python -m runfolder.show."""
+    found = sys.modules["__main__"].__spec__
+    if found is None or not found.name:
+        return f"python {Path(sys.argv[0]).name}"
+    return f"python -m {found.name.removesuffix('.__main__')}"
 
 
 # ---- Settings: a frozen dataclass whose fields are flags
@@ -74,7 +101,20 @@ class Shared:
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a wrong flag in one line, from one process."""
+    """Reports a wrong flag in one line, from one process; its help begins with the command."""
+
+    def __init__(self, description: str, **options):
+        options = {"formatter_class": Help, "usage": argparse.SUPPRESS} | options
+        super().__init__(description=description, **options)
+
+    def format_help(self) -> str:
+        """Return the help: how to call the command, what it does, and its flags in groups."""
+        needed = [action for action in self._actions if action.required]
+        flags = [a.option_strings[0] if a.option_strings else "" for a in needed]
+        names = [a.metavar or a.dest.upper() for a in needed]
+        more = [" ".join(filter(None, pair)) for pair in zip(flags, names, strict=True)]
+        line = " ".join(["usage:", typed(), *more, "[flags]"])
+        return f"{line}\n\n{super().format_help()}"
 
     def error(self, message: str) -> None:
         """End the script with exit status 2."""
@@ -97,8 +137,8 @@ def torchrun_variables() -> dict[str, int]:
 
 def parse_settings(form: type[Settings], description: str) -> Settings:
     """Return the settings that the command line asks for; ends the script on a wrong flag."""
-    parser = Parser(description=description, formatter_class=Help)
-    group = parser
+    parser = Parser(description)
+    group = parser.add_argument_group("settings")  # unless a field names another
     for setting in fields(form):
         if not (flag := setting.metadata.get("flag")):
             continue  # not a flag: resolved later
@@ -109,11 +149,17 @@ def parse_settings(form: type[Settings], description: str) -> Settings:
             # torchrun reads --run as an abbreviation of its own --run-path.
             names.append("--run-dir")
         switch = {"action": "store_true"} if setting.default is False else {}
-        group.add_argument(*names, default=setting.default, **flag, **switch)
+        group.add_argument(*names, default=setting.default, **name_of_value(flag), **flag, **switch)
     asked = vars(parser.parse_args())
     if issubclass(form, Shared):
         asked["given"] = frozenset(flags_given(parser))
     return form(**asked)
+
+
+def name_of_value(flag: dict) -> dict:
+    """Return what stands for a flag's value in --help: a short name instead of many choices."""
+    many = len(", ".join(flag.get("choices", ()))) > 60
+    return {"metavar": "NAME"} if many and "metavar" not in flag else {}
 
 
 def flags_given(parser: argparse.ArgumentParser) -> set[str]:

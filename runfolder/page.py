@@ -15,7 +15,6 @@ The page shows
 All texts are escaped, and the plots are SVG.
 """
 
-import argparse
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
@@ -24,7 +23,7 @@ import numpy as np
 
 from files.atomic import atomic_write
 from files.jsonl import read_json, read_jsonl
-from launch.command import Help, run_main
+from launch.command import Parser, run_main
 from prepare.dataset import load_dataset
 from runfolder.plots import COLORS_AND_TEXT, histogram, line_plot, tag
 from runfolder.quality import read_quality
@@ -318,7 +317,7 @@ def about(run: Path, results: dict) -> list[str]:
 
 def main() -> None:
     """Write the report of a run that was evaluated."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = Parser(__doc__)
     parser.add_argument("run", type=Path, help="run folder, after evaluate.py")
     parser.add_argument(
         "--split", choices=["val", "test"], default="test", help="the split that was evaluated"

@@ -23,7 +23,6 @@ more than a tenth, or loop_users, another or empty more than a twentieth; and if
 than three times its chance, but in no case if it is more than a half.
 """
 
-import argparse
 import random
 import re
 from collections import Counter, defaultdict
@@ -34,7 +33,7 @@ from pathlib import Path
 import numpy as np
 
 from files.jsonl import read_json
-from launch.command import Help, run_main
+from launch.command import Parser, run_main
 from launch.numbers import seed_number
 from prepare.dataset import load_dataset
 from runfolder.show import records_of
@@ -271,7 +270,7 @@ def read_quality(path: Path) -> Quality | None:
 
 def main() -> None:
     """Print the quality of a run's summaries."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = Parser(__doc__)
     parser.add_argument("run", type=Path, help="run folder, after summarize.py")
     parser.add_argument("--seed", type=seed_number, default=0, help="of the groups of 24 users")
     args = parser.parse_args()

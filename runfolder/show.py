@@ -4,13 +4,12 @@ python -m runfolder.show runs/demo                          # the run's first te
 python -m runfolder.show runs/demo --user S0-test-00007
 """
 
-import argparse
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
 from files.jsonl import read_jsonl
-from launch.command import Help, run_main
+from launch.command import Parser, run_main
 from prepare.dataset import load_dataset
 from state.settings import read_config
 from state.summaries import FIELDS
@@ -59,7 +58,7 @@ def show(history: list[str], tree: Node) -> None:
 
 def main() -> None:
     """Print one user's blocks and summaries."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = Parser(__doc__)
     parser.add_argument("run", type=Path, help="run folder, after summarize.py")
     parser.add_argument("--user", help="a user of the dataset (unset: the first of test.jsonl)")
     args = parser.parse_args()

@@ -55,7 +55,7 @@ class Settings:
     step_tokens: int = option(32768, "tokens per step, over all processes", positive)
     batch_tokens: int = option(65536, "tokens in a forward pass, padding included", positive)
     lr: float = option(4e-3, "highest learning rate", positive_real)
-    seed: int = option(0, "of weights and text", seed_number)
+    seed: int = option(0, "seed of weights and text", seed_number)
     workers: int = option(0, "processes that write text", natural)
     log_every: int = option(100, "steps between printed lines", positive)
     save_every: int = option(500, "steps between saved weights", positive)
