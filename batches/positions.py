@@ -138,13 +138,17 @@ class EveryPosition(Prompts):
 
     def __getitem__(self, index: int) -> tuple[Tree | InputError, dict]:
         # A counter of its own, because a worker process cannot add to the caller's.
-        budget, sequences = replace(self.recommender.budget, trimmed=Counter()), []
+        budget = replace(self.recommender.budget, trimmed=Counter())
         try:
-            for position in self.positions(self.users[index]):
-                sequences += self.prompts(position, budget)
+            rows = self.rows(index, budget)
         except InputError as error:  # raised in a worker, it would come with a traceback
             return error, {}
-        return make_deep_tree(sequences), dict(budget.trimmed)
+        return make_deep_tree(rows), dict(budget.trimmed)
+
+    def rows(self, index: int, budget: Budget) -> list[list[int]]:
+        """Return all prompts of a user as token ids, those of a position next to each other."""
+        places = self.positions(self.users[index])
+        return [ids for position in places for ids in self.prompts(position, budget)]
 
     def positions(self, example: Example) -> list[Position]:
         """Return the user's positions, each with what its prompt may show."""
