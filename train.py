@@ -62,8 +62,10 @@ from state.checkpoint import (
     save_checkpoint,
     trainable,
 )
+from state.lending import lender_of, summarized
 from state.metrics import drop_lines_after
 from state.settings import claim_config, locked, read_config
+from state.summaries import share_summaries
 from trsr import Example, InputError, Recommender
 
 # ---- Settings: the defaults are those of the paper and its authors' code
@@ -79,6 +81,7 @@ class Settings(Shared):
         None, "what the prompt shows (unset: the run's)", choices=trsr.PARADIGMS, group="prompt"
     )
     history_items: int = option(3, "recent items in the prompt", numbers.natural)
+    summaries: Path | None = option(None, "run folder that lends its summaries", Path)
     chat: bool = option(False, "ask in the form of the model's chat template")
     max_length: int = option(2048, "longest prompt with its answer, in tokens", numbers.positive)
 
@@ -132,18 +135,17 @@ class Settings(Shared):
 
 # These say how to compute, not what.
 MAY_CHANGE = ("run", "shard", "activation_checkpointing", "save_every", "no_compile", "dry_run")
-MAY_CHANGE += ("timeout", "given")
+MAY_CHANGE += ("timeout", "given", "summaries")
 
 
 def resolve(flags: Settings, device: torch.device) -> Settings:
     """Return the settings; what is unset comes from the run, its summaries, then from defaults."""
-    config = read_config(flags.run)
-    flags = flags.inherit(config.get("train", {}))
-    summarized = config.get("summarize", {})  # empty without summaries
-    data = flags.data or summarized.get("data", DATA)
-    paradigm = flags.paradigm or summarized.get("paradigm", "hierarchical")
-    make_missing(flags, data, summaries=paradigm in trsr.SUMMARIZED)
-    model = flags.model or summarized.get("model") or default_model(data, MODEL)
+    flags = flags.inherit(read_config(flags.run).get("train", {}))
+    lent = summarized(flags.summaries, flags.run)  # empty without summaries
+    data = flags.data or lent.get("data", DATA)
+    paradigm = flags.paradigm or lent.get("paradigm", "hierarchical")
+    make_missing(flags, data, summaries=paradigm in trsr.SUMMARIZED and not flags.summaries)
+    model = flags.model or lent.get("model") or default_model(data, MODEL)
     targets = flags.lora_targets or attention_names(find_model(model, flags.revision))
     return replace(
         flags,
@@ -385,7 +387,9 @@ def main() -> None:
         check_batch_size(settings.batch_size, train)
     folder = find_model(settings.model, settings.revision)
     form = load_form(folder, settings.chat)
-    recommender, answers = make_recommender(settings, folder, form, domain, items, train + val)
+    lender = lender_of(settings.summaries, settings.run, settings.paradigm)
+    reads = replace(settings, run=lender), folder, form, domain, items, train + val
+    recommender, answers = make_recommender(*reads)
     model = load_base(settings, folder)
 
     with locked(settings.run, hold=rank == 0):
@@ -397,7 +401,7 @@ def main() -> None:
             announce(settings, model, len(train), len(val), recommender.budget.tokens)
 
         # Every prompt as token ids: trees to learn from, packs to validate on.
-        prompts = prompts_to_learn(recommender, train, answers, settings.which, settings.run)
+        prompts = prompts_to_learn(recommender, train, answers, settings.which, lender)
         trees = list(tokenize(prompts, batching.workers, show=rank == 0))
         ranking = Ranking.of(recommender, val)
         packs = user_packs(ranking, range(len(val)), batching, show=rank == 0)
@@ -437,6 +441,8 @@ def claim(
     started = any((run / kind).is_dir() for kind in ("checkpoint", "adapter", "model"))
     if not settings.dry_run:  # which leaves nothing behind
         claim_config(run, "train", recorded, started)
+        if settings.summaries:
+            share_summaries(settings.summaries, run)
 
 
 def announce(settings: Settings, model: Llama, n_train: int, n_val: int, tokens: int) -> None:

@@ -113,6 +113,8 @@ def share_summaries(source: Path, run: Path) -> None:
     settings = read_config(source).get("summarize", {})
     claim_config(run, "summarize", settings, started=(run / "checkpoint").is_dir())
     path = run / "summaries.jsonl"
+    if path.is_file() and path.samefile(source / path.name):  # it has them already
+        return
     path.unlink(missing_ok=True)
     # A hard link is safe: summaries are replaced as a whole and never written into.
     try:
