@@ -10,6 +10,7 @@ import numpy as np
 import trsr
 from files.jsonl import read_jsonl
 from prepare.dataset import popularity
+from runfolder.told_apart import holm, wilcoxon
 from trsr import Example, InputError
 
 LARGEST = sys.float_info.max  # of a score; JSON's numbers can be larger
@@ -145,6 +146,23 @@ def paired_differences(
     if sizes[0] != sizes[1]:
         raise InputError(f"{sizes[0]} users on one side and {sizes[1]} on the other")
     return with_intervals({name: own[name] - theirs[name] for name in own}, seed)
+
+
+def tested_metric(ks: Sequence[int]) -> str:
+    """Return the metric by whose per-user values two systems are told apart."""
+    return f"NDCG@{max(ks)}"
+
+
+def told_apart(ranks: list, others: Sequence[list], ks: Sequence[int]) -> list[dict[str, float]]:
+    """Return whether a system is told apart from each of others, as {"p", "holm"}.
+
+    p: of Wilcoxon's signed-rank test on the users' differences in tested_metric; holm: corrected
+    over the others. ranks and each of others: as for paired_differences.
+    """
+    name = tested_metric(ks)
+    own = user_metrics(ranks, ks)[name]
+    found = [wilcoxon(own - user_metrics(other, ks)[name]) for other in others]
+    return [{"p": p, "holm": h} for p, h in zip(found, holm(found), strict=True)]
 
 
 def table_of(
