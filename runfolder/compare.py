@@ -1,49 +1,63 @@
 """Compare runs on the same users, in one table.
 
     python -m runfolder.compare runs/demo runs/demo-recurrent
+    python -m runfolder.compare runs/demo runs/demo-recurrent --candidates all --csv both.csv
 
 The rows are a random order, popularity, the untrained model if it was evaluated, and the runs. A
 run is named after its paradigm, and after its folder too if another run has the same paradigm. A
-second table has the differences between the first run and each other one, user by user.
+second table has the differences between the first run and each other one, user by user. Below it
+is whether they are told apart: Wilcoxon's signed-rank test on the users' NDCG at the largest k,
+without the users who have no difference, corrected by Holm for the number of rows.
 """
 
-import argparse
 from pathlib import Path
 
 from files.jsonl import read_json, read_jsonl
-from launch.command import Help, run_main
-from runfolder.scores import paired_differences
+from files.sheet import TABLE, table_rows, write_csv
+from launch.command import Parser, run_main
+from runfolder.results import Question
+from runfolder.scores import paired_differences, tested_metric, told_apart
+from runfolder.told_apart import LEVEL
 from trsr import InputError
 
-SCORES = "scores-test.jsonl"
+COLUMNS_OF_CSV = ("table", *TABLE, "p", "holm")
 COLUMNS = 100  # of a printed table
 
 
-def results_of(run: Path) -> dict:
-    """Return a run's results.json; InputError if the run was not evaluated."""
-    path = run / "results.json"
-    if not path.is_file():
-        raise InputError(f"{path}: no results; first run python evaluate.py --run {run}")
-    return read_json(path)
+def question_of(run: Path, candidates: str = "") -> Question:
+    """Return what the run's evaluation asked, of the untrained model if it was alone.
+
+    candidates: what the file names say of them, such as "all"; nothing for the dataset's own.
+    InputError if the run was not evaluated.
+    """
+    names = [candidates] if candidates else []
+    trained, untrained = Question(run, parts=names), Question(run, parts=["untrained", *names])
+    found = [question for question in (trained, untrained) if question.results.is_file()]
+    if not found:
+        flag = f" --candidates {candidates}" if candidates else ""
+        first = f"first run python evaluate.py --run {run}{flag}"
+        raise InputError(f"{trained.results}: no results; {first}")
+    return found[0]
 
 
-def rows_of(runs: list[Path]) -> tuple[dict, dict[str, dict]]:
+def rows_of(runs: list[Path], candidates: str = "") -> tuple[dict, dict[str, dict]]:
     """Return the first run's results, and all rows by name.
 
-    Raises InputError if the runs differ in users or metrics.
+    Raises InputError if the runs differ in users, candidates or metrics.
     """
-    found = {run: results_of(run) for run in runs}
+    found = {run: read_json(question_of(run, candidates).results) for run in runs}
     first = found[runs[0]]
     for run, results in found.items():
-        same = all(results[name] == first[name] for name in ("data", "split", "users"))
+        names = ("data", "split", "users", "candidates", "mean_candidates")
+        same = all(results.get(name) == first.get(name) for name in names)
         if not same or results["table"]["random"].keys() != first["table"]["random"].keys():
-            what = f"other users, or other --k, than {runs[0]}; evaluate them alike"
+            what = f"other users, candidates or --k than {runs[0]}; evaluate them alike"
             raise InputError(f"{run}: {what}")
 
     rows = {"random": first["table"]["random"], "popularity": first["table"]["popularity"]}
     for run in runs:
-        path = run / "results-untrained.json"
-        if path.is_file():
+        path = Question(run, parts=["untrained", *filter(None, [candidates])]).results
+        if path.is_file() and found[run]["row"] != "untrained":
             untrained = read_json(path)
             rows[f"untrained ({untrained['paradigm']})"] = untrained["table"]["untrained"]
     for run, name in row_names(found).items():
@@ -53,40 +67,64 @@ def rows_of(runs: list[Path]) -> tuple[dict, dict[str, dict]]:
 
 def row_names(found: dict[Path, dict]) -> dict[Path, str]:
     """Return the name of each run's row; found: their results."""
-    paradigms = [results["paradigm"] for results in found.values()]
-    folders = [run.name for run in found]
-    names = {}
+    kinds = {run: results["paradigm"] for run, results in found.items()}
     for run, results in found.items():
-        name = results["paradigm"]
+        if results["row"] == "untrained":
+            kinds[run] = f"untrained ({kinds[run]})"
+    every, folders = list(kinds.values()), [run.name for run in found]
+    names = {}
+    for run, name in kinds.items():
         folder = run if folders.count(run.name) > 1 else run.name
-        names[run] = f"{name} ({folder})" if paradigms.count(name) > 1 else name
+        names[run] = f"{name} ({folder})" if every.count(name) > 1 else name
     return names
 
 
-def differences_of(runs: list[Path]) -> dict[str, dict]:
+def ranks_of(runs: list[Path], candidates: str = "") -> dict[str, list[int]]:
+    """Return each run's ranks of the same users in the same order, by the run's row.
+
+    Raises InputError if a run has no scores, or if the scores are of other users.
+    """
+    names = row_names({run: read_json(question_of(run, candidates).results) for run in runs})
+    own: list[str] = []  # the first run's users
+    found = {}
+    for run in runs:
+        path = question_of(run, candidates).scores
+        ranks = ranks_by_user(path)
+        own = own or list(ranks)
+        if ranks.keys() != set(own):
+            what = f"its users are not those of {runs[0]}; evaluate them alike"
+            raise InputError(f"{path}: {what}")
+        found[names[run]] = [ranks[user] for user in own]
+    return found
+
+
+def ranks_by_user(path: Path) -> dict[str, int]:
+    """Return the rank of each user's positive."""
+    return {r["user"]: r["rank"] for _, r in read_jsonl(path, {"user": str, "rank": int})}
+
+
+def cutoffs(results: dict) -> list[int]:
+    """Return the cut-offs of a table's metrics."""
+    names = results["table"]["random"]
+    return [int(name.split("@")[1]) for name in names if name.startswith("Recall")]
+
+
+def differences_of(runs: list[Path], candidates: str = "") -> dict[str, dict]:
     """Return the differences between the first run and each other one, by the other's row.
 
-    Raises InputError if a run has no scores-test.jsonl, or if the scores are of other users.
+    Raises InputError if a run has no scores, or if the scores are of other users.
     """
-    found = {run: results_of(run) for run in runs}
-    first, *others = runs
-    names = found[first]["table"]["random"]
-    ks = [int(name.split("@")[1]) for name in names if name.startswith("Recall")]
-    own = ranks_by_user(first)
-    rows = {}
-    for run in others:
-        ranks = ranks_by_user(run)
-        if ranks.keys() != own.keys():
-            what = f"its users are not those of {first}; evaluate them alike"
-            raise InputError(f"{run / SCORES}: {what}")
-        pair = [ranks[user] for user in own], list(own.values())
-        rows[row_names(found)[run]] = paired_differences(*pair, ks)
-    return rows
+    ks = cutoffs(read_json(question_of(runs[0], candidates).results))
+    (_, first), *others = ranks_of(runs, candidates).items()
+    return {name: paired_differences(ranks, first, ks) for name, ranks in others}
 
 
-def ranks_by_user(run: Path) -> dict[str, int]:
-    """Return the rank of each test user's positive."""
-    return {r["user"]: r["rank"] for _, r in read_jsonl(run / SCORES, {"user": str, "rank": int})}
+def verdicts_of(runs: list[Path], candidates: str = "") -> dict[str, dict[str, float]]:
+    """Return whether each other run is told apart from the first, as {"p", "holm"} by its row."""
+    ks = cutoffs(read_json(question_of(runs[0], candidates).results))
+    (_, first), *others = ranks_of(runs, candidates).items()
+    found = told_apart(first, [ranks for _, ranks in others], ks)
+    return {name: test for (name, _), test in zip(others, found, strict=True)}
 
 
 def format_table(rows: dict[str, dict], signed: bool = False) -> str:
@@ -121,19 +159,52 @@ def table_block(rows: dict[str, dict], names: list[str], width: int, wide: int) 
     return lines
 
 
+def format_tests(tests: dict[str, dict], first: str, metric: str) -> str:
+    """Return a line per row: p, corrected, and whether the row is told apart from the first."""
+    width = 2 + max(map(len, tests))
+    lines = [f"Wilcoxon's signed-rank test on {metric}, by Holm for {len(tests)} rows together"]
+    for name, test in tests.items():
+        verdict = "told apart" if test["holm"] <= LEVEL else "not told apart"
+        p = f"p {test['p']:.3g}, corrected {test['holm']:.3g}"
+        lines.append(f"{name:<{width}}{p}: {verdict} from {first}")
+    return "\n".join(lines)
+
+
+def csv_rows(
+    table: dict[str, dict], differences: dict[str, dict], tests: dict[str, dict]
+) -> list[list]:
+    """Return the lines of a CSV file with the columns COLUMNS_OF_CSV."""
+    lines = [["mean", *row] for row in table_rows(table)]
+    for row in table_rows(differences):
+        lines.append(["difference", *row, tests[row[0]]["p"], tests[row[0]]["holm"]])
+    return [line + [None] * (len(COLUMNS_OF_CSV) - len(line)) for line in lines]
+
+
 def main() -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = Parser(__doc__)
     parser.add_argument("runs", type=Path, nargs="+", help="run folders, after evaluate.py")
-    runs = list(dict.fromkeys(parser.parse_args().runs))
-    first, rows = rows_of(runs)
+    parser.add_argument(
+        "--candidates", default="", help="of evaluations with these: what their files are named"
+    )
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the tables as CSV too")
+    asked = parser.parse_args()
+    runs, candidates = list(dict.fromkeys(asked.runs)), asked.candidates
+    first, rows = rows_of(runs, candidates)
     users = f"{first['users']} users of {first['data']}/{first['split']}.jsonl"
-    print(f"{users}; below each mean is its 95 % interval")
+    among = f", {first['mean_candidates']:.10g} candidates each" if candidates else ""
+    print(f"{users}{among}; below each mean is its 95 % interval")
     print(format_table(rows))
+    differences, tests = {}, {}
     if len(runs) > 1:
-        names = row_names({run: results_of(run) for run in runs})
-        print(f"\ndifferences from {names[runs[0]]}, user by user; below each its 95 % interval")
-        print(format_table(differences_of(runs), signed=True))
+        differences, tests = differences_of(runs, candidates), verdicts_of(runs, candidates)
+        name = next(iter(ranks_of(runs, candidates)))
+        print(f"\ndifferences from {name}, user by user; below each its 95 % interval")
+        print(format_table(differences, signed=True))
+        print(f"\n{format_tests(tests, name, tested_metric(cutoffs(first)))}")
+    if asked.csv:
+        write_csv(asked.csv, COLUMNS_OF_CSV, csv_rows(rows, differences, tests))
+        print(f"wrote   {asked.csv}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,15 @@
 """runfolder/compare.py: a row per run, if the runs are on the same users."""
 
+import csv
+import shutil
+
+import numpy as np
 import pytest
 
 from files.jsonl import read_json, write_json
 from runfolder import compare
+from runfolder.scores import told_apart
+from runfolder.told_apart import holm, wilcoxon
 from trsr import InputError
 
 
@@ -11,7 +17,7 @@ def test_compare_prints_a_row_per_run(evaluated_runs, capsys, monkeypatch):
     folders = [str(evaluated_runs / name) for name in ("three", "one", "two")]
     monkeypatch.setattr("sys.argv", ["compare", *folders])
     compare.main()
-    out, _ = capsys.readouterr().out.split("\n\n")
+    out, *_ = capsys.readouterr().out.split("\n\n")
     assert "4 users of" in out
     titles = [
         "random",
@@ -65,7 +71,83 @@ def test_scores_of_other_users_are_not_compared(evaluated_runs, tmp_path):
         compare.differences_of([evaluated_runs / "one", tmp_path])
 
 
+def test_rows_are_told_apart_or_not_and_all_is_in_the_csv_file(
+    evaluated_runs, tmp_path, capsys, monkeypatch
+):
+    runs = [evaluated_runs / name for name in ("three", "one", "two")]
+    path = tmp_path / "both.csv"
+    monkeypatch.setattr("sys.argv", ["compare", *map(str, runs), "--csv", str(path)])
+    compare.main()
+    told = capsys.readouterr().out.split("\n\n")[2].splitlines()
+    assert told[0] == "Wilcoxon's signed-rank test on NDCG@3, by Holm for 2 rows together"
+    found = compare.verdicts_of(runs)
+    ranks = compare.ranks_of(runs)
+    gains = {
+        name: [1 / np.log2(r + 1) if r <= 3 else 0 for r in own] for name, own in ranks.items()
+    }
+    first = np.array(gains["recent-only"])
+    p = {name: wilcoxon(np.array(gains[name]) - first) for name in found}
+    assert {name: test["p"] for name, test in found.items()} == p
+    assert [test["holm"] for test in found.values()] == holm(list(p.values()))
+    for line, (name, test) in zip(told[1:3], found.items(), strict=True):
+        assert line.startswith(f"{name}  ")
+        assert line.endswith(f"corrected {test['holm']:.3g}: not told apart from recent-only")
+
+    with open(path, newline="") as file:
+        lines = list(csv.DictReader(file))
+    _, rows = compare.rows_of(runs)
+    means = {(line["row"], line["metric"]): line for line in lines if line["table"] == "mean"}
+    assert {row for row, _ in means} == set(rows)
+    for (row, metric), line in means.items():
+        assert float(line["mean"]) == rows[row][metric]["mean"]
+        assert (line["low"] == "") == ("interval" not in rows[row][metric])
+        assert line["p"] == line["holm"] == ""
+    differences = [line for line in lines if line["table"] == "difference"]
+    assert len(differences) == 2 * 6
+    assert all(float(line["holm"]) == found[line["row"]]["holm"] for line in differences)
+
+
+def test_users_who_gain_alike_tell_runs_apart():
+    worse, better = [9] * 40, [[1] * 30 + [9] * 10, [9] * 40]
+    first, second = told_apart(worse, better, [3, 5])
+    assert first["p"] == pytest.approx(2 / 2**30)
+    assert first["holm"] == 2 * first["p"]
+    assert second == {"p": 1.0, "holm": 1.0}
+
+
+def test_evaluations_of_other_candidates_are_compared_by_name(evaluated_runs, tmp_path):
+    runs = [tmp_path / name for name in ("one", "two")]
+    for run in runs:
+        shutil.copytree(evaluated_runs / run.name, run)
+    with pytest.raises(InputError, match=r"results-all\.json: no results; .* --candidates all"):
+        compare.rows_of(runs, "all")
+    for run in runs:
+        for name in ("results", "scores-test"):
+            (source,) = run.glob(f"{name}.json*")
+            source.rename(run / f"{name}-all{source.suffix}")
+        results = read_json(run / "results-all.json")
+        about = {"candidates": "all", "mean_candidates": 50.0 + len(run.name)}
+        write_json(run / "results-all.json", results | about)
+    _, rows = compare.rows_of(runs, "all")
+    assert list(rows) == ["random", "popularity", "recurrent (one)", "recurrent (two)"]
+    assert list(compare.verdicts_of(runs, "all")) == ["recurrent (two)"]
+    results = read_json(runs[1] / "results-all.json")
+    write_json(runs[1] / "results-all.json", results | {"mean_candidates": 49.0})
+    with pytest.raises(InputError, match="other users, candidates or --k"):
+        compare.rows_of(runs, "all")
+
+
+def test_a_run_without_a_training_is_a_row(evaluated_runs, tmp_path):
+    for name in ("results-untrained.json", "scores-test-untrained.jsonl"):
+        shutil.copy(evaluated_runs / "one" / name, tmp_path / name)
+    _, rows = compare.rows_of([evaluated_runs / "two", tmp_path])
+    assert list(rows) == ["random", "popularity", "recurrent", "untrained (recurrent)"]
+    assert list(compare.differences_of([evaluated_runs / "two", tmp_path])) == [
+        "untrained (recurrent)"
+    ]
+
+
 def test_runs_whose_folders_have_one_name_have_rows_of_their_own(tmp_path):
-    found = {tmp_path / a / "run": {"paradigm": "recurrent"} for a in ("x", "y")}
+    found = {tmp_path / a / "run": {"paradigm": "recurrent", "row": "trained"} for a in ("x", "y")}
     names = compare.row_names(found)
     assert len(set(names.values())) == 2
