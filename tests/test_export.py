@@ -11,6 +11,7 @@ from helpers import CPU, LLAMAS, ROOT, change_json, random_ids, run_here, scores
 from helpers import flags as as_flags
 from helpers import run as run_script
 from safetensors.torch import load_file, save_file
+from test_chat import bytes_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lora
@@ -18,7 +19,7 @@ import trsr
 from files.jsonl import read_json
 from models import export
 from models.chat import Plain
-from models.hub import load_model
+from models.hub import load_form, load_model
 from models.tokenizer import Tokenizer
 from prepare.dataset import load_dataset
 from prepare.domains import DOMAINS, wording
@@ -148,6 +149,21 @@ def test_the_prompt_shows_what_the_paradigm_shows(paradigm, history_items, secti
     (message,) = trsr.recommendation_prompts(paradigm, DOMAINS["news"], "c", *shown)
     asked = found["prompt"].replace("1. ITEM", "1. a\n2. a\n3. a")
     assert asked.replace("SUMMARY", "c").replace("CANDIDATE", "b") == form.show(message)
+
+
+def test_a_chat_models_prompt_is_that_of_its_template(tmp_path, tokenizer_json):
+    base = bytes_folder(tmp_path, "chatml", tokenizer_json)
+    form = load_form(base, chat=True)
+    words = wording("recent-only", DOMAINS["news"], form.show)["recommend"]
+    trained = {"paradigm": "recent-only", "history_items": 3, "max_length": 99, "prompt": words}
+    found = export.how_to_ask(trained | {"chat": True}, base, form)
+    assert found["form"] == "chat"
+    turns = [{"role": "user", "content": found["message"]}]
+    theirs = AutoTokenizer.from_pretrained(base)
+    asked = theirs.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    assert found["prompt_ids"] == asked
+    with pytest.raises(trsr.InputError, match="other words than in training"):
+        export.how_to_ask(trained, base, load_form(base, chat=False))
 
 
 def test_a_model_trained_whole_is_written_as_it_is(tmp_path, fit):
