@@ -4,13 +4,15 @@
     python summarize.py --data data/mind --model owner/llama --run runs/mind --paradigm recurrent
     torchrun --nproc_per_node 8 summarize.py --model owner/llama --run-dir runs/mind
 
-Finished users are appended to RUN/summaries.part*.jsonl, so after an interruption the same command
-resumes. Under torchrun the users are shared out.
+Finished users are appended to RUN/summaries.part*.jsonl, and answers to RUN/answers.part*.jsonl: no
+prompt is asked twice, after an interruption or of a grown history. torchrun shares the users out.
 
 Most of this file is greedy generation: first the obvious way, then a Generator that keeps the
 model's keys and values, reads prompts in packs, and refills each row of its cache as soon as the
 row's text is done. It writes what the obvious way would write.
 """
+
+import launch.waiting  # noqa: F401  # before torch
 
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,16 +26,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 import trsr
-from batches.tasks import Writer, run_tasks
+from batches.positions import every_block
+from batches.tasks import Writer, own_users, run_tasks
 from files.jsonl import write_json, write_jsonl
 from launch import numbers
 from launch.command import Shared, option, parse_settings
 from launch.embedded import DATA, MODEL, make_missing
 from launch.estimate import expected_slots, rows_that_fit
-from launch.processes import gather, join_processes, peak_memory, ranks, run_script, share_out
+from launch.processes import gather, join_processes, peak_memory, ranks, run_script
 from llama import Llama, compile_layers
 from models.chat import Form, has_template
-from models.hub import DTYPES, find_model, load_form, load_model
+from models.hub import DTYPES, find_model, load_config, load_form, load_model
 from models.stops import PLAIN, Choice, StopTexts
 from ops.cache import PackWriter
 from ops.checkpoint import fingerprint
@@ -45,6 +48,7 @@ from ops.penalties import TextCache
 from prepare.dataset import default_model, load_dataset
 from prepare.domains import wording
 from runfolder.quality import quality_of
+from state.answers import Answers, collect_answers
 from state.settings import claim_config, locked, read_config
 from state.summaries import append_record, collect_records, users_left
 
@@ -59,6 +63,7 @@ class Settings(Shared):
         "hierarchical", "how blocks become one", choices=trsr.SUMMARIZED, group="summarization"
     )
     block_size: int = option(5, "items per block", numbers.positive)
+    every_block: bool = option(False, "also what is before each block, for train.py --targets")
     max_new_tokens: int = option(150, "longest summary, in tokens", numbers.positive)
     max_length: int = option(2048, "longest prompt with its summary", numbers.positive)
     no_chat: bool = option(False, "ask in the plain form, though the model has a chat template")
@@ -79,7 +84,7 @@ class Settings(Shared):
         """Return what determines a summary besides the history: a run is made with one of these."""
         # The batch size and the machine change nothing but rounding.
         names = "data model paradigm block_size max_new_tokens max_length int8 dtype"
-        names += " repetition_penalty no_repeat_ngram_size"
+        names += " repetition_penalty no_repeat_ngram_size every_block"
         kept = {name: getattr(self, name) for name in names.split()}
         words = wording(self.paradigm, domain, form.show)  # with the chat template's, if any
         words.pop("recommend")  # no summary depends on it
@@ -321,6 +326,55 @@ def decode(
     return cache.choose(logits, tokens, positions)
 
 
+# ---- A model that summarizes
+
+
+@dataclass(frozen=True)
+class Summarizer:
+    """The settings with all that they lead to, but for the weights."""
+
+    settings: Settings
+    folder: Path
+    form: Form
+    domain: trsr.Domain
+    budget: trsr.Budget
+    recorded: dict  # what determines a summary besides the history
+
+    @classmethod
+    def of(cls, settings: Settings, domain: trsr.Domain) -> "Summarizer":
+        """Return the summarizer of resolved settings."""
+        folder = find_model(settings.model, settings.revision)
+        form = load_form(folder, chat=has_template(folder) and not settings.no_chat)
+        context = min(settings.max_length, load_config(folder).max_position_embeddings)
+        budget = trsr.Budget(context - settings.max_new_tokens, form.encode, Counter())
+        recorded = settings.recorded(folder, form, domain)
+        return cls(settings, folder, form, domain, budget, recorded)
+
+    def task(self, items: list[str], trimmed: Counter) -> trsr.Summarization:
+        """Return a user's summarization, ready to be run; it counts what it trims in trimmed."""
+        budget, size = replace(self.budget, trimmed=trimmed), self.settings.block_size
+        paradigm = trsr.SUMMARIZED[self.settings.paradigm]
+        if self.settings.every_block:
+            return every_block(paradigm, items, self.domain, budget, size)
+        return paradigm(items, self.domain, budget, size)
+
+    def generator(self, texts: Iterable[list[str]], device: torch.device) -> Generator:
+        """Return a generator with --batch-size rows, or as many of texts' as the GPU can hold."""
+        settings, form, new = self.settings, self.form, self.settings.max_new_tokens
+        model = load_model(self.folder, device, DTYPES[settings.dtype], int8=settings.int8)
+        slots = 0  # on a CPU the cache grows as prompts come
+        if device.type == "cuda":
+            shape = settings.paradigm, settings.block_size, new
+            slots = expected_slots(texts, self.domain, self.budget, *shape)
+        rows = settings.batch_size or rows_that_fit(model, slots, PREFILL_TOKENS, device)
+        if device.type == "cuda" and settings.int8 != "bitsandbytes" and not settings.no_compile:
+            compile_layers(model)
+        ends = form.tokenizer.end_ids((*model.config.eos_token_id, *form.end_ids))
+        stops = StopTexts(form.tokenizer, form.stops) if form.stops else None
+        choice = Choice(settings.repetition_penalty, settings.no_repeat_ngram_size, stops)
+        return Generator(model, rows, new, ends, slots, choice)
+
+
 # ---- The command
 
 
@@ -333,77 +387,34 @@ def main() -> None:
     # The histories as texts, the model, and a generator for it.
     domain, items, splits = load_dataset(settings.data, ("train", "val", "test"))
     texts = {e.user: [items[i] for i in e.history] for e in chain(*splits.values())}
-    folder = find_model(settings.model, settings.revision)
-    form = load_form(folder, chat=has_template(folder) and not settings.no_chat)
-    recorded = settings.recorded(folder, form, domain)
-    model = load_model(folder, device, DTYPES[settings.dtype], int8=settings.int8)
-    context = min(settings.max_length, model.config.max_position_embeddings)
-    budget = trsr.Budget(context - settings.max_new_tokens, form.encode, Counter())
-    generator = make_generator(model, settings, texts, domain, budget, form)
+    summarizer = Summarizer.of(settings, domain)
+    generator, recorded = summarizer.generator(texts.values(), device), summarizer.recorded
 
     with locked(settings.run, hold=rank == 0):
         if rank == 0:
             started = bool(collect_records(settings.run))
             claim_config(settings.run, "summarize", recorded, started)
+            collect_answers(settings.run)
         gather(None)  # nobody reads before the first process has collected
         # A user whose key has not changed is not summarized again.
-        keys = {u: trsr.content_hash([recorded, history]) for u, history in texts.items()}
-        pending = users_left(settings.run, keys)
+        keys = {user: trsr.content_hash([recorded, texts[user]]) for user in texts}
+        pending, trimmed = users_left(settings.run, keys), Counter()
         if rank == 0:
             announce(settings, len(texts), len(pending), generator)
 
         mine = own_users(pending, texts)  # each is written as soon as it is done
+        answers = Answers(settings.run, recorded, rank)
         with tqdm(total=len(mine), unit="user", disable=rank > 0) as bar:
-            writer = Writer(generator, form, bar)
-            tasks = summarization_tasks(mine, settings, domain, budget)
+            writer = Writer(generator, summarizer.form, bar, answers)
+            tasks = ((user, summarizer.task(mine[user], trimmed)) for user in mine)
             for user, root in run_tasks(tasks, writer):
                 about = {"user": user, "paradigm": settings.paradigm, "key": keys[user]}
                 append_record(settings.run, rank, about, root, writer.ends.pop(user, {}))
                 bar.update()
 
-        trimmed = sum(gather(budget.trimmed), Counter())
+        trimmed, counts = (sum(gather(found), Counter()) for found in (trimmed, writer.counts))
         if rank == 0:
-            conclude(settings, texts, context, trimmed, peak_memory(device))
-
-
-def own_users(users: list[str], texts: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Return the texts of this process's share of the users, by the lengths of their histories."""
-    (rank, world), sizes = ranks(), [sum(map(len, texts[user])) for user in users]
-    return {users[i]: texts[users[i]] for i in share_out(sizes, world)[rank]}
-
-
-def make_generator(
-    model: Llama,
-    settings: Settings,
-    texts: dict[str, list[str]],
-    domain: trsr.Domain,
-    budget: trsr.Budget,
-    form: Form,
-) -> Generator:
-    """Return a generator with --batch-size rows, or as many as the GPU's memory holds."""
-    device, new = model.lm_head.weight.device, settings.max_new_tokens
-    slots = 0  # on a CPU the cache grows as prompts come
-    if device.type == "cuda":
-        shape = settings.paradigm, settings.block_size, new
-        slots = expected_slots(texts.values(), domain, budget, *shape)
-    rows = settings.batch_size or rows_that_fit(model, slots, PREFILL_TOKENS, device)
-    if device.type == "cuda" and settings.int8 != "bitsandbytes" and not settings.no_compile:
-        compile_layers(model)
-    ends = form.tokenizer.end_ids((*model.config.eos_token_id, *form.end_ids))
-    stops = StopTexts(form.tokenizer, form.stops) if form.stops else None
-    choice = Choice(settings.repetition_penalty, settings.no_repeat_ngram_size, stops)
-    return Generator(model, rows, new, ends, slots, choice)
-
-
-def summarization_tasks(
-    texts: dict[str, list[str]], settings: Settings, domain: trsr.Domain, budget: trsr.Budget
-) -> Iterator[tuple[str, trsr.Summarization]]:
-    """Yield (user, the user's summarization), ready to be run."""
-    paradigm = trsr.SUMMARIZED[settings.paradigm]
-    # Long histories go first, so that the last users to finish are short ones.
-    users = sorted(texts, key=lambda user: -len(texts[user]))
-    for user in users:
-        yield user, paradigm(texts[user], domain, budget, settings.block_size)
+            conclude(settings, texts, trimmed, counts, peak_memory(device))
 
 
 def announce(settings: Settings, n_users: int, n_left: int, generator: Generator) -> None:
@@ -422,9 +433,10 @@ def announce(settings: Settings, n_users: int, n_left: int, generator: Generator
 
 
 def conclude(
-    settings: Settings, texts: dict[str, list[str]], context: int, trimmed: Counter, peak: str
+    settings: Settings, texts: dict[str, list[str]], trimmed: Counter, prompts: Counter, peak: str
 ) -> None:
     """Merge what the processes wrote, in the order of users; print its worth, and what is next."""
+    collect_answers(settings.run)
     found, path = collect_records(settings.run), settings.run / "summaries.jsonl"
     found = {user: found[user] for user in texts}
     write_jsonl(path, found.values())
@@ -432,7 +444,8 @@ def conclude(
     write_json(settings.run / "quality.json", quality.record())
     print("\n".join(quality.lines()))
     for what, count in trimmed.items():
-        print(f"trimmed to the context of {context} tokens: {count} {what}")
+        print(f"trimmed to the context: {count} {what}")
+    print(f"asked   {prompts['asked']} prompts; {prompts['known']} more were answered before")
     print(f"wrote   {path} ({len(texts)} users); peak {peak}")
     same = f"--data {settings.data} --model {settings.model} --run {settings.run}"
     print(f"next    python train.py {same}")

@@ -7,8 +7,25 @@ from dataclasses import dataclass, field
 import torch
 from tqdm import tqdm
 
+from launch.processes import ranks, share_out
 from models.chat import Form
-from trsr import InputError, Node, Summarization
+from state.answers import Answers
+from trsr import InputError, Node, Summarization, solve
+
+# ---- Whose turn it is
+
+
+def own_users(users: list[str], texts: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Return this process's share of the users with their histories' texts, the longest first.
+
+    The shares are about equal in length; the last users to finish are to be short ones.
+    """
+    (rank, world), sizes = ranks(), [sum(map(len, texts[user])) for user in users]
+    mine = {users[i]: texts[users[i]] for i in share_out(sizes, world)[rank]}
+    return dict(sorted(mine.items(), key=lambda pair: -len(pair[1])))
+
+
+# ---- Many users at once
 
 
 @dataclass
@@ -56,42 +73,75 @@ def run_tasks(tasks: Iterable[tuple[str, Summarization]], engine) -> Iterator[tu
                 yield from advance(user, asked.task, [asked.answers[i] for i in range(asked.due)])
 
 
+# ---- The engine
+
+
 class Writer:
     """Answers prompts, texts in and texts out: the engine that run_tasks drives.
 
-    generator: summarize.Generator.
+    generator: summarize.Generator. answers: those that are known, of which the model is not asked;
+    what it writes is added to them as it comes.
     """
 
-    def __init__(self, generator, form: Form, bar: tqdm | None = None):
-        self.generator, self.form, self.bar = generator, form, bar
+    def __init__(
+        self, generator, form: Form, bar: tqdm | None = None, answers: Answers | None = None
+    ):
+        self.generator, self.form, self.bar, self.answers = generator, form, bar, answers
         self.written = 0  # tokens so far
+        self.counts: Counter = Counter()  # of prompts: asked of the model, or known
         self.ends: defaultdict[str, Counter] = defaultdict(Counter)  # how each user's texts ended
+        self.known: list[tuple[tuple, str]] = []  # (key, answer) pairs to be returned next
+        self.asked: dict[str, list[tuple]] = {}  # what the model works on, and who waits for it
 
     def has_room(self) -> bool:
         """Return whether to start another user: there should always be prompts for free rows."""
-        return len(self.generator.waiting) < self.generator.n_rows
+        return len(self.generator.waiting) + len(self.known) < self.generator.n_rows
 
-    def submit(self, prompts: list[tuple[object, str]], first: bool) -> None:
+    def submit(self, prompts: list[tuple[tuple, str]], first: bool) -> None:
         """Queue (key, prompt) pairs; `first`: before those of users who have not started."""
-        keys, texts = zip(*prompts, strict=True)
-        ids = self.form.encode(list(texts))
-        self.generator.submit(zip(keys, ids, strict=True), first)
+        new: dict[str, str] = {}  # messages, by the prompts that they become
+        for key, message in prompts:
+            prompt = self.form.show(message)
+            if self.answers is not None and (found := self.answers.get(prompt)):
+                self.known.append(self._answered(key, *found))
+            elif prompt in self.asked:  # of another user, or of this one
+                self.asked[prompt].append(key)
+            else:
+                self.asked[prompt] = [key]
+                new[prompt] = message
+        self.counts.update(asked=len(new), known=len(prompts) - len(new))
+        if new:
+            ids = self.form.encode(list(new.values()))
+            self.generator.submit(zip(new, ids, strict=True), first)
 
-    def finished(self) -> list[tuple[object, str]]:
+    def _answered(self, key: tuple, answer: str, ended: str) -> tuple[tuple, str]:
+        """Return the pair for run_tasks, and count how the text ended."""
+        user, _ = key
+        self.ends[user][ended] += 1
+        return key, answer
+
+    def finished(self) -> list[tuple[tuple, str]]:
         """Work for a step; return the (key, answer) pairs that it completed."""
+        if self.known:  # nothing to work for
+            known, self.known = self.known, []
+            return known
         try:
             done = self.generator.step()
         except torch.OutOfMemoryError:
             self._lower_batch_size()
             return []  # the unfinished prompts are in the queue again
+        pairs = []
         for row in done:
             self.written += len(row.tokens)
-            self.ends[row.key[0]][row.ended] += 1  # a key is (user, number)
+            text = self.form.tokenizer.decode(row.tokens)
+            answer = self.generator.choice.shown(text, row.ended)
+            if self.answers is not None:
+                self.answers.add(row.key, answer, row.ended)
+            pairs += [self._answered(key, answer, row.ended) for key in self.asked.pop(row.key)]
         if self.bar is not None:
             rate = self.written / max(self.bar.format_dict["elapsed"], 1e-9)
             self.bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=bool(done))
-        decode, shown = self.form.tokenizer.decode, self.generator.choice.shown
-        return [(row.key, shown(decode(row.tokens), row.ended)) for row in done]
+        return pairs
 
     def _lower_batch_size(self) -> None:
         if self.generator.n_rows == 1:
@@ -101,3 +151,18 @@ class Writer:
         if self.bar is not None:
             rows = self.generator.n_rows
             self.bar.write(f"out of memory: continuing with {rows} prompts per batch")
+
+
+def recalled(task: Summarization, form: Form, answers: Answers) -> Node | None:
+    """Return the root of a user's summarization if all its answers are known, else None."""
+
+    def recall(messages: list[str]) -> list[str]:
+        found = [answers.get(form.show(message)) for message in messages]
+        if None in found:
+            raise LookupError
+        return [answer for answer, _ in found]
+
+    try:
+        return solve(task, recall)
+    except LookupError:
+        return None

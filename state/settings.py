@@ -76,13 +76,20 @@ def claim_config(run: Path, section: str, settings: dict, started: bool) -> None
     settings other than those it was made with.
     """
     config, settings = read_config(run), json.loads(json.dumps(settings))
-    old = config.get(section, settings)
+    if started:
+        check_settings(run, section, settings)
+    write_json(run / "config.json", config | {section: settings})
+
+
+def check_settings(run: Path, section: str, settings: dict) -> None:
+    """Raise InputError, which names what differs, if the run's section has other settings."""
+    settings = json.loads(json.dumps(settings))
+    old = read_config(run).get(section, settings)
     names = sorted({*old, *settings})
     differing = [name for name in names if old.get(name) != settings.get(name)]
-    if started and differing:
+    if differing:
         told = [_CHANGES[name] for name in differing if name in _CHANGES]
         shown = [name for name in differing if name not in _CHANGES]
         values = ", ".join(f"{n} {old.get(n)!r} (now {settings.get(n)!r})" for n in shown)
         what = "; ".join([*([f"{section}.py worked here with {values}"] if shown else []), *told])
         raise InputError(f"{run}: {what}; use what it was made with, or another --run")
-    write_json(run / "config.json", config | {section: settings})
