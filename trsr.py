@@ -355,11 +355,11 @@ def shuffled_candidates(example: Example, seed: int = 0) -> list[str]:
     return sorted(candidates, key=lambda item: content_hash([seed, example.user, item]))
 
 
-def rank_of_positive(scores: Sequence[float], positive: int) -> int:
+def rank_of_positive(scores: Sequence[float], positive: int, who: str = "") -> int:
     """Return the rank, from 1, of scores[positive]; ties count against it. InputError for NaN."""
     if not np.isfinite(scores).all():
         what = "the model or its adapter is broken, nothing was ranked"
-        raise InputError(f"a score is not finite: {what}")
+        raise InputError(f"{who}a score is not finite: {what}")
     return int(np.sum(np.asarray(scores) >= scores[positive]))  # it is not below itself
 
 
@@ -377,10 +377,8 @@ def rank_users(
         yes, no = np.array([logits[u, c][:2] for c in range(len(items))]).T
         probabilities.append(yes_probability(yes, no).tolist())
         # The difference of the logits orders as the probability does, but never saturates at 1.
-        try:
-            ranks.append(rank_of_positive(yes - no, items.index(example.positive)))
-        except InputError as error:
-            raise InputError(f"user {example.user!r}: {error}") from None
+        who = f"user {example.user!r}: "
+        ranks.append(rank_of_positive(yes - no, items.index(example.positive), who))
     return probabilities, ranks
 
 
