@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import trsr
 from batches.candidates import Choice, about_candidates, choice, name_of, with_candidates
@@ -27,6 +26,7 @@ from batches.catalogue import CatalogueRanking
 from batches.prompts import Batching, Ranking
 from batches.stream import own_packs
 from launch import numbers
+from launch.bars import Bar
 from launch.command import Shared, option, parse_settings
 from launch.embedded import DATA, make_missing
 from launch.processes import gather, join_processes, peak_memory, prefetch, ranks, run_script
@@ -42,10 +42,12 @@ from prepare.dataset import load_dataset
 from prepare.domains import wording
 from runfolder.compare import format_table
 from runfolder.page import write_report
-from runfolder.results import Question, write_results, write_table
-from runfolder.scores import ranks_of_file, table_of
-from runfolder.tally import BEST, Ranked, Tally, answer_mass
+from runfolder.results import Question, tell, write_results
+from runfolder.scores import table_of
+from runfolder.systems import rank_by_file
+from runfolder.tally import BEST, Ranked, Tally
 from state.checkpoint import epochs_done
+from state.lending import lender_of
 from state.origin import check_trained_on, differences
 from state.settings import read_config
 from state.summaries import load_summaries
@@ -141,11 +143,11 @@ def make_recommender(
 ) -> tuple[Recommender, tuple[int, int]]:
     """Return what makes the examples' prompts for the model in folder, and the answers' ids.
 
-    settings: train.py's or this script's, of which it reads run, paradigm, history_items and
-    max_length. InputError if a user's summary is needed and missing.
+    settings: train.py's or this script's, of which it reads run, paradigm, history_items,
+    max_length and, if it has them, summaries. InputError if a user's summary is needed and missing.
     """
-    needed = settings.paradigm in trsr.SUMMARIZED
-    summaries = load_summaries(settings.run, items, examples) if needed else {}
+    needed, source = settings.paradigm in trsr.SUMMARIZED, lender_of(settings)
+    summaries = load_summaries(source, items, examples) if needed else {}
     budget = prompt_budget(folder, form, settings.max_length)
     prompt = settings.paradigm, domain, items, summaries, settings.history_items
     return Recommender(*prompt, budget), trsr.answer_ids(budget.encode, domain)
@@ -236,7 +238,7 @@ class Validation:
         # Under FSDP all must run equally often, so some processes score the first pack once more.
         mine = (self.packs[rank::world] + self.packs[:1])[: -(-len(self.packs) // world)]
         logits = {}
-        with tqdm(total=len(mine), desc="score", unit="pack", leave=False, disable=rank > 0) as bar:
+        with Bar(total=len(mine), desc="score", unit="pack", leave=False, disable=rank > 0) as bar:
             for pack, found in scored(model, mine, self.answers):
                 logits.update(zip(pack.leaves, found, strict=True))
                 bar.update()
@@ -301,12 +303,7 @@ def report(
     table = table_of(settings.row, found, examples, train, settings.k, settings.seed)
     print(format_table(table))
     print("below each mean is its 95 % interval over users")
-    print(
-        f"Yes and No together have {answer_mass(ranked):.1%} of the probability of the next token"
-    )
-    for what, number in about["trimmed"].items():
-        print(f"trimmed to the context: {number} {what}")
-
+    tell(ranked, about["trimmed"])
     names = ("data", "split", "model", "row", "paradigm", "epochs")
     about |= {name: getattr(settings, name) for name in names} | {"table": table}
     about |= about_candidates(settings.candidates, examples, settings.seed)
@@ -344,23 +341,6 @@ def load_weights(settings: Settings, folder: Path, device: torch.device) -> Llam
     if device.type == "cuda" and not settings.no_compile:
         compile_layers(model)
     return model
-
-
-def rank_by_file(flags: Settings) -> None:
-    """Print the table of the scores in flags.scores, and write it to RUN/results-NAME.json."""
-    data = flags.data or read_config(flags.run).get("train", {}).get("data", DATA)
-    _, items, splits = load_dataset(data, ("train", flags.split))
-    shown, name = splits[flags.split][: flags.users], flags.scores.stem
-    examples = with_candidates(flags.candidates, shown, items, flags.seed)
-    ranks = ranks_of_file(flags.scores, examples)
-    table = table_of(name, ranks, examples, splits["train"], flags.k, flags.seed)
-    print(format_table(table))
-    about = {"data": data, "split": flags.split, "users": len(examples), "row": name}
-    about |= {"paradigm": name, "table": table}
-    about |= about_candidates(flags.candidates, examples, flags.seed)
-    parts = [name, name_of(flags.candidates, flags.seed)]
-    question = Question(flags.run, flags.split, [part for part in parts if part])
-    print(f"wrote   {', '.join(map(str, write_table(question, about, flags.csv)))}")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from batches.stream import user_packs
 from evaluate import Validation, make_recommender
 from files.jsonl import append_jsonl
 from launch import numbers
-from launch.command import Shared, option, parse_settings
+from launch.command import Shared, option, parse_settings, tell_next
 from launch.embedded import DATA, MODEL, make_missing
 from launch.estimate import preflight, training_memory
 from launch.processes import (
@@ -387,9 +387,7 @@ def main() -> None:
         check_batch_size(settings.batch_size, train)
     folder = find_model(settings.model, settings.revision)
     form = load_form(folder, settings.chat)
-    lender = lender_of(settings.summaries, settings.run, settings.paradigm)
-    reads = replace(settings, run=lender), folder, form, domain, items, train + val
-    recommender, answers = make_recommender(*reads)
+    recommender, answers = make_recommender(settings, folder, form, domain, items, train + val)
     model = load_base(settings, folder)
 
     with locked(settings.run, hold=rank == 0):
@@ -401,7 +399,7 @@ def main() -> None:
             announce(settings, model, len(train), len(val), recommender.budget.tokens)
 
         # Every prompt as token ids: trees to learn from, packs to validate on.
-        prompts = prompts_to_learn(recommender, train, answers, settings.which, lender)
+        prompts = prompts_to_learn(recommender, train, answers, settings.which, lender_of(settings))
         trees = list(tokenize(prompts, batching.workers, show=rank == 0))
         ranking = Ranking.of(recommender, val)
         packs = user_packs(ranking, range(len(val)), batching, show=rank == 0)
@@ -475,7 +473,7 @@ def conclude(settings: Settings, what: str) -> None:
     """Print what has come out, and the next command."""
     if ranks()[0] == 0:
         print(what)
-        print(f"next    python evaluate.py --run {settings.run}")
+        tell_next(f"python evaluate.py --run {settings.run}")
 
 
 def place(model: Llama, settings: Settings, device: torch.device) -> None:

@@ -110,3 +110,11 @@ def ranking_rows(path: Path) -> Iterator[list]:
             yield [line["user"], line["rank"] if positive else place, item, score, int(positive)]
         if line["positive"] not in line["candidates"]:
             yield [line["user"], line["rank"], line["positive"], line["score"], 1]
+
+
+def tell(ranked: Sequence[Ranked], trimmed: dict[str, int]) -> None:
+    """Print what is worth knowing of the prompts."""
+    share = f"{answer_mass(ranked):.1%} of the probability of the next token"
+    print(f"Yes and No together have {share}")
+    for what, number in trimmed.items():
+        print(f"trimmed to the context: {number} {what}")

@@ -1,67 +1,14 @@
 """From scores or ranks to the table: of this project, the baselines or another system alike."""
 
-import sys
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 import trsr
-from files.jsonl import read_jsonl
 from prepare.dataset import popularity
 from runfolder.told_apart import holm, wilcoxon
 from trsr import Example, InputError
-
-LARGEST = sys.float_info.max  # of a score; JSON's numbers can be larger
-
-# ---- Another system's scores
-
-
-def ranks_of_file(path: Path, examples: Sequence[Example]) -> list[int]:
-    """Return the positive's rank of each example by lines {"user", "candidates", "scores"}.
-
-    The lines may be in any order. InputError if a user is missing, if the candidates are not the
-    example's positive and negatives, or if a score is not a finite number.
-    """
-    wanted = {example.user: example for example in examples}
-    seen, ranks = set(), {}
-    for where, record in read_jsonl(path, {"user": str, "candidates": list}):
-        user, scores = record["user"], scores_of(where, record)
-        if user in seen:
-            raise InputError(f"{where}: field 'user': {user!r} is there twice")
-        seen.add(user)
-        if user not in wanted:
-            continue
-        example = wanted[user]
-        expected = {example.positive, *example.negatives}
-        if scores.keys() != expected:
-            odd = sorted(scores.keys() ^ expected)[0]
-            what = f"{odd!r} is not there on one side; expected those that are to be ranked"
-            raise InputError(f"{where}: field 'candidates': {what}")
-        place = list(scores).index(example.positive)
-        ranks[user] = trsr.rank_of_positive([float(score) for score in scores.values()], place)
-
-    if missing := [example.user for example in examples if example.user not in ranks]:
-        raise InputError(f"{path}: user {missing[0]!r} is missing")
-    return [ranks[example.user] for example in examples]
-
-
-def scores_of(where: str, record: dict) -> dict[str, float]:
-    """Return a line's scores by candidate; InputError unless each has a finite number."""
-    scores = record.get("scores")
-    if not isinstance(scores, list) or len(scores) != len(record["candidates"]):
-        what = "expected a list with a number for each candidate"
-        raise InputError(f"{where}: field 'scores', {what}")
-    if len(set(record["candidates"])) < len(scores):
-        twice = next(i for i, n in Counter(record["candidates"]).items() if n > 1)
-        raise InputError(f"{where}: field 'candidates' names {twice!r} twice")
-    if not all(type(x) in (int, float) and abs(x) <= LARGEST for x in scores):
-        raise InputError(f"{where}: field 'scores' holds something that is no finite number")
-    return dict(zip(record["candidates"], scores, strict=True))
-
-
-# ---- Tables
 
 
 def random_metrics(n_candidates: int, ks: Sequence[int]) -> dict[str, float]:

@@ -19,11 +19,13 @@ def summarized(source: Path | None, run: Path) -> dict:
     return settings
 
 
-def lender_of(source: Path | None, run: Path, paradigm: str) -> Path:
-    """Return the folder whose summaries a training in run reads: source, or run without one.
+def lender_of(settings) -> Path:
+    """Return the folder whose summaries a script reads: its run, or with --summaries another.
 
-    Raises InputError if source has none of the paradigm, or if run has others of its own.
+    settings: of a script; train.py's alone has summaries. Raises InputError if those are of another
+    paradigm, or if the run has others of its own.
     """
+    source, run, paradigm = getattr(settings, "summaries", None), settings.run, settings.paradigm
     if source is None or (run.is_dir() and source.samefile(run)):
         return run
     if paradigm not in SUMMARIZED:

@@ -1,6 +1,8 @@
 """train.py --summaries: one summarizing serves many trainings, if it is of the same histories."""
 
 import shutil
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from helpers import read_lines, run, write_dataset
@@ -8,6 +10,13 @@ from helpers import read_lines, run, write_dataset
 from files.jsonl import read_json
 from state.lending import lender_of, summarized
 from trsr import InputError
+
+
+@dataclass
+class Asked:
+    run: Path
+    summaries: Path | None = None
+    paradigm: str = "recurrent"
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +91,10 @@ def test_what_cannot_be_lent_is_named(lender, tmp_path, model_folder):
 
 def test_summaries_of_the_run_s_own_are_not_replaced(lender, tmp_path):
     own = shutil.copytree(lender, tmp_path / "own")
-    assert lender_of(lender, own, "recurrent") == lender  # the same ones
-    assert lender_of(None, own, "recurrent") == own
+    assert lender_of(Asked(own, lender)) == lender  # the same ones
+    assert lender_of(Asked(own)) == own
     lines = (own / "summaries.jsonl").read_text()
     (own / "summaries.jsonl").write_text(lines + lines.splitlines()[0] + "\n")
     with pytest.raises(InputError, match="not the summaries of"):
-        lender_of(lender, own, "recurrent")
+        lender_of(Asked(own, lender))
     assert summarized(None, tmp_path) == {}

@@ -15,8 +15,8 @@ from runfolder.scores import (
     paired_differences,
     popularity_ranks,
     random_metrics,
-    ranks_of_file,
 )
+from runfolder.systems import ranks_of_file
 
 
 def test_popularity_ranks_by_counts_with_ties_in_random_order():
