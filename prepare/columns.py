@@ -122,6 +122,8 @@ def usual(rows: Rows, names: Sequence[str], what: str, flag: str) -> str:
     # Names are rarely numbers: then the first row has been taken for them.
     numbers = any(re.fullmatch(r"[\d.]+", column.strip()) for column in rows.columns)
     hint = "; does the file lack a header line?" if numbers else ""
+    if len(rows.columns) == 1 and (other := re.search(r"[;|\t]|::", rows.columns[0])):
+        hint = f"; is the table separated by {other[0]!r}? Save it with commas"
     problem = f"no column has a usual name of {what}; name it with {flag}"
     raise InputError(f"{rows.path}{rows.heading}: {problem} (the columns are {listed}){hint}")
 

@@ -14,9 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
-from launch.command import option, parse_settings, run_main
+from launch.bars import Bar
+from launch.command import option, parse_settings, run_main, tell_next
 from launch.numbers import positive, seed_number
 from prepare.common import split_sizes
 from prepare.dataset import save_dataset
@@ -129,7 +128,7 @@ def main() -> None:
     shop = make_shop(seed, settings.items)
     splits = {}
     for split, n in sizes.items():
-        made = tqdm(make_split(shop, seed, split, n), split, n, disable=None, delay=1)
+        made = Bar(make_split(shop, seed, split, n), split, n, disable=None, delay=1)
         splits[split] = list(made)
     oracles = oracle_table(shop, splits["train"], splits["test"])
 
@@ -148,10 +147,11 @@ def main() -> None:
     meta = save_dataset(out, splits, items, meta)
 
     scores = (f"{name:<20} {value:.3f}" for name, value in oracles.items())
-    print("Recall@3 on the test split:", *scores, sep="\n  ")
+    what = "What the shop's rules reach without any model, by what is known (Recall@3, test split):"
+    print(what, *scores, sep="\n  ")
     size = f"{meta['items']:,} items; mean history {meta['mean_history']}"
     print(f"{users} users; {size}; written to {out}")
-    print(f"Next: python summarize.py --data {out}")
+    tell_next(f"python summarize.py --data {out}")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,7 @@ from io import BufferedReader
 from itertools import islice
 from pathlib import Path
 
-from tqdm import tqdm
-
+from launch.bars import Bar
 from prepare.tables import split_csv, split_tabs
 from trsr import InputError
 
@@ -38,7 +37,7 @@ def text_lines(path: Path, start: bytes) -> Iterator[str]:
     options = {"unit": "B", "unit_scale": True, "disable": None, "delay": 1}
     number = 0
     size, name = path.stat().st_size, path.name
-    with open(path, "rb") as raw, tqdm(total=size, desc=name, **options) as bar:
+    with open(path, "rb") as raw, Bar(total=size, desc=name, **options) as bar:
         file = BufferedReader(GzipFile(fileobj=raw)) if start.startswith(GZIP) else raw
         try:
             for number, line in enumerate(file, 1):
@@ -214,7 +213,7 @@ class Parquet(Rows):
         self.rows = 0
         options = {"unit": "rows", "unit_scale": True, "disable": None, "delay": 1}
         try:
-            with self.open() as file, tqdm(desc=self.path.name, **options) as bar:
+            with self.open() as file, Bar(desc=self.path.name, **options) as bar:
                 for batch in file.iter_batches(columns=list(dict.fromkeys(names))):
                     columns = [self._values(batch.column(name)) for name in names]
                     for values in zip(*columns, strict=True):

@@ -6,8 +6,7 @@ import html
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
+from launch.bars import Bar
 from trsr import InputError
 
 FIELD_LIMIT = 2**24  # characters; an unclosed quote fails here instead of swallowing the file
@@ -94,7 +93,7 @@ class Table:
         """Yield the file's lines as text, with a progress bar if it takes long."""
         options = {"unit": "B", "unit_scale": True, "disable": None, "delay": 1}
         size, name = self.path.stat().st_size, self.path.name
-        with open(self.path, "rb") as file, tqdm(total=size, desc=name, **options) as bar:
+        with open(self.path, "rb") as file, Bar(total=size, desc=name, **options) as bar:
             for number, line in enumerate(file, 1):
                 bar.update(len(line))
                 try:

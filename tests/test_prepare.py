@@ -1,9 +1,11 @@
 """prepare/common.py: users, splits and negatives, whatever the raw data."""
 
 import hashlib
+import json
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import asdict
 from itertools import accumulate
 
 import pytest
@@ -22,6 +24,7 @@ from helpers import (
 from prepare import amazon_m2, mind
 from prepare.common import Options, Session, choose, draw_negatives, make_splits, split_sizes
 from prepare.dataset import load_dataset
+from prepare.domains import DOMAINS
 from trsr import InputError
 
 
@@ -139,3 +142,18 @@ def test_the_package_lists_every_command_of_its_own():
     assert len(scripts) >= 6
     assert all(f"python -m prepare.{path.stem} " in shown for path in scripts)
     assert all(word in shown for word in ("Tab-separated", "user_id:token", "timestamp:float"))
+
+
+@pytest.mark.parametrize("module", [mind, amazon_m2])
+def test_readers_of_one_kind_of_item_take_another_domain_too(tmp_path, module):
+    if module is mind:
+        behaviors = [(f"u{n}", "N1 N2 N3", "") for n in range(3)]
+        settings = {"raw": write_mind(tmp_path / "raw", behaviors), **SMALL}
+    else:
+        settings = {"raw": write_amazon(tmp_path / "raw", 400, 300)}
+    words = asdict(DOMAINS["news"]) | {"history": "Watched Films"}
+    (tmp_path / "movies.json").write_text(json.dumps(words))
+    out = prepared(module, **settings, out=tmp_path / "out", domain=tmp_path / "movies.json")
+    assert (meta(out)["domain"], meta(out)["words"]) == ("movies", words)
+    assert load_dataset(out, SPLITS)[0].history == "Watched Films"
+    assert str(tmp_path) not in (out / "meta.json").read_text()

@@ -396,6 +396,11 @@ HEADER = b"user_id,item_id,timestamp\n"
             r"r\.csv:1: no column has a usual name of a user; name it with --user \(the columns "
             r"are 1, 1193, 978300760\); does the file lack a header line",
         ),
+        (
+            "r.csv",
+            b"user_id;item_id\na;b\n",
+            r"r\.csv:1: no .* is the table separated by ';'\? Save",
+        ),
         ("r.csv", b"user_id,item_id\na,b\n", r"r\.csv:1: no column has a usual name of a time"),
         ("r.csv", b"user_id,user_id,item_id\n", r"r\.csv:1: two columns of one name among user_id"),
         ("r.csv", HEADER + b"a,b,1\na,b\n", r"r\.csv:3: 2 columns, expected 3 \(user_id, item_id"),
