@@ -23,14 +23,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import trsr
 from batches.positions import every_block
 from batches.tasks import Writer, own_users, run_tasks
 from files.jsonl import write_json, write_jsonl
 from launch import numbers
-from launch.command import Shared, option, parse_settings
+from launch.bars import WritingBar
+from launch.command import Shared, option, parse_settings, tell_next
 from launch.embedded import DATA, MODEL, make_missing
 from launch.estimate import expected_slots, rows_that_fit
 from launch.processes import gather, join_processes, peak_memory, ranks, run_script
@@ -404,13 +404,14 @@ def main() -> None:
 
         mine = own_users(pending, texts)  # each is written as soon as it is done
         answers = Answers(settings.run, recorded, rank)
-        with tqdm(total=len(mine), unit="user", disable=rank > 0) as bar:
+        shape = settings.block_size, settings.paradigm == "hierarchical", settings.max_new_tokens
+        with WritingBar([len(mine[u]) for u in mine], *shape, hidden=rank > 0) as bar:
             writer = Writer(generator, summarizer.form, bar, answers)
             tasks = ((user, summarizer.task(mine[user], trimmed)) for user in mine)
             for user, root in run_tasks(tasks, writer):
                 about = {"user": user, "paradigm": settings.paradigm, "key": keys[user]}
                 append_record(settings.run, rank, about, root, writer.ends.pop(user, {}))
-                bar.update()
+                bar.user_done()
 
         trimmed, counts = (sum(gather(found), Counter()) for found in (trimmed, writer.counts))
         if rank == 0:
@@ -448,7 +449,7 @@ def conclude(
     print(f"asked   {prompts['asked']} prompts; {prompts['known']} more were answered before")
     print(f"wrote   {path} ({len(texts)} users); peak {peak}")
     same = f"--data {settings.data} --model {settings.model} --run {settings.run}"
-    print(f"next    python train.py {same}")
+    tell_next(f"python train.py {same}")
 
 
 if __name__ == "__main__":

@@ -24,10 +24,10 @@ from functools import cached_property
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 import trsr
 from batches.prompts import Batching, Ranking
+from launch.bars import Bar
 from ops.packs import Pack, Tree, common_prefix, rounded_up
 from trsr import Example, InputError, Recommender
 
@@ -49,7 +49,7 @@ class Tails:
         texts = [recommender.items[item] for item in items]
         messages = trsr.recommendation_prompts("none", recommender.domain, "", [], texts)
         encoded: list[list[int]] = []
-        with tqdm(total=len(texts), desc="items", unit="item", disable=not show) as bar:
+        with Bar(total=len(texts), desc="items", unit="item", disable=not show) as bar:
             for first in range(0, len(texts), BATCH):
                 encoded += recommender.budget.encode(messages[first : first + BATCH])
                 bar.update(len(encoded) - first)

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
+from launch.bars import Bar
 from launch.processes import host_workers
 from ops.packs import Tree, make_tree
 from trsr import Example, InputError, Recommender, shuffled_candidates
@@ -90,7 +90,7 @@ def tokenize(prompts: Dataset, workers: int, show: bool) -> Iterator:
     made = iter(loader)
 
     def made_of_users() -> Iterator:
-        for found, cut in tqdm(made, "prompts", len(prompts), unit="user", disable=not show):
+        for found, cut in Bar(made, "prompts", len(prompts), unit="user", disable=not show):
             if isinstance(found, InputError):
                 # Raising `found` itself would tie it to this frame, and keep the workers alive.
                 raise InputError(*found.args)

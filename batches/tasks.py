@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from tqdm import tqdm
 
+from launch.bars import WritingBar
 from launch.processes import ranks, share_out
 from models.chat import Form
 from state.answers import Answers
@@ -84,10 +84,10 @@ class Writer:
     """
 
     def __init__(
-        self, generator, form: Form, bar: tqdm | None = None, answers: Answers | None = None
+        self, generator, form: Form, bar: WritingBar | None = None, answers: Answers | None = None
     ):
         self.generator, self.form, self.bar, self.answers = generator, form, bar, answers
-        self.written = 0  # tokens so far
+        self.written = self.answered = 0  # tokens, and texts, that are done
         self.counts: Counter = Counter()  # of prompts: asked of the model, or known
         self.ends: defaultdict[str, Counter] = defaultdict(Counter)  # how each user's texts ended
         self.known: list[tuple[tuple, str]] = []  # (key, answer) pairs to be returned next
@@ -118,6 +118,7 @@ class Writer:
         """Return the pair for run_tasks, and count how the text ended."""
         user, _ = key
         self.ends[user][ended] += 1
+        self.answered += 1
         return key, answer
 
     def finished(self) -> list[tuple[tuple, str]]:
@@ -139,8 +140,8 @@ class Writer:
                 self.answers.add(row.key, answer, row.ended)
             pairs += [self._answered(key, answer, row.ended) for key in self.asked.pop(row.key)]
         if self.bar is not None:
-            rate = self.written / max(self.bar.format_dict["elapsed"], 1e-9)
-            self.bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=bool(done))
+            under_way = sum(len(row.tokens) for row in self.generator.rows)
+            self.bar.wrote(self.written, self.answered, under_way)
         return pairs
 
     def _lower_batch_size(self) -> None:

@@ -28,7 +28,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 import trsr
 from experiments.corpus import BLOCK, CONTEXT, QUESTIONS, WRITINGS, Corpus, Question, Writing
@@ -43,6 +42,7 @@ from experiments.scratch import (
     write_tokenizer,
 )
 from files.jsonl import read_json, write_json
+from launch.bars import Bar
 from launch.command import option, parse_settings, run_main
 from launch.numbers import positive, positive_real, seed_number
 from launch.processes import host_workers, peak_memory
@@ -241,7 +241,7 @@ def train(model: Llama, steps: Steps, lr: float, device: torch.device) -> dict:
     ahead = 2 if workers else None
     loader = DataLoader(steps, batch_size=None, num_workers=workers, prefetch_factor=ahead)
     tokens, losses, began = Counter(), [], time.perf_counter()
-    with tqdm(loader, unit="step") as bar:
+    with Bar(loader, unit="step") as bar:
         for step, (asked, written) in enumerate(bar):
             pair = [
                 mean_loss(model, asked, QUESTION_WEIGHT, device),

@@ -60,3 +60,38 @@ class Bar(tqdm):
                 self._say()
             self.leave = False  # tqdm would end its drawing with an empty line
         super().close()
+
+
+class WritingBar(Bar):
+    """A bar of the tokens of texts that are written about users' histories.
+
+    How many texts there will be follows from the histories; how long they will be is first the
+    limit, then the mean of those that are done. So the bar moves with every token, and what it
+    foresees is too long at first rather than too short.
+    """
+
+    def __init__(self, lengths: list[int], block_size: int, merged: bool, limit: int, hidden: bool):
+        """lengths: items of each user. merged: one more text joins those of a user's blocks."""
+        blocks = [-(-length // block_size) for length in lengths]
+        self.texts = sum(blocks) + merged * sum(n > 1 for n in blocks)
+        self.limit, self.users_done, self.users = limit, 0, len(lengths)
+        super().__init__(total=self.texts * limit, unit="token", disable=hidden)
+
+    def wrote(self, tokens: int, answered: int, under_way: int) -> None:
+        """Show how far it is: tokens of texts that are done, their number, and other tokens."""
+        mean = tokens / answered if answered else self.limit
+        now = tokens + under_way
+        self.total = max(now, round(tokens + (self.texts - answered) * mean))
+        self.set_postfix_str(f"{self.users_done} of {self.users} users", refresh=False)
+        self.update(max(0, now - self.n))  # texts that start over are not taken back
+
+    def user_done(self) -> None:
+        """Count a user."""
+        self.users_done += 1
+
+    def close(self) -> None:
+        """End the bar; what was foreseen has become what there was."""
+        if not self.disable and self.users_done == self.users:
+            self.total = self.n
+            self.set_postfix_str(f"{self.users_done} of {self.users} users", refresh=False)
+        super().close()

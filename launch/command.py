@@ -173,6 +173,12 @@ def flags_given(parser: argparse.ArgumentParser) -> set[str]:
 # ---- The end of a command
 
 
+def tell_next(command: str) -> None:
+    """Print the command that comes next, unless whoever started this says so (TRSR_STEPS)."""
+    if not os.environ.get("TRSR_STEPS"):
+        print(f"next    {command}")
+
+
 def run_main(
     main: Callable[[], None], *errors: type[Exception], reports: Callable[[], bool] = lambda: True
 ) -> None:

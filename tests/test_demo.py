@@ -78,7 +78,7 @@ def test_meta_and_what_is_printed(folder, tmp_path, capsys):
     what = "A synthetic shop of 1,500 items and 50 train, 5 val, 20 test users"
     assert lines[0] == f"{what} to {tmp_path} (products, seed 0)"
     assert f"  full history         {found['oracles']['full history']:.3f}" in lines
-    assert lines[-1] == f"Next: python summarize.py --data {tmp_path}"
+    assert lines[-1] == f"next    python summarize.py --data {tmp_path}"
 
 
 def test_a_user_does_not_depend_on_the_number_of_others(shop, splits):
