@@ -11,7 +11,6 @@ trees fill packs; the model gives each branch's logits of Yes and No (equation 2
 """
 
 import launch.waiting  # noqa: F401  # before torch
-
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +22,7 @@ import torch
 import trsr
 from batches.candidates import Choice, about_candidates, choice, name_of, with_candidates
 from batches.catalogue import CatalogueRanking
-from batches.prompts import Batching, Ranking
+from batches.prompts import Batching, Ranking, shown_prompt
 from batches.stream import own_packs
 from launch import numbers
 from launch.bars import Bar
@@ -288,7 +287,9 @@ def main() -> None:
     if rank == 0:  # all have the same now, and one reports
         print(f"{len(examples)} users in {time.perf_counter() - start:.1f} s", end="; ")
         print(f"peak {peak_memory(device)}")
-        report(settings, examples, splits["train"], ranked, {"prompt": words, "trimmed": trimmed})
+        about = {"prompt": words, "trimmed": trimmed}
+        about["example"] = shown_prompt(recommender, form.show, examples[0])
+        report(settings, examples, splits["train"], ranked, about)
 
 
 def report(

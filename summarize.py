@@ -13,7 +13,6 @@ row's text is done. It writes what the obvious way would write.
 """
 
 import launch.waiting  # noqa: F401  # before torch
-
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace

@@ -12,7 +12,6 @@ RUN/checkpoint/.
 """
 
 import launch.waiting  # noqa: F401  # before torch
-
 import math
 import signal
 import time

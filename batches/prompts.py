@@ -1,7 +1,7 @@
 """A user's prompts as a tree of token ids, made by worker processes while a GPU computes."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -41,6 +41,16 @@ class Ranking:
     def of(cls, recommender: Recommender, examples: Sequence[Example]) -> "Ranking":
         """Return the ranking of the examples' positives and negatives, in a seeded order."""
         return cls(recommender, examples, [shuffled_candidates(e) for e in examples])
+
+
+def shown_prompt(recommender: Recommender, show: Callable[[str], str], example: Example) -> dict:
+    """Return a user's whole prompt for the item that came next, as {"user", "prompt"}.
+
+    show: makes the text that the model reads of a message (models/chat.py).
+    """
+    budget = replace(recommender.budget, trimmed=Counter())  # what is cut here counts elsewhere
+    (message,), _ = replace(recommender, budget=budget).prompts(example, [example.positive])
+    return {"user": example.user, "prompt": show(message)}
 
 
 class Prompts(Dataset):

@@ -9,7 +9,6 @@ evaluate.py prints, the median of --repeats; the ranks have to be the same in al
 """
 
 from launch.waiting import OWN
-
 import hashlib
 import os
 import re

@@ -255,5 +255,5 @@ def open_rows(path: Path) -> Rows:
     for suffixes, split in ((COMMAS, split_csv), (TABS, split_tabs)):
         if name.endswith(suffixes):
             return Separated(path, start, split)
-    what = f"the name does not tell the form; known are {SUFFIXES}, and each with .gz"
+    what = f"the name does not tell the form; known are {SUFFIXES}; text may end in .gz too"
     raise InputError(f"{path}: {what}")

@@ -18,6 +18,7 @@ COLORS_AND_TEXT = """
 svg text { fill: var(--faint); font: 12px system-ui, sans-serif; }
 svg .axis { stroke: var(--line); }
 """
+Point = tuple[float, float, float]  # mean, and the low and high end of its interval
 COLORS = tuple(f"var(--{letter})" for letter in "abcdef")
 
 # ---- Elements and axes
@@ -85,13 +86,15 @@ def axes(
 # ---- Plots inside a page
 
 
-def figure(title: str, drawing: str, y_name: str, names: Sequence[str] = ()) -> str:
+def figure(
+    title: str, drawing: str, y_name: str, names: Sequence[str] = (), height: float = HEIGHT
+) -> str:
     """Return a plot with a caption; names: the names of its lines, in the order of COLORS."""
     keys = ""
     for name, color in zip(names, COLORS, strict=False):
         keys += tag("span", "", class_="key", style=f"background:{color}") + escape(name)
     label = tag("title", escape(f"{title}, {y_name}"))
-    plot = tag("svg", label + drawing, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img")
+    plot = tag("svg", label + drawing, viewBox=f"0 0 {WIDTH} {height:g}", role="img")
     caption = f"{escape(title)} <span class='faint'>({escape(y_name)})</span>{keys}"
     return tag("figure", tag("figcaption", caption) + plot)
 
@@ -99,10 +102,15 @@ def figure(title: str, drawing: str, y_name: str, names: Sequence[str] = ()) -> 
 def line_plot(
     title: str, x_name: str, y_name: str, lines: dict[str, list[tuple[float, float]]]
 ) -> str:
-    """Return a plot with a line through each name's (x, y) points; nothing if there are none."""
+    """Return a plot with a line through each name's (x, y) points; nothing if there are none.
+
+    A single x makes no line, so its values are written as figures.
+    """
     points = [point for line in lines.values() for point in line]
     if not points:
         return ""
+    if len({x for x, _ in points}) == 1:
+        return figures(title, f"{y_name}, at {x_name} {points[0][0]:g}", lines)
     xs, ys = zip(*points, strict=True)
     drawing, x_of, y_of = axes(xs, [0, *ys], x_name)
     for line, color in zip(lines.values(), COLORS, strict=False):
@@ -114,16 +122,40 @@ def line_plot(
     return figure(title, drawing, y_name, list(lines) if len(lines) > 1 else ())
 
 
+def figures(title: str, about: str, lines: dict[str, list[tuple[float, float]]]) -> str:
+    """Return what would be a plot as a row of numbers: each name's last y."""
+    known = {name: line[-1][1] for name, line in lines.items() if line}
+    heads = "".join(tag("th", escape(name)) for name in known)
+    values = "".join(tag("td", f"{y:.4f}") for y in known.values())
+    caption = f"{escape(title)} <span class='faint'>({escape(about)})</span>"
+    table = tag("table", tag("tr", heads) + tag("tr", values), class_="figures")
+    return tag("figure", tag("figcaption", caption) + tag("div", table, class_="wide"))
+
+
+def bar_plot(title: str, rows: dict[str, dict[str, Point]]) -> str:
+    """Return a plot of bars with their intervals: a group per row, and in it a bar per name."""
+    series = list(next(iter(rows.values())))
+    values = {(row, name): point for row, found in rows.items() for name, point in found.items()}
+    panel = bar_panel(series, values, {})
+    return figure(title, panel.markup, "mean and 95 % interval", series, panel.height)
+
+
 def histogram(title: str, x_name: str, values: Sequence[float], limit: float) -> str:
-    """Return a histogram of values, with a line at limit."""
-    counts, edges = np.histogram(values, bins=24, range=(0, max(limit, *values)))
-    drawing, x_of, y_of = axes([0, limit, *values], [0, int(counts.max())], x_name)
+    """Return a histogram of values, with a line at limit if some values come near it."""
+    near = max(values) > 0.75 * limit
+    if not near:  # the axis shows what is there, instead of a long way to the limit
+        x_name = f"{x_name}; the limit is {limit:g}"
+    low, high = min(values), max(limit, *values) if near else max(values)
+    high = high if high > low else low + 1
+    counts, edges = np.histogram(values, bins=24, range=(low, high))
+    drawing, x_of, y_of = axes([low, high], [0, int(counts.max())], x_name)
     for count, low, high in zip(counts, edges, edges[1:], strict=False):
         size = {"x": x_of(low) + 0.5, "y": y_of(count), "width": x_of(high) - x_of(low) - 1}
         drawing += tag("rect", **size, height=y_of(0) - y_of(count), fill=COLORS[0])
-    at = x_of(limit)
-    drawing += tag("line", x1=at, x2=at, y1=TOP, y2=HEIGHT - BOTTOM, stroke=COLORS[1])
-    drawing += tag("text", f"{limit:g}", x=at - 4, y=TOP + 10, text_anchor="end")
+    if near:
+        at = x_of(limit)
+        drawing += tag("line", x1=at, x2=at, y1=TOP, y2=HEIGHT - BOTTOM, stroke=COLORS[1])
+        drawing += tag("text", f"{limit:g}", x=at - 4, y=TOP + 10, text_anchor="end")
     return figure(title, drawing, "users")
 
 
@@ -133,7 +165,6 @@ def histogram(title: str, x_name: str, values: Sequence[float], limit: float) ->
 # diamonds.
 
 
-Point = tuple[float, float, float]  # mean, and the low and high end of its interval
 PANEL_TITLE, BAR = 26, 13  # heights
 LABELS, VALUES = 170, 44  # widths of the columns left and right of the bars
 
