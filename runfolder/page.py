@@ -5,19 +5,23 @@
 
 The page shows
 
-    results     the table, with other runs on the same users, and how much of the probability the
-                two answers have
+    results     the table, with baselines and other runs on the same users, their recalls as bars,
+                how much of the probability the two answers have, and what the words mean
     summaries   their shares: how they ended, repeats, and whether they fit their own user
     curves      training loss and validation recall; the first metric by the number of recent items,
                 if neighboring runs differ in it; the lengths of the prompts
+    prompt      one whole prompt as the model reads it, and the run's settings
     users       for some of them the blocks, the summaries and the ranked candidates
 
 All texts are escaped, and the plots are SVG.
 """
 
+import re
 from collections.abc import Iterable
+from datetime import datetime
 from html import escape
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,7 +29,7 @@ from files.atomic import atomic_write
 from files.jsonl import read_json, read_jsonl
 from launch.command import Parser, run_main
 from prepare.dataset import load_dataset
-from runfolder.plots import COLORS_AND_TEXT, histogram, line_plot, tag
+from runfolder.plots import COLORS_AND_TEXT, bar_plot, histogram, line_plot, tag
 from runfolder.quality import read_quality
 from runfolder.results import Question
 from runfolder.show import records_of, steps
@@ -51,11 +55,20 @@ th, td { padding: .3rem .5rem; border-bottom: 1px solid var(--line); text-align:
 th { font-weight: 600; }
 th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 7rem; }
 .own { background: var(--good); }
+.wide th:first-child, .wide td:first-child { position: sticky; left: 0; background: var(--page); }
+.wide .own td:first-child { background: var(--good); }
+.figures th:first-child, .figures td:first-child { position: static; min-width: 0;
+  text-align: right; background: none; }
+.bars { max-width: 44rem; margin: 1rem 0; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; padding: .8rem; background: var(--card);
+  border: 1px solid var(--line); border-radius: .5rem; font: .88rem/1.45 ui-monospace, monospace; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; font-size: .92rem; }
+dt { font-weight: 600; } dd { margin: 0; }
 td small { display: block; color: var(--faint); }
 .shares td { text-align: left; white-space: normal; vertical-align: top; }
 
 .plots { display: grid; gap: 1rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
+  align-items: start; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
 figure { margin: 0; padding: .8rem; background: var(--card); border: 1px solid var(--line);
   border-radius: .5rem; }
 figcaption { font-size: .9rem; margin-bottom: .4rem; }
@@ -87,52 +100,105 @@ li { overflow-wrap: anywhere; margin: .15rem 0; font-size: .92rem; }
 # ---- Results and curves
 
 
-def neighbors(run: Path, results: dict) -> dict[str, dict]:
+def neighbors(question: Question, results: dict) -> dict[str, dict]:
     """Return the results of the other runs in the parent folder, by folder name.
 
     Only those on the same users and with the same metrics are returned.
     """
-    found = {}
-    for path in sorted(run.resolve().parent.glob("*/results.json")):
-        if path.parent == run.resolve():
+    found, run = {}, question.run.resolve()
+    for path in sorted(run.parent.glob(f"*/{question.results.name}")):
+        if path.parent == run:
             continue
         other = read_json(path)
-        same = all(other.get(name) == results[name] for name in ("data", "split", "users"))
+        names = ("data", "split", "users", "candidates")
+        same = all(other.get(name) == results.get(name) for name in names)
         if same and other["table"]["random"].keys() == results["table"]["random"].keys():
             found[path.parent.name] = other
     return found
 
 
-def results_table(run: Path, results: dict, others: dict[str, dict]) -> str:
-    """Return the table of the run's rows, followed by those of other runs."""
-    rows = dict(results["table"])
-    untrained = run / "results-untrained.json"
-    if untrained.is_file():
-        rows = {"untrained": read_json(untrained)["table"]["untrained"]} | rows
-    own = results["row"]
-    titles = {name: name for name in rows}
-    titles[own] = f"{run.name}: {results['paradigm']}, {own}"
+def baselines_of(question: Question, results: dict) -> dict[str, dict]:
+    """Return the tables of the baselines that were trained in the run's folder, by their names.
 
-    names = list(results["table"]["random"])
+    Only those on the same users, which are all of the test split, and with the same metrics.
+    """
+    found = {}
+    names = results["table"]["random"].keys()
+    asked = results["split"] == "test" and not question.parts
+    for path in sorted(question.run.glob("baselines/*/results.json")) if asked else ():
+        other, scores = read_json(path), path.with_name("scores-test.jsonl")
+        table = other.get("table", {})
+        table = table.get(other.get("row"), table)  # older files have the baseline's row alone
+        same = other.get("data") == results["data"] and table.keys() >= names
+        if same and scores.is_file() and len(list(read_jsonl(scores, {}))) == results["users"]:
+            found[path.parent.name] = table
+    return found
+
+
+class Row(NamedTuple):
+    """A row of the table."""
+
+    title: str
+    metrics: dict[str, dict]
+    own: bool  # whether it is what the page is about
+    short: str = ""  # a name for plots, if the title is long
+
+
+def result_rows(question: Question, results: dict, others: dict[str, dict]) -> list[Row]:
+    """Return the rows, from what knows least to the method.
+
+    That is random, popularity, baselines, untrained models, the method without summaries, and the
+    method; other runs come before the page's own.
+    """
+    run, own = question.run, results["row"]
+    table = results["table"]
+    untrained = question.results.with_name("results-untrained.json")
+    first = [Row(name, row, own=False) for name, row in table.items() if name != own]
+    first += [Row(name, row, False) for name, row in baselines_of(question, results).items()]
+    if untrained.is_file() and own != "untrained" and not question.parts:
+        first.append(Row("untrained", read_json(untrained)["table"]["untrained"], own=False))
+
+    found = [(folder, other, False) for folder, other in others.items()]
+    found.append((run.name, results, True))
+    found.sort(key=lambda row: (row[1]["row"] != "untrained", row[1]["paradigm"] in SUMMARIZED))
+    kinds = [(other["paradigm"], other["row"]) for _, other, _ in found]
+    for folder, other, is_own in found:
+        kind = other["paradigm"], other["row"]
+        title, alone = f"{folder}: {kind[0]}, {kind[1]}", kinds.count(kind) == 1
+        first.append(Row(title, other["table"][kind[1]], is_own, kind[0] if alone else folder))
+    return first
+
+
+def results_table(rows: list[Row], names: list[str]) -> str:
+    """Return the table of rows; names: of the metrics."""
     heads = "".join(tag("th", escape(name)) for name in names)
     lines = [tag("tr", tag("th", "") + heads)]
-    for name, row in rows.items():
-        lines.append(table_row(titles[name], row, names, own=name == own))
-    for folder, other in others.items():
-        title = f"{folder}: {other['paradigm']}, {other['row']}"
-        lines.append(table_row(title, other["table"][other["row"]], names, own=False))
+    lines += [table_row(row, names) for row in rows]
     return tag("div", tag("table", "".join(lines)), class_="wide")
 
 
-def table_row(title: str, metrics: dict[str, dict], names: list[str], own: bool) -> str:
+def recall_bars(rows: list[Row], names: list[str]) -> str:
+    """Return the plot of the recalls of all rows."""
+    recalls = [name for name in names if name.startswith("Recall")]
+    bars: dict[str, dict] = {}
+    for row in rows:
+        points = {name: row.metrics[name] for name in recalls if name in row.metrics}
+        bars[row.short or row.title] = {
+            name: (point["mean"], *(point.get("interval") or [point["mean"]] * 2))
+            for name, point in points.items()
+        }
+    return bar_plot("Recall", bars)
+
+
+def table_row(row: Row, names: list[str]) -> str:
     """Return a row of means with their intervals."""
-    cells = tag("td", escape(title))
+    cells = tag("td", escape(row.title))
     for name in names:
-        text = f"{metrics[name]['mean']:.4f}" if name in metrics else ""
-        if interval := metrics.get(name, {}).get("interval"):
+        text = f"{row.metrics[name]['mean']:.4f}" if name in row.metrics else ""
+        if interval := row.metrics.get(name, {}).get("interval"):
             text += tag("small", f"{interval[0]:.3f}–{interval[1]:.3f}")
         cells += tag("td", text)
-    return tag("tr", cells, **({"class_": "own"} if own else {}))
+    return tag("tr", cells, **({"class_": "own"} if row.own else {}))
 
 
 def answer_mass(run: Path, results: dict) -> str:
@@ -212,7 +278,9 @@ def listed(texts: Iterable[tuple[int, str]]) -> str:
     return tag("ol", "".join(tag("li", escape(text), value=number) for number, text in texts))
 
 
-def user_part(line: dict, history: list[str], items: dict[str, str], tree: Node | None) -> str:
+def user_part(
+    line: dict, history: list[str], items: dict[str, str], tree: Node | None, unfolded: bool
+) -> str:
     """Return one user's summaries or history, and the ranked candidates."""
     title = tag("summary", escape(f"{line['user']}: the positive has rank {line['rank']}"))
     if tree is None:
@@ -220,7 +288,7 @@ def user_part(line: dict, history: list[str], items: dict[str, str], tree: Node 
     else:
         known = tag("h3", "Blocks and summaries") + summaries_part(history, tree)
     candidates = tag("h3", "Candidates") + candidates_table(line, items)
-    return tag("details", title + known + candidates)
+    return tag("details", title + known + candidates, **({"open": ""} if unfolded else {}))
 
 
 def summaries_part(history: list[str], tree: Node) -> str:
@@ -257,10 +325,12 @@ def users_part(run: Path, results: dict, scores: list[dict]) -> str:
     trees = {}
     if results["paradigm"] in SUMMARIZED:
         trees = {user: record["tree"] for user, record in records_of(run).items()}
-    parts = ""
-    for line in chosen_users(scores):
+    parts, chosen = "", chosen_users(scores)
+    for line in chosen:
         user = line["user"]
-        parts += user_part(line, histories[user], items, trees.get(user))
+        # The last one is the worst: where it went wrong is what one wants to see.
+        wrong = line is chosen[-1] and line["rank"] > 1
+        parts += user_part(line, histories[user], items, trees.get(user), wrong)
     return parts
 
 
@@ -280,37 +350,96 @@ def write_report(question: Question) -> Path:
     head = '<meta charset="utf-8">'
     head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
     head += title + tag("style", COLORS_AND_TEXT + STYLE)
-    body = tag("main", page_body(run, results, scores))
+    body = tag("main", page_body(question, results, scores))
     with atomic_write(path, "w") as file:
         file.write('<!doctype html><html lang="en">')
         file.write(f"<head>{head}</head><body>{body}</body></html>")
     return path
 
 
-def page_body(run: Path, results: dict, scores: list[dict]) -> str:
+def page_body(question: Question, results: dict, scores: list[dict]) -> str:
     """Return the page's content."""
-    others = neighbors(run, results)
+    run, others = question.run, neighbors(question, results)
+    rows, names = result_rows(question, results, others), list(results["table"]["random"])
     body = tag("h1", escape(f"LLM-TRSR: {run}"))
-    for text in about(run, results):
+    for text in about(question, results):
         body += tag("p", escape(text), class_="faint")
-    body += tag("h2", "Results") + results_table(run, results, others)
+    body += tag("h2", "Results") + results_table(rows, names)
     body += tag("p", "Below each mean is its 95 % interval over users.", class_="faint")
-    body += answer_mass(run, results) + quality_part(run, results)
+    body += tag("div", recall_bars(rows, names), class_="bars")
+    body += answer_mass(run, results) + glossary(rows, names) + quality_part(run, results)
 
     plots = [*curves(run), history_plot(run, results, others), length_plot(run, scores)]
     if any(plots):
         body += tag("h2", "Curves") + tag("div", "".join(plots), class_="plots")
+    body += prompt_part(results) + settings_part(run)
     body += tag("h2", "Some users, from the best rank of the positive to the worst")
     return body + users_part(run, results, scores)
 
 
-def about(run: Path, results: dict) -> list[str]:
-    """Return the lines below the title: the users, the model, the prompt, and what was trimmed."""
+GLOSSARY = {
+    "candidates": "the items to rank for a user: the positive, which came next, and negatives",
+    "P(Yes)": "what a candidate is ranked by: the probability of Yes against No",
+    "Recall@K": "the share of users whose positive is among the first K",
+    "MRR@K": "the mean of 1 / rank of the positive, 0 if it is not among the first K",
+    "NDCG@K": "the mean of 1 / log2(rank + 1), 0 if it is not among the first K",
+    "interval": "95 % of the means of users drawn again, with replacement, are inside",
+    "random": "what a random order of the candidates scores on average",
+    "popularity": "candidates by how often they were taken in training",
+    "untrained": "the language model as it is, before the adapter is trained",
+    "recent-only": "the prompt shows the last items, and no summary",
+    "whole-history": "the prompt shows all items, and no summary",
+    "none": "the prompt shows nothing of the user",
+    "hierarchical": "blocks of the history are summarized apart, then their summaries together",
+    "recurrent": "the summary is rewritten with every block of the history",
+}
+
+
+def glossary(rows: list[Row], names: list[str]) -> str:
+    """Return what the words of the table mean: those that are in it."""
+    words = " ".join([*(row.title for row in rows), *names])
+    always = ("candidates", "P(Yes)", "interval")
+    terms = ""
+    for term, meaning in GLOSSARY.items():
+        if term in always or re.search(rf"\b{re.escape(term.removesuffix('K'))}", words):
+            terms += tag("dt", escape(term)) + tag("dd", escape(meaning))
+    return tag("details", tag("summary", "What the words mean") + tag("dl", terms))
+
+
+def prompt_part(results: dict) -> str:
+    """Return one whole prompt; nothing for older results, which have none."""
+    example = results.get("example") or {}
+    if not isinstance(example.get("prompt"), str):
+        return ""
+    about = f"For the next item of user {example.get('user')}; the model's answer comes after it."
+    body = tag("h2", "One prompt, as the model reads it") + tag("p", escape(about), class_="faint")
+    return body + tag("pre", escape(example["prompt"]))
+
+
+def settings_part(run: Path) -> str:
+    """Return the settings that the run was made with, script by script."""
+    parts = ""
+    for script, kept in read_config(run).items():
+        shown = {k: v for k, v in kept.items() if isinstance(v, str | int | float | list | None)}
+        # Prompts and hashes are long, and elsewhere.
+        shown = {k: v for k, v in shown.items() if len(str(v)) < 100}
+        rows = "".join(
+            tag("tr", tag("td", escape(name)) + tag("td", escape(str(value))))
+            for name, value in shown.items()
+        )
+        parts += tag("h3", escape(f"{script}.py")) + tag("table", rows, class_="shares")
+    return tag("details", tag("summary", "Settings") + parts) if parts else ""
+
+
+def about(question: Question, results: dict) -> list[str]:
+    """Return the lines below the title: users, model, prompt, date, and what was trimmed."""
+    run = question.run
+    date = datetime.fromtimestamp(question.results.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
     users = f"{results['users']} users of {results['data']}/{results['split']}.jsonl"
     recent = read_config(run).get("train", {}).get("history_items")
     return [
         f"{users}; model {results['model']}, {results['row']}",
-        f"prompt: {results['paradigm']}, {recent} recent items",
+        f"prompt: {results['paradigm']}, {recent} recent items; evaluated {date}",
         *(f"trimmed to the context: {n} {what}" for what, n in results["trimmed"].items()),
     ]
 

@@ -12,6 +12,8 @@ shares are of users that have a history:
     another             users whose summary is, word for word, also that of another history
     empty               users whose summary is empty
     own_first           users whose summary fits their own history better than those of 23 others
+    sound               users of whose summary nothing above is bad: not empty, not another's, no
+                        loop, and every text on the way to it ended by itself
 
 A summary fits a history by the words that they share, each with the weight log(1 + its frequency in
 the history / its frequency in all histories): rare words count more, and since frequencies are
@@ -64,6 +66,7 @@ class Quality:
     empty: float
     own_first: float | None
     chance: float | None  # of own_first
+    sound: float | None = None  # unknown where it is unknown how the texts ended
 
     def rows(self) -> list[tuple[str, str]]:
         """Return (what, shares in words) pairs."""
@@ -81,7 +84,12 @@ class Quality:
             others = round(1 / self.chance) - 1
             what = f"of the summaries fit their own history better than {others} others'"
             own = f"{percent(self.own_first)} {what} (by chance {percent(self.chance)})"
+        sound = []
+        if self.sound is not None:
+            what = "of the summaries are sound: whole, without loops, the user's own"
+            sound.append(("sound", f"{percent(self.sound)} {what}"))
         return [
+            *sound,
             ("ends", ends),
             ("loops", f"{loops}, more than a fifth for {percent(self.loop_users)} of the users"),
             ("copies", f"{percent(self.another)} are another user's, {percent(self.empty)} empty"),
@@ -136,10 +144,19 @@ def quality_of(records: dict[str, dict], texts: dict[str, list[str]], seed: int 
     summaries = [records[user]["summary"] for user in users]
     words = [words_of(summary) for summary in summaries]
 
-    ends = sum((ends_of(user, records[user]) for user in users), Counter())
+    counts = [ends_of(user, records[user]) for user in users]
+    ends = sum(counts, Counter())
     n_texts = sum(ends[name] for name in ENDS)
     ended, limit, turn = (ends[name] / n_texts if n_texts else None for name in ENDS)
     loops = [repeated_share(found) for found in words]
+    others = of_another(summaries, histories)
+    sound = [
+        bool(summary.strip())
+        and not other
+        and loop <= LOOP
+        and not record["limit"] + record["turn"]
+        for summary, other, loop, record in zip(summaries, others, loops, counts, strict=True)
+    ]
     own, chance = None, None
     if len(users) > 1:
         first = own_first(words, histories, seed)
@@ -152,10 +169,11 @@ def quality_of(records: dict[str, dict], texts: dict[str, list[str]], seed: int 
         turn=turn,
         loop=mean(loops),
         loop_users=mean([share > LOOP for share in loops]),
-        another=mean(of_another(summaries, histories)),
+        another=mean(others),
         empty=mean([not summary.strip() for summary in summaries]),
         own_first=own,
         chance=chance,
+        sound=mean(sound) if users and all(counts) else None,
     )
 
 
@@ -260,7 +278,7 @@ def read_quality(path: Path) -> Quality | None:
     """Return what quality.json holds, None if there is no such file; InputError if it is broken."""
     if not path.is_file():
         return None
-    record = read_json(path)
+    record = {"sound": None} | read_json(path)  # older runs did not count them
     for field in fields(Quality):
         if not isinstance(record.get(field.name, ""), field.type | int):
             what = f"field {field.name!r} is missing or not a number"

@@ -166,3 +166,53 @@ def test_a_run_without_results_is_named(tmp_path):
     message = r"results\.json: no such file; first run python evaluate\.py"
     with pytest.raises(InputError, match=message):
         page.write_report(Question(tmp_path))
+
+
+def baseline(folder, results, users):
+    """Write the results of a baseline beside a run's own."""
+    folder.mkdir(parents=True)
+    metrics = {n: {"mean": 0.1234, "interval": [0.1, 0.2]} for n in results["table"]["random"]}
+    write_json(folder / "results.json", {"data": results["data"], "table": metrics})
+    write_lines(folder / "scores-test.jsonl", [{"user": str(i)} for i in range(users)])
+
+
+def test_rows_come_from_what_knows_least_to_the_method(evaluated_runs, tmp_path):
+    for name in ("one", "two", "three"):
+        copied(evaluated_runs, tmp_path / name, name)
+    question = Question(tmp_path / "one")
+    results = read_json(question.results)
+    baseline(tmp_path / "one/baselines/sasrec-0", results, results["users"])
+    baseline(tmp_path / "one/baselines/ncf-0", results, results["users"] + 1)  # other users
+    rows = page.result_rows(question, results, page.neighbors(question, results))
+    assert [row.title for row in rows] == [
+        "random",
+        "popularity",
+        "sasrec-0",
+        "untrained",
+        "three: recent-only, trained",
+        "two: recurrent, trained",
+        "one: recurrent, trained",
+    ]
+    assert [row.own for row in rows] == [False] * 6 + [True]
+    text = page.write_report(question).read_text()
+    bars = text[text.index('<div class="bars">') : text.index("What the words mean")]
+    assert bars.count(">0.123</text>") == len([n for n in results["table"]["random"] if "Rec" in n])
+
+
+def test_the_page_shows_a_whole_prompt_settings_and_what_words_mean(evaluated_runs):
+    folder = evaluated_runs / "one"
+    text, results = (folder / "report.html").read_text(), read_json(folder / "results.json")
+    prompt = results["example"]["prompt"]
+    assert f"<pre>{html.escape(prompt)}</pre>" in text
+    assert all(part in prompt for part in ("[Preference Summary]", "[Next Item]"))
+    assert "<td>max_new_tokens</td>" in text
+    assert "<dt>MRR@K</dt>" in text
+    assert "<dt>whole-history</dt>" not in text  # no row is about it
+
+
+def test_the_user_who_went_most_wrong_is_open(evaluated_runs):
+    folder = evaluated_runs / "one"
+    opened = (folder / "report.html").read_text().split('<details open="">')[1:]
+    worst = max(scores(folder), key=lambda line: line["rank"])
+    assert len(opened) == (worst["rank"] > 1)
+    assert all(f"has rank {worst['rank']}</summary>" in part for part in opened)

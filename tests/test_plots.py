@@ -55,3 +55,28 @@ def test_each_of_six_series_has_a_color_of_its_own_in_both_modes():
         name = color.removeprefix("var(").removesuffix(")")
         assert f"{name}: #" in light
         assert f"{name}: #" in dark
+
+
+def test_one_epoch_is_figures_and_two_are_a_line():
+    once = plots.line_plot("Validation", "epoch", "recall", {"Recall@3": [(1, 0.25)]})
+    assert "<td>0.2500</td>" in once
+    assert "<svg" not in once
+    twice = plots.line_plot("Validation", "epoch", "recall", {"Recall@3": [(1, 0.25), (2, 0.5)]})
+    assert "polyline" in twice
+
+
+def test_lengths_far_from_the_limit_fill_the_axis():
+    far = plots.histogram("Prompts", "tokens", [400, 500, 450], 2048)
+    assert ">2048<" not in far
+    assert "the limit is 2048" in far
+    places = [float(x) for x in re.findall(r'<rect x="([0-9.]+)"', far)]
+    assert max(places) - min(places) > plots.WIDTH / 2
+    near = plots.histogram("Prompts", "tokens", [400, 2000], 2048)
+    assert ">2048</text>" in near
+
+
+def test_bars_of_all_rows_have_their_intervals():
+    rows = {"a": {"Recall@3": (0.5, 0.4, 0.6)}, "b": {"Recall@3": (0.25, 0.25, 0.25)}}
+    root = ET.fromstring(re.search(r"<svg.*</svg>", plots.bar_plot("Recall", rows)).group())
+    assert len(list(root.iter("rect"))) == 2
+    assert {text.text for text in root.iter("text")} >= {"a", "b", "0.500", "0.250"}

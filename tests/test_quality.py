@@ -255,7 +255,7 @@ def test_the_command_prints_a_run(evaluated_runs, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["quality", str(evaluated_runs / "one")])
     quality.main()
     out = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in out[:4]] == ["ends", "loops", "copies", "own"]
+    assert [line.split()[0] for line in out[:5]] == ["sound", "ends", "loops", "copies", "own"]
 
 
 def test_the_command_names_a_run_about_other_texts(evaluated_runs, tmp_path, monkeypatch):
