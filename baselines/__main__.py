@@ -10,7 +10,8 @@ target too, given the items before it. The epoch with the best validation recall
 users.
 
 Writes RUN/baselines/NAME-SEED/ with scores-test.jsonl and results.json, and prints one table. With
---every-position, NAME ends with +positions.
+--every-position, NAME ends with +positions. With --candidates all, each folder has
+scores-test-all.jsonl and results-all.json too.
 """
 
 import re
@@ -28,13 +29,13 @@ from tqdm import tqdm
 import trsr
 from baselines.encode import embeddings
 from baselines.models import MODELS, Baseline
-from files.jsonl import write_json, write_jsonl
+from baselines.ranking import Tests, rank_among
+from batches.candidates import Choice, choice, name_of
 from launch.command import option, parse_settings, run_main
 from launch.numbers import fraction, positive, positive_real, real, seed_number
 from llama import CheckpointError
 from prepare.dataset import load_dataset
 from runfolder.compare import format_table
-from runfolder.scores import means_and_intervals, table_of
 from trsr import Example
 
 
@@ -63,6 +64,9 @@ class Settings:
     dropout: float = option(0.2, "on the vectors that the models combine", fraction)
     longest: int = option(200, "how many of the most recent items a model sees", positive)
     label: str = option("", "added to the names of the models' folders", folder_name)
+    candidates: Choice = option(
+        None, "also rank all items, N drawn ones, or a file's, as evaluate.py does", choice
+    )
 
     lr: float = option(1e-3, "learning rate", positive_real, "training")
     weight_decay: float = option(1e-4, "AdamW's weight decay", real)
@@ -247,28 +251,30 @@ def main() -> None:
     negatives = f"{settings.negatives} more negatives"
     print(f"learns  {n_targets} targets, each against its file's and {negatives}")
 
-    table = {}
+    tests = Tests.of(settings.data, splits, k, items, settings.candidates)
+    number = {name: i for i, name in enumerate(items)}
     for name in settings.models:
-        ranks = []
+        row = settings.row(name)
         for seed in settings.seeds:
             torch.manual_seed(seed)
             model = MODELS[name](texts, settings.size, settings.dropout).to(device)
             training = Training(model, users, settings, seed)
             training.fit(f"{name}, seed {seed}")
-            scores, found = ranked(model, users["test"], device)
-            report = {"data": str(settings.data), "model": name, "targets": n_targets}
-            report |= {"lr": settings.lr, "validation": training.validation}
-            report |= {"table": means_and_intervals(found, k)}
-            folder = out / f"{settings.row(name)}-{seed}"
-            write_results(folder, users["test"], scores, found, report)
-            ranks.append(found)
-        table |= table_of(settings.row(name), ranks, splits["test"], splits["train"], k)
+            about = {"model": name, "targets": n_targets, "lr": settings.lr}
+            about |= {"validation": training.validation}
+            for kind, examples in tests.kinds.items():
+                found = own_lines(model, users["test"], device)
+                if kind is not None:
+                    found = rank_among(model, examples, users["test"].histories, number)
+                tests.add(kind, out / f"{row}-{seed}", row, found, about)
+        tests.tabulate(row)
 
-    print(format_table(table))
     several = f", {len(settings.seeds)} seeds together" if len(settings.seeds) > 1 else ""
-    print(f"below each mean is its 95 % interval over users{several}")
-    results = {"data": str(settings.data), "users": len(splits["test"]), "table": table}
-    write_json(out / "results.json", results)
+    for kind, table in tests.tables.items():
+        print(f"candidates: {name_of(kind) or 'as in the dataset'}")
+        print(format_table(table))
+        print(f"below each mean is its 95 % interval over users{several}")
+    tests.write(out)
     print(f"wrote   {out}")
 
 
@@ -297,18 +303,15 @@ def announce(settings: Settings, texts: Tensor, sizes: dict[str, int]) -> None:
     print(f"items   {settings.encoder}: {frozen}; {where}")
 
 
-def write_results(
-    folder: Path, users: Users, scores: list[list[float]], ranks: list[int], report: dict
-) -> None:
-    """Write scores-test.jsonl and results.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = []
+def own_lines(model: Baseline, users: Users, device: torch.device) -> tuple[list[dict], list[int]]:
+    """Return each user's line with the dataset's own candidates, and the target's rank."""
+    scores, ranks = ranked(model, users, device)
     columns = zip(users.examples, ranks, users.names, scores, strict=True)
-    for example, rank, candidates, row in columns:
-        line = {"user": example.user, "rank": rank, "candidates": candidates, "scores": row}
-        lines.append(line)
-    write_jsonl(folder / "scores-test.jsonl", lines)
-    write_json(folder / "results.json", report)
+    lines = [
+        {"user": example.user, "rank": rank, "candidates": candidates, "scores": row}
+        for example, rank, candidates, row in columns
+    ]
+    return lines, ranks
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from baselines import __main__ as command
 from baselines.models import MODELS
 from files.jsonl import read_json
 from prepare.dataset import load_dataset
+from runfolder import compare
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +76,41 @@ def test_the_command_writes_scores_and_one_table(finished):
         assert table[name]["Recall@3"]["mean"] == pytest.approx(np.mean(recalls))
 
 
+def test_all_items_are_ranked_by_the_same_models(
+    finished, model_folder, tmp_path, run_baselines, monkeypatch
+):
+    monkeypatch.setattr("baselines.ranking.CHUNK", 7)
+    settings = {"encoder": f"llama:{model_folder}", "epochs": 2, "size": 8, "candidates": "all"}
+    run_baselines(data=finished / "data", run=tmp_path, **settings)
+    _, items, splits = load_dataset(finished / "data", ("test",))
+    for name in MODELS:
+        folder = tmp_path / "baselines" / f"{name}-0"
+        own, among = scores(folder), scores(folder, "scores-test-all.jsonl")
+        for line, of_all, example in zip(own, among, splits["test"], strict=True):
+            assert of_all["ranked"] == len(items) - len(set(example.history))
+            assert set(of_all["candidates"]) == set(items) - set(example.history)
+            assert of_all["scores"] == sorted(of_all["scores"], reverse=True)
+            found = dict(zip(of_all["candidates"], of_all["scores"], strict=True))
+            for item, score in zip(line["candidates"], line["scores"], strict=True):
+                assert found[item] == pytest.approx(score, abs=1e-5)
+            positive = found[example.positive]
+            assert of_all["score"] == positive
+            assert of_all["rank"] == sum(score >= positive for score in found.values())
+    tables = [read_json(tmp_path / f"baselines/results{end}.json") for end in ("", "-all")]
+    assert [list(t["table"]) for t in tables] == [["random", "popularity", *MODELS]] * 2
+    assert tables[1]["candidates"] == "all"
+    runs = [tmp_path / "baselines" / f"{name}-0" for name in ("ncf", "din")]
+    for candidates in ("", "all"):
+        assert list(compare.rows_of(runs, candidates)[1]) == ["random", "popularity", "ncf", "din"]
+        assert list(compare.verdicts_of(runs, candidates)) == ["din"]
+
+
 def test_scores_of_another_system_get_the_same_table(finished):
     own = finished / "run" / "baselines" / "sasrec-0"
     settings = {"data": finished / "data", "run": finished / "other", "k": [3, 5, 10]}
     run("evaluate.py", **settings, scores=own / "scores-test.jsonl")
     found = read_json(finished / "other" / "results-scores-test.json")["table"]["scores-test"]
-    expected = read_json(own / "results.json")["table"]
+    expected = read_json(own / "results.json")["table"]["sasrec"]
     assert {m: v["mean"] for m, v in found.items()} == {m: v["mean"] for m, v in expected.items()}
 
 
