@@ -1,15 +1,20 @@
 """launch/command.py: the fields of a dataclass as flags, and help that shows their defaults."""
 
+import importlib
+import re
+import subprocess
+import sys
 from argparse import ArgumentTypeError
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 import evaluate
 import summarize
 import train
-from launch.command import Shared, option, parse_settings
+from launch.command import Shared, option, parse_settings, tell_next
 from launch.numbers import natural, positive
 
 
@@ -87,3 +92,71 @@ def test_every_flag_of_a_script_has_a_help(script):
     for setting in fields(script.Settings):
         if flag := setting.metadata.get("flag"):
             assert flag["help"], setting.name
+
+
+# ---- The help of every command
+
+COMMANDS = [
+    *("summarize", "train", "evaluate", "baselines.__main__", "models.gguf"),
+    *("prepare.demo", "prepare.mind", "prepare.amazon_m2", "prepare.recbole", "prepare.to_recbole"),
+    *("runfolder.page", "runfolder.compare", "runfolder.quality", "runfolder.show"),
+    *("experiments.table2", "experiments.figure9", "experiments.figure10", "experiments.figure11"),
+    *("experiments.budgets", "experiments.base", "experiments.ruled", "experiments.tiny.make"),
+    *("experiments.tiny.measure", "bench.score", "bench.train", "bench.summarize", "bench.int8"),
+    *("bench.chain", "bench.random_model", "bench.threads"),
+]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_flag_of_every_command_is_described_and_no_default_is_none(monkeypatch, capsys, name):
+    monkeypatch.setattr("sys.argv", [name, "--help"])
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(name).main()
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: python ")
+    assert not re.search(r"default:\s+(None|\(|\[|False)", shown)
+    flags = re.split(r"\n(?=  -)", shown[shown.index("\noptions:") :])[1:]
+    assert len(flags) > 1
+    for flag in flags:
+        what, _, text = flag.strip().partition("  ")
+        assert text.strip() or "\n" in what, flag
+
+
+def test_a_default_of_zero_is_shown_and_lists_are_as_one_types_them(monkeypatch, capsys):
+    @dataclass(frozen=True)
+    class More:
+        seed: int = option(0, "of the order", natural)
+        rate: float = option(600.0, "of steps")
+        ks: tuple[int, ...] = option((3, 5), "cut-offs", positive, nargs="+")
+        none: tuple[int, ...] = option((), "to choose from", positive, nargs="+")
+
+    monkeypatch.setattr("sys.argv", ["script.py", "--help"])
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        parse_settings(More, "What it does.")
+    shown = capsys.readouterr().out
+    for text in ("of the order (default: 0)", "(default: 600)", "(default: 3 5)", "choose from\n"):
+        assert text in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "usage"),
+    [
+        (["train.py"], "usage: python train.py [flags]"),
+        (["-m", "runfolder.show"], "usage: python -m runfolder.show RUN [flags]"),
+    ],
+    ids=str,
+)
+def test_the_help_begins_with_the_command_as_one_types_it(arguments, usage):
+    line = [sys.executable, *arguments, "--help"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[0] == usage
+
+
+def test_the_next_command_is_left_to_whoever_tells_the_steps(monkeypatch, capsys):
+    tell_next("python train.py")
+    monkeypatch.setenv("TRSR_STEPS", "told")
+    tell_next("python train.py")
+    assert capsys.readouterr().out == "next    python train.py\n"
