@@ -293,11 +293,7 @@ def main() -> None:
 
 
 def report(
-    settings: Settings,
-    examples: list[Example],
-    train: list[Example],
-    ranked: list[Ranked],
-    about: dict,
+    settings: Settings, examples: list, train: list, ranked: list[Ranked], about: dict
 ) -> None:
     """Print and write the table, and write the users' lines; about: what else to record."""
     found = [user.rank for user in ranked]

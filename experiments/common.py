@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from experiments import paper
+from experiments.above import mark_above, note_above
 from experiments.forecast import foresee
 from experiments.jobs import Jobs, Machine
 from experiments.rows import Row, Run, plan_of, stages_of
@@ -17,6 +18,7 @@ from experiments.tables import figure, markdown, markdown_differences
 from experiments.tuning import Choice
 from files.atomic import atomic_write
 from files.jsonl import read_json, read_jsonl, write_json
+from files.sheet import TABLE, table_rows, write_csv
 from launch.command import option, run_main
 from llama import CheckpointError
 from prepare.dataset import load_dataset, popularity
@@ -102,15 +104,18 @@ class Experiment:
             self.measure(rows)
             compared = markdown_differences(rows, names[0])
             table = markdown(rows, names, self.dataset)
-            parts = [table, *self.notes(rows), *filter(None, [compared])]
+            parts = [table, *self.notes(rows), *filter(None, [note_above(rows), compared])]
             text = "\n\n".join(parts) + "\n"
             drawing = figure(f"{self.title}, {settings.data}", rows, names, x_name, log)
             for suffix, content in ((".md", text), (".svg", drawing)):
                 with atomic_write(out / f"{self.name}{suffix}") as file:
                     file.write(content)
+            cells = {row.name: row.measured for row in rows if row.measured}
+            write_csv(out / f"{self.name}.csv", TABLE, table_rows(cells))
             self.write_results(rows)
         print(f"\n{text}")
-        print(f"wrote   {out / self.name}.md, {out / self.name}.svg, {out / 'results.json'}")
+        wrote = [out / f"{self.name}{suffix}" for suffix in (".md", ".svg", ".csv")]
+        print(f"wrote   {', '.join(map(str, wrote))}, {out / 'results.json'}")
 
     def announce(self, n_runs: int, n_stages: int, n_pending: int) -> None:
         """Print what is about to be run."""
@@ -180,6 +185,7 @@ class Experiment:
                 if row.ranks and other in ranks and other != row.name:
                     found = paired_differences(row.ranks, ranks[other], ks)
                     row.differences[column] = found
+        mark_above(rows, ks)
 
     def write_results(self, rows: list[Row]) -> None:
         """Write the rows to OUT/results.json, which keeps those of other experiments."""

@@ -22,6 +22,7 @@ class Row:
     against: dict[str, str] = field(default_factory=dict)  # other rows' names, by column
     paper: dict[str, float] = field(default_factory=dict)
     misprints: tuple[str, ...] = ()
+    baseline: bool = False  # what the other rows are to be above
 
     # What comes out.
     chosen: Choice | None = None
@@ -29,6 +30,7 @@ class Row:
     ranks: list[list[int]] = field(default_factory=list)  # a list per seed
     measured: dict[str, dict] = field(default_factory=dict)
     differences: dict[str, dict] = field(default_factory=dict)  # metrics by column
+    above: dict = field(default_factory=dict)  # whether it is above the best baseline, and p
 
     @property
     def runs(self) -> list[Run]:
@@ -75,7 +77,8 @@ class Row:
 
     def record(self) -> dict:
         """Return what results.json says of it."""
-        names = ("name", "group", "series", "measured", "differences", "paper", "misprints")
+        names = ("name", "group", "series", "measured", "differences", "above")
+        names += ("paper", "misprints")
         found = {name: getattr(self, name) for name in names}
         found["runs"] = [str(run[-1].run) for run in self.runs]
         if self.chosen and self.chosen.values:

@@ -88,7 +88,7 @@ def baseline_row(experiment: Experiment, settings: Settings, key: str) -> Row:
     model = BaselineModel(name, encoder, name != key, settings.baselines)
     found = experiment.runs(baseline_run, model, settings.baseline_grid())
     known = experiment.paper_row(key)  # the paper's learn from the last position
-    return Row(TITLES[key], TITLES[key], choices=found, **known)
+    return Row(TITLES[key], TITLES[key], choices=found, baseline=True, **known)
 
 
 def language_model_row(experiment: Experiment, settings: Settings, key: str) -> Row:

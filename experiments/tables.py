@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from experiments.above import MARK
 from experiments.rows import Row
 from runfolder.plots import bar_panel, line_panel, svg_file
 
@@ -18,7 +19,8 @@ def markdown(rows: Sequence[Row], names: Sequence[str], dataset: str | None) -> 
         title = row.name.replace("|", "\\|")
         if row.measured:
             cells = (measured_cell(row.measured[name], best[name]) for name in names)
-            lines.append(table_line([title, *cells]))
+            mark = f" {MARK}" if row.above.get("is") else ""
+            lines.append(table_line([title + mark, *cells]))
         if row.paper:
             cells = (paper_cell(row, name) for name in names)
             lines.append(table_line([f"*{title}: the paper, {dataset}*", *cells]))
