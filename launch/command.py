@@ -186,14 +186,16 @@ def run_main(
 
     The exit status is then 2. reports: whether this process is the one that prints the line.
     """
+    path = Path(sys.argv[0])
+    name = path.parent.name if path.stem == "__main__" else path.stem  # a package as a command
     try:
         main()
     except (InputError, OSError, *errors) as error:
         if reports():
-            print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
+            print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         if reports():
             what = "interrupted; finished work is kept, the same command resumes"
-            print(f"{Path(sys.argv[0]).stem}: {what}", file=sys.stderr)
+            print(f"{name}: {what}", file=sys.stderr)
         sys.exit(130)  # the status that shells give to Ctrl-C
