@@ -34,7 +34,8 @@ from models.hub import find_model, load_form
 from prepare.dataset import load_dataset
 from trsr import SUMMARIZED, Example, InputError, content_hash, split_blocks
 
-SAMPLE = 48  # users of a split whose prompts are tokenized
+SAMPLE = 48  # users whose prompts are tokenized, of those to learn from or to summarize
+RANKED = 16  # likewise of those to rank for, since each has many candidates
 RULED = "experiments.ruled"
 SPLITS = ("train", "val", "test")
 
@@ -100,8 +101,8 @@ def rule_of(data: str):
     return Corpus.load(data).rule
 
 
-def sampled(examples: Sequence[Example], items: dict[str, str]) -> list[Example]:
-    """Return SAMPLE of the examples, of short and long histories alike, or all if there are less.
+def sampled(examples: Sequence[Example], items: dict[str, str], most: int) -> list[Example]:
+    """Return so many of the examples, of short and long texts alike, or all if there are less.
 
     The examples are put in order of their texts' length, and one is taken of each equal part.
     """
@@ -109,7 +110,7 @@ def sampled(examples: Sequence[Example], items: dict[str, str]) -> list[Example]
     def length(example: Example) -> int:
         return sum(len(items[i]) for i in (*example.history, example.positive, *example.negatives))
 
-    n, ordered = min(SAMPLE, len(examples)), sorted(examples, key=length)
+    n, ordered = min(most, len(examples)), sorted(examples, key=length)
     return [ordered[int((j + 0.5) * len(ordered) / n)] for j in range(n)]
 
 
@@ -259,7 +260,8 @@ class Forecast:
     ) -> float:
         """Return the tokens of all examples' trees, with answers or with candidates to rank."""
         domain, items, _ = dataset(asked.data)
-        sample, folder = sampled(examples, items), find_model(asked.model, asked.revision)
+        sample = sampled(examples, items, SAMPLE if learn else RANKED)
+        folder = find_model(asked.model, asked.revision)
         with TemporaryDirectory() as name:
             run = Path(name)
             if asked.paradigm in SUMMARIZED:
@@ -300,7 +302,7 @@ def write_work(flags: tuple[str, ...]) -> Work:
     _, items, splits = dataset(asked.data)
     text, total = longest_summary(flags), Work()
     for examples in splits.values():
-        sample, sizes = sampled(examples, items), []
+        sample, sizes = sampled(examples, items, SAMPLE), []
         for example in sample:
             task = summarizer.task([items[i] for i in example.history], Counter())
             read, asked_for, answers = 0, 0, None
@@ -378,7 +380,7 @@ def main() -> None:
         work = write_work(flags)
     else:
         raise InputError(f"expected train.py or summarize.py and its flags, not {script!r}")
-    print(f"tokens  {work}, foreseen from {SAMPLE} users of a split at most")
+    print(f"tokens  {work}, foreseen from a sample of users")
     if forecast.assumed:
         print("summaries are not there yet: each counts with as many tokens as it may have")
 
