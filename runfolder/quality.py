@@ -20,9 +20,9 @@ the history / its frequency in all histories): rare words count more, and since 
 relative to the history's length, a long history has no advantage. Ties count against the user, so
 summaries that know nothing of the user come first in 1 of 24 cases.
 
-Advice is given if more than a tenth of the texts hit the limit or begin another turn; if loop is
-more than a tenth, or loop_users, another or empty more than a twentieth; and if own_first is less
-than three times its chance, but in no case if it is more than a half.
+Advice is given if more than a tenth of the texts hit the limit, unless they go in circles, or begin
+another turn; if loop is more than a tenth, or loop_users, another or empty more than a twentieth;
+and if own_first is less than three times its chance, but in no case if it is a half or more.
 """
 
 import random
@@ -100,11 +100,13 @@ class Quality:
         """Yield a sentence for each share that is bad."""
         if not self.users:
             return
-        if (self.limit or 0) > 0.1:
+        loops = self.loop > 0.1 or self.loop_users > 0.05
+        # A text that goes in circles reaches any limit.
+        if (self.limit or 0) > 0.1 and not loops:
             yield "many texts are cut at the limit: raise --max-new-tokens"
         if (self.turn or 0) > 0.1:
             yield "other turns begin: drop --no-chat, or the base model needs one with a chat form"
-        if self.loop > 0.1 or self.loop_users > 0.05:
+        if loops:
             yield "summaries repeat themselves: try --no-repeat-ngram-size or --repetition-penalty"
         if self.empty > 0.05:
             yield "summaries are empty: the model ends at once, so choose another summarizer"

@@ -214,6 +214,11 @@ def test_advice_is_given_for_what_is_bad(bad, advice):
     assert advice in sentence
 
 
+def test_a_higher_limit_is_no_advice_for_what_goes_in_circles():
+    (sentence,) = Quality(**GOOD.record() | {"limit": 0.9, "loop_users": 0.2}).advice()
+    assert "summaries repeat themselves" in sentence
+
+
 def test_what_is_just_good_enough_needs_no_advice():
     edge = {"limit": 0.1, "turn": 0.1, "loop": 0.1, "loop_users": 0.05, "another": 0.05}
     edge |= {"empty": 0.05, "own_first": 0.125}
