@@ -69,8 +69,8 @@ class Settings(Shared):
     repetition_penalty: float = option(
         1.0, "divides the odds of tokens that are there; 1: off", numbers.positive_real
     )
-    no_repeat_ngram_size: int = option(
-        0, "no so many tokens occur twice in a row; 0: off", numbers.natural
+    no_repeat_ngram_size: int | None = option(
+        None, "no so many tokens twice; 0: off (unset: 8 in the chat form)", numbers.natural
     )
     int8: str | None = option(
         None, "8-bit weights, ours or the paper's", nargs="?", choices=WAYS, const="weights"
@@ -344,6 +344,8 @@ class Summarizer:
         """Return the summarizer of resolved settings."""
         folder = find_model(settings.model, settings.revision)
         form = load_form(folder, chat=has_template(folder) and not settings.no_chat)
+        if settings.no_repeat_ngram_size is None:
+            settings = replace(settings, no_repeat_ngram_size=form.no_repeat_ngram_size)
         context = min(settings.max_length, load_config(folder).max_position_embeddings)
         budget = trsr.Budget(context - settings.max_new_tokens, form.encode, Counter())
         recorded = settings.recorded(folder, form, domain)
@@ -352,10 +354,10 @@ class Summarizer:
     def task(self, items: list[str], trimmed: Counter) -> trsr.Summarization:
         """Return a user's summarization, ready to be run; it counts what it trims in trimmed."""
         budget, size = replace(self.budget, trimmed=trimmed), self.settings.block_size
-        paradigm = trsr.SUMMARIZED[self.settings.paradigm]
+        summarize = trsr.SUMMARIZED[self.settings.paradigm]
         if self.settings.every_block:
-            return every_block(paradigm, items, self.domain, budget, size)
-        return paradigm(items, self.domain, budget, size)
+            summarize = partial(every_block, summarize)
+        return summarize(items, self.domain, budget, size)
 
     def generator(self, texts: Iterable[list[str]], device: torch.device) -> Generator:
         """Return a generator with --batch-size rows, or as many of texts' as the GPU can hold."""

@@ -35,6 +35,7 @@ class Plain:
     """The form without a template: headers in plain text, as trsr.plain_turn writes them."""
 
     stops: tuple[str, ...] = trsr.STOP_TEXTS  # texts at which an answer is over
+    no_repeat_ngram_size = 0  # what a summary does not repeat, unless asked otherwise; 0: anything
     end_ids: tuple[int, ...] = ()  # tokens at which it is, besides the model's own
 
     def __init__(self, tokenizer: Tokenizer):
@@ -57,6 +58,7 @@ class Chat:
     """
 
     stops: tuple[str, ...] = ()  # what a message or an answer may say is up to the model
+    no_repeat_ngram_size = 8  # docs/prompts.md has the measurement
 
     def __init__(self, folder: Path, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
