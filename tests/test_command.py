@@ -103,7 +103,7 @@ COMMANDS = [
     *("experiments.table2", "experiments.figure9", "experiments.figure10", "experiments.figure11"),
     *("experiments.budgets", "experiments.base", "experiments.ruled", "experiments.tiny.make"),
     *("experiments.tiny.measure", "bench.score", "bench.train", "bench.summarize", "bench.int8"),
-    *("bench.chain", "bench.random_model", "bench.threads"),
+    *("bench.chain", "bench.random_model", "bench.threads", "bench.growing", "recommend.__main__"),
 ]
 
 
