@@ -58,7 +58,7 @@ MESSAGES = {
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize(
     ("script", "function"),
-    [("summarize", "append_jsonl"), ("train", "train_step"), ("evaluate", "scored")],
+    [("summarize", "append_record"), ("train", "train_step"), ("evaluate", "scored")],
 )
 def test_one_process_that_fails_ends_the_others_with_one_message(
     tmp_path, data_folder, model_folder, trained_run, times, script, function, fault

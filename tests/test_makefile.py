@@ -1,5 +1,6 @@
 """The Makefile: the steps of the demos are numbered, and an interpreter is found or asked for."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -17,8 +18,10 @@ def planned(target, folder):
     """The commands of a target, as make would run them."""
     (folder / "Makefile").write_bytes((ROOT / "Makefile").read_bytes())
     (folder / "pyproject.toml").touch()
-    line = ["make", "-n", target]
-    return subprocess.run(line, cwd=folder, capture_output=True, text=True, check=True).stdout
+    # Below another make it would say which folder it enters and leaves.
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    options = {"cwd": folder, "env": alone, "capture_output": True, "text": True, "check": True}
+    return subprocess.run(["make", "-n", target], **options).stdout
 
 
 @pytest.mark.parametrize("target", ["demo", "demo-real"])
