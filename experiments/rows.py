@@ -40,6 +40,11 @@ class Row:
         return self.choices[self.chosen] if self.chosen else []
 
     @property
+    def is_untrained(self) -> bool:
+        """Whether it shows the model without what was trained, so that no choice matters."""
+        return any("--untrained" in run[-1].flags for run in self.expected)
+
+    @property
     def expected(self) -> list[Run]:
         """The runs that the table will show, or as many others."""
         return self.runs or next(iter(self.choices.values()), [])
@@ -70,7 +75,7 @@ class Row:
 
     def tried(self) -> list[dict]:
         """Return each choice's values and its sum of validation recalls, if there are several."""
-        if len(self.choices) < 2 or self.reused:
+        if len(self.choices) < 2 or self.reused or self.is_untrained:
             return []
         pairs = zip(self.choices, self.trials, strict=True)
         return [dict(choice.values) | {"validation": recall_of(t[-1])} for choice, t in pairs]
@@ -81,7 +86,7 @@ class Row:
         names += ("paper", "misprints")
         found = {name: getattr(self, name) for name in names}
         found["runs"] = [str(run[-1].run) for run in self.runs]
-        if self.chosen and self.chosen.values:
+        if self.chosen and self.chosen.values and not self.is_untrained:
             found |= {"chosen": dict(self.chosen.values), "tried": self.tried()}
         return found | ({"reused": self.reused.name} if self.reused else {})
 

@@ -372,7 +372,7 @@ def test_a_tuned_table_shows_only_what_was_chosen(world, launched, tmp_path):
 
 def test_the_untrained_recommender_and_summaries_alone_have_rows(world, launched, tmp_path):
     rows = ["untrained", "recent-only", "hierarchical-alone"]
-    settings = world.table | {"out": tmp_path, "rows": rows, "seeds": [0, 1]}
+    settings = world.table | {"out": tmp_path, "rows": rows, "seeds": [0, 1], "lrs": [1e-4, 0.01]}
     experiment("table2", **settings, evaluate="--pack-tokens 1024")
     found = {row["name"]: row for row in read_json(tmp_path / "results.json")["table2"]["rows"]}
     assert list(found)[2:] == ["zero-shot, recent items", "recent items only", SUMMARY_ONLY]
@@ -383,6 +383,10 @@ def test_the_untrained_recommender_and_summaries_alone_have_rows(world, launched
     means = {name: metric["mean"] for name, metric in measured.items()}
     assert means == pytest.approx({name: expected[name]["mean"] for name in means})
     assert not (untrained / "adapter").exists()
+    # No learning rate matters to it, so none is told.
+    assert "chosen" not in found["zero-shot, recent items"]
+    assert "zero-shot, recent items: learning" not in (tmp_path / "table2.md").read_text()
+    assert "chosen" in found["recent items only"]
     config = read_json(Path(found[SUMMARY_ONLY]["runs"][0]) / "config.json")["train"]
     assert (config["paradigm"], config["history_items"]) == ("hierarchical", 0)
     columns = {"recent items only"}
