@@ -373,7 +373,8 @@ def test_a_tuned_table_shows_only_what_was_chosen(world, launched, tmp_path):
 def test_the_untrained_recommender_and_summaries_alone_have_rows(world, launched, tmp_path):
     rows = ["untrained", "recent-only", "hierarchical-alone"]
     settings = world.table | {"out": tmp_path, "rows": rows, "seeds": [0, 1], "lrs": [1e-4, 0.01]}
-    experiment("table2", **settings, evaluate="--pack-tokens 1024")
+    settings |= {"train": "--epochs 1 --batch-size 8", "evaluate": "--pack-tokens 1024"}
+    experiment("table2", **settings)
     found = {row["name"]: row for row in read_json(tmp_path / "results.json")["table2"]["rows"]}
     assert list(found)[2:] == ["zero-shot, recent items", "recent items only", SUMMARY_ONLY]
     assert len(found["zero-shot, recent items"]["runs"]) == 1  # it is the same for all seeds
