@@ -395,7 +395,7 @@ def test_the_untrained_recommender_and_summaries_alone_have_rows(world, launched
     assert {*found["zero-shot, recent items"]["differences"]} == columns
     keep_small_files(tmp_path)
     launched.clear()
-    experiment("table2", **settings, evaluate="--pack-tokens 1024")
+    experiment("table2", **settings)
     assert launched == []
 
 
