@@ -24,13 +24,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 import trsr
 from baselines.encode import embeddings
 from baselines.models import MODELS, Baseline
 from baselines.ranking import Tests, rank_among
 from batches.candidates import Choice, choice, name_of
+from launch.bars import Bar
 from launch.command import option, parse_settings, run_main
 from launch.numbers import fraction, positive, positive_real, real, seed_number
 from llama import CheckpointError
@@ -196,7 +196,7 @@ class Training:
     def fit(self, name: str) -> None:
         """Train the model and restore its weights of the epoch with the best validation."""
         best, kept, since = -1.0, {}, 0
-        with tqdm(range(self.settings.epochs), name, unit="epoch") as bar:
+        with Bar(range(self.settings.epochs), name, unit="epoch") as bar:
             for _ in bar:
                 loss = self.train_epoch()
                 _, ranks = ranked(self.model, self.users["val"], self.device)

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from files.atomic import atomic_write
+from launch.bars import Bar
 from models.hub import find_model, load_model
 from models.tokenizer import Tokenizer
 from ops.packs import Tree, pack_trees
@@ -28,7 +28,7 @@ def by_llama(folder: Path, texts: list[str], device: torch.device) -> Tensor:
     found = torch.zeros(len(texts), model.config.hidden_size)
     pack_tokens = 8192 if device.type == "cuda" else 4096
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    for start in tqdm(range(0, len(order), 512), "items", unit="512 texts"):
+    for start in Bar(range(0, len(order), 512), "items", unit="512 texts"):
         part = order[start : start + 512]
         # Without a prefix, a tree's tokens are next to each other in the pack.
         for pack in pack_trees([Tree([], [ids[i]]) for i in part], pack_tokens):
@@ -61,7 +61,7 @@ def by_sentence_encoder(name: str, texts: list[str], device: torch.device) -> Te
 
     options = {"padding": True, "truncation": True, "max_length": LONGEST, "return_tensors": "pt"}
     found: list[Tensor] = []
-    for start in tqdm(range(0, len(texts), 64), "items", unit="64 texts"):
+    for start in Bar(range(0, len(texts), 64), "items", unit="64 texts"):
         inputs = tokenizer(texts[start : start + 64], **options).to(device)
         states, mask = model(**inputs).last_hidden_state, inputs["attention_mask"][..., None]
         found.append(((states * mask).sum(1) / mask.sum(1)).float().cpu())

@@ -120,7 +120,8 @@ class Parser(argparse.ArgumentParser):
         """End the script with exit status 2."""
         # All of torchrun's processes read the same flags, so one of them reports.
         reports = torchrun_variables().get("LOCAL_RANK", 0) == 0
-        self.exit(2, f"{self.prog}: {message}; --help lists the flags\n" if reports else None)
+        name = typed().split()[-1]  # train.py, or prepare.table
+        self.exit(2, f"{name}: {message}; --help lists the flags\n" if reports else None)
 
 
 def torchrun_variables() -> dict[str, int]:

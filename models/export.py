@@ -16,11 +16,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 import lora
 import trsr
 from files.jsonl import write_json
+from launch.bars import Bar
 from launch.command import Help, Parser, run_main
 from llama import CheckpointError, Llama
 from models.chat import Form
@@ -153,7 +153,7 @@ def export(model: Llama, base: Path, folder: Path, limit: int = SHARD) -> int:
     tensors = {name: p.detach() for name, p in named.items() if name not in adapter}
     shards = list(in_shards(tensors, limit))
     files = {}
-    for i, names in enumerate(tqdm(shards, "write", unit="file"), 1):
+    for i, names in enumerate(Bar(shards, "write", unit="file"), 1):
         part = f"-{i:05}-of-{len(shards):05}" if len(shards) > 1 else ""
         files |= dict.fromkeys(names, f"model{part}.safetensors")
         whole = {name: tensors[name].contiguous() for name in names}

@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 import llama
+from launch.bars import Bar
 from launch.command import Help, Parser, run_main
 from llama import CheckpointError
 from models.chat import Chat, has_template
@@ -82,7 +82,7 @@ def unpacked(path: Path, member: str | None, beside: Path) -> Iterator[Path]:
                 size = archive.getinfo(member).file_size
                 with (
                     open(target, "wb") as file,
-                    tqdm(total=size, desc="unpack", unit="B", unit_scale=True) as bar,
+                    Bar(total=size, desc="unpack", unit="B", unit_scale=True) as bar,
                 ):
                     while block := source.read(2**20):
                         file.write(block)
@@ -120,7 +120,7 @@ def convert(file: File, folder: Path, dtype: str) -> dict:
     write_json(folder / "generation_config.json", special)
 
     found = read_tensors(file, config, DTYPES[dtype])
-    weights = dict(tqdm(found, desc="convert", unit="tensor", total=len(table)))
+    weights = dict(Bar(found, desc="convert", unit="tensor", total=len(table)))
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     origin = {
         "made_by": COMMAND,

@@ -321,7 +321,7 @@ def test_what_it_prints_and_writes(tmp_path, plain):
     first, *_, last = done.stdout.splitlines()
     assert first == f"Converting {plain[0]} to {tmp_path / 'm'}, in bf16"
     assert last == f"Next: python summarize.py --model {tmp_path / 'm'}"
-    assert "convert: 100%" in done.stderr
+    assert "convert: 100 %, 21 of 21 tensors" in done.stderr
     names = {"config.json", "generation_config.json", "gguf.json", "model.safetensors"}
     names |= {"tokenizer.model", "tokenizer_config.json"}
     assert {file.name for file in (tmp_path / "m").iterdir()} == names
