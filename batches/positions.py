@@ -12,7 +12,6 @@ A summary of the blocks before has not seen what follows them (summarize.py --ev
 of recurrent summaries has it anyway).
 """
 
-import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from batches.prompts import Prompts
 from ops.packs import Tree, make_deep_tree
+from prepare.common import draw_distinct
 from state.summaries import load_before
 from trsr import (
     SUMMARIZED,
@@ -81,13 +81,7 @@ def draw(catalogue: Sequence[str], taken: set[str], n: int, seed: str) -> list[s
     """Return n different uniform items that are not taken; InputError if there are too few."""
     if len(catalogue) < n + len(taken) and len(set(catalogue) - taken) < n:
         raise InputError(f"{len(catalogue)} items are too few for {n} negatives at every position")
-    # Python promises the same numbers in every version for random() only.
-    rng, found = random.Random(seed), {}
-    while len(found) < n:
-        item = catalogue[int(rng.random() * len(catalogue))]
-        if item not in taken:
-            found[item] = None
-    return list(found)
+    return draw_distinct(seed, catalogue, range(1, len(catalogue) + 1), n, taken)
 
 
 def every_block(

@@ -291,14 +291,20 @@ def draw_negatives(
         way = "lower --train-negatives and --eval-negatives, or take a larger catalogue"
         raise InputError(f"user {session.user!r}: {what}; {way}")
 
-    rng = random.Random(f"{seed} {session.user}")
-    negatives: dict[str, None] = {}
-    while len(negatives) < n:
+    return draw_distinct(f"{seed} {session.user}", items, cumulative, n, excluded)
+
+
+def draw_distinct(
+    seed: str, items: Sequence[str], cumulative: Sequence[int], n: int, excluded: set[str]
+) -> list[str]:
+    """Return n distinct items, drawn by weight, that are not excluded; there must be as many."""
+    rng, found = random.Random(seed), {}
+    while len(found) < n:
         # Python promises the same numbers in every version for random() only.
         item = items[bisect_right(cumulative, rng.random() * cumulative[-1])]
         if item not in excluded:
-            negatives[item] = None
-    return list(negatives)
+            found[item] = None
+    return list(found)
 
 
 def weights_of(

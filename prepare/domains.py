@@ -18,7 +18,6 @@ from trsr import Domain, InputError
 
 WORDS = Path(__file__).parent / "words"
 HEADERS = ("history", "recent")  # the fields that stand in brackets above a list
-TAKEN = trsr.MERGED, trsr.PREVIOUS, trsr.SUMMARY, trsr.RECENT, trsr.NEXT  # by all prompts
 
 # ---- Reading and checking
 
@@ -72,7 +71,7 @@ def fault_of(name: str, domain: Domain) -> str | None:
         return "holds half of a character (\\ud800 to \\udfff)"
     if name in HEADERS and ("[" in text or "]" in text):
         return f"is {text!r}; a header has no brackets, the prompts put it in brackets"
-    if name in HEADERS and text.strip().lower() in map(str.lower, TAKEN):
+    if name in HEADERS and text.strip().lower() in map(str.lower, trsr.HEADERS):
         return f"is {text!r}, a header that all prompts have already; choose another one"
 
     # What cleaning would change could pass for the structure of a prompt.
