@@ -16,20 +16,18 @@ shows of the user does not depend on how many items are ranked. An item for whic
 is cut at its end.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 import trsr
-from batches.prompts import Batching, Ranking
+from batches.prompts import Batching, PerUser, Ranking
 from launch.bars import Bar
 from ops.packs import Pack, Tree, common_prefix, rounded_up
-from trsr import Example, InputError, Recommender
+from trsr import Example, Recommender
 
 CHECKED = 16  # items that are checked for a user, or more if there are few users
 BATCH = 1024  # items that are encoded at once
@@ -128,30 +126,20 @@ class CatalogueRanking(Ranking):
         return (1 + len(self.examples[user].negatives)) * self.tails.mean_length
 
 
-class Beginnings(Dataset):
+class Beginnings(PerUser):
     """Some users' beginnings, as (Beginning, counts of what was trimmed).
 
     users: indices of the ranking's examples.
     """
 
     def __init__(self, ranking: CatalogueRanking, users: Sequence[int]):
-        self.ranking, self.recommender, self.users = ranking, ranking.recommender, users
+        super().__init__(ranking.recommender, users)
+        self.ranking = ranking
         self.tails, self.names = ranking.tails, list(ranking.tails.places)
         self.checked = max(CHECKED, -(-len(self.names) // len(ranking.examples)))
 
-    def __len__(self) -> int:
-        return len(self.users)
-
-    def __getitem__(self, index: int) -> tuple[Beginning | InputError, dict]:
-        user = self.users[index]
-        budget = replace(self.recommender.budget, trimmed=Counter())
-        try:
-            made = self._begin(replace(self.recommender, budget=budget), user)
-        except InputError as error:  # raised in a worker, it would come with a traceback
-            return error, {}
-        return made, dict(budget.trimmed)
-
-    def _begin(self, recommender: Recommender, user: int) -> Beginning:
+    def make(self, user: int, recommender: Recommender) -> Beginning:
+        """Return the user's beginning."""
         example, candidates = self.ranking.shown[user], self.ranking.candidates[user]
         budget, items = recommender.budget, recommender.items
         messages, _ = recommender.prompts(example, [example.positive, *example.negatives])

@@ -12,7 +12,6 @@ A summary of the blocks before has not seen what follows them (summarize.py --ev
 of recurrent summaries has it anyway).
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -130,18 +129,13 @@ class EveryPosition(Prompts):
         self.targets, self.before = targets, before
         self.catalogue = list(recommender.items)
 
-    def __getitem__(self, index: int) -> tuple[Tree | InputError, dict]:
-        # A counter of its own, because a worker process cannot add to the caller's.
-        budget = replace(self.recommender.budget, trimmed=Counter())
-        try:
-            rows = self.rows(index, budget)
-        except InputError as error:  # raised in a worker, it would come with a traceback
-            return error, {}
-        return make_deep_tree(rows), dict(budget.trimmed)
+    def make(self, user: Example, recommender: Recommender) -> Tree:
+        """Return the tree of a user's prompts."""
+        return make_deep_tree(self.rows(user, recommender.budget))
 
-    def rows(self, index: int, budget: Budget) -> list[list[int]]:
+    def rows(self, example: Example, budget: Budget) -> list[list[int]]:
         """Return all prompts of a user as token ids, those of a position next to each other."""
-        places = self.positions(self.users[index])
+        places = self.positions(example)
         return [ids for position in places for ids in self.prompts(position, budget)]
 
     def positions(self, example: Example) -> list[Position]:

@@ -53,14 +53,38 @@ def shown_prompt(recommender: Recommender, show: Callable[[str], str], example: 
     return {"user": example.user, "prompt": show(message)}
 
 
-class Prompts(Dataset):
+class PerUser(Dataset):
+    """What `make` makes of each user, as (it, counts of what was trimmed)."""
+
+    def __init__(self, recommender: Recommender, users: Sequence):
+        self.recommender, self.users = recommender, users
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def __getitem__(self, index: int) -> tuple[object, dict]:
+        # A counter of its own, because a worker process cannot add to the caller's.
+        budget = replace(self.recommender.budget, trimmed=Counter())
+        try:
+            made = self.make(self.users[index], replace(self.recommender, budget=budget))
+        except InputError as error:  # raised in a worker, it would come with a traceback
+            return error, {}
+        return made, dict(budget.trimmed)
+
+    def make(self, user, recommender: Recommender) -> object:
+        """Return what is made of one of the users; what the recommender trims is counted."""
+        raise NotImplementedError
+
+
+class Prompts(PerUser):
     """Each user's prompts for some items, as (tree, counts of what was trimmed).
 
     answers: the ids of Yes and No; with them, every prompt ends with its own answer.
     """
 
     def __init__(self, recommender: Recommender, users: list[tuple], answers=None):
-        self.recommender, self.users, self.answers = recommender, users, answers
+        super().__init__(recommender, users)
+        self.answers = answers
 
     @classmethod
     def to_learn(cls, recommender: Recommender, examples: list[Example], answers) -> "Prompts":
@@ -68,26 +92,18 @@ class Prompts(Dataset):
         users = [(example, [example.positive, *example.negatives]) for example in examples]
         return cls(recommender, users, answers)
 
-    def __len__(self) -> int:
-        return len(self.users)
-
-    def __getitem__(self, index: int) -> tuple[Tree | InputError, dict]:
-        example, items = self.users[index]
-        # A counter of its own, because a worker process cannot add to the caller's.
-        budget = replace(self.recommender.budget, trimmed=Counter())
-        try:
-            prompts = replace(self.recommender, budget=budget).prompt_ids(example, items)
-        except InputError as error:  # raised in a worker, it would come with a traceback
-            return error, {}
-
+    def make(self, user: tuple[Example, list[str]], recommender: Recommender) -> Tree:
+        """Return the tree of a user's prompts."""
+        example, items = user
+        prompts = recommender.prompt_ids(example, items)
         if self.answers:
             yes, no = self.answers
             due = [yes if item == example.positive else no for item in items]
             prompts = [[*ids, answer] for ids, answer in zip(prompts, due, strict=True)]
-        return make_tree(prompts), dict(budget.trimmed)
+        return make_tree(prompts)
 
 
-def tokenize(prompts: Dataset, workers: int, show: bool) -> Iterator:
+def tokenize(prompts: PerUser, workers: int, show: bool) -> Iterator:
     """Return what the prompts make of each user, in order, and count what is trimmed.
 
     prompts: Prompts, which make trees, or alike. The work is done by worker processes.

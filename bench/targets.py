@@ -56,7 +56,7 @@ class Counted:
             sequences = tree.sequences()
             rows = sequences  # of one position, if it is the only one
             if isinstance(prompts, EveryPosition):
-                rows = prompts.rows(index, prompts.recommender.budget)
+                rows = prompts.rows(prompts.users[index], prompts.recommender.budget)
             groups = [rows[i : i + per_position] for i in range(0, len(rows), per_position)]
             shared = sum(make_tree(group).size for group in groups)
             counts = len(sequences), sum(map(len, sequences)), shared, tree.size
