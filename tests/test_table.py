@@ -83,7 +83,7 @@ def write_form(path, form, rows, header):
         separator = {"csv": ",", "tsv": "\t"}[kind]
         text = "".join(separator.join(map(str, row)) + "\n" for row in [header, *rows])
     data = text.encode()
-    path.write_bytes(gzip.compress(data) if form.endswith(".gz") else data)
+    path.write_bytes(gzip.compress(data, mtime=0) if form.endswith(".gz") else data)
     return path
 
 
@@ -382,6 +382,8 @@ def test_reruns_are_byte_identical(tmp_path):
 
 
 HEADER = b"user_id,item_id,timestamp\n"
+# No time of day in it: two processes that collect these tests must see the same bytes.
+SHORT_GZIP = gzip.compress(HEADER * 99, mtime=0)[:-9]
 
 
 @pytest.mark.parametrize(
@@ -419,7 +421,7 @@ HEADER = b"user_id,item_id,timestamp\n"
         ("r.csv", HEADER + b"a,\xff,1\n", r"r\.csv:2: not UTF-8 text"),
         ("r.csv", HEADER + b"a,\0,1\n", r"r\.csv:2: not text \(a zero byte\)"),
         ("r.csv.gz", b"\x1f\x8b\x08rest", r"r\.csv\.gz:1: the gzip file is broken here"),
-        ("r.csv.gz", gzip.compress(HEADER * 99)[:-9], r"r\.csv\.gz:\d+: the gzip file is broken"),
+        ("r.csv.gz", SHORT_GZIP, r"r\.csv\.gz:\d+: the gzip file is broken"),
         ("r.dat", HEADER, r"r\.dat: the name does not tell the form; known are \.csv, \.tsv, "),
         ("r.jsonl", b'{"user_id": 1\n', r"r\.jsonl:1: not JSON"),
         ("r.jsonl", b"[1]\n", r"r\.jsonl:1: a list, expected one JSON object per line"),
