@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench.shapes import SHAPES
+from bench.shapes import LLAMA_FIELDS, SHAPES
 from launch.command import option
 from launch.numbers import positive, seed_number
 from llama import Config, Llama
@@ -30,7 +30,7 @@ INSTRUCTION, VARIED, CANDIDATES = 100, 0.25, 21
 class Settings:
     """The flags that all comparisons share; each adds its own."""
 
-    shape: str = option("100m", "shape of the models", choices=("tiny", *SHAPES))
+    shape: str = option("100m", "shape of the models", choices=tuple(SHAPES))
     layers: int | None = option(None, "number of layers (unset: the shape's)", positive)
     work: str = option("mind", "the dataset whose prompt lengths to use", choices=tuple(WORK))
     repeats: int = option(3, "timings; the median counts", positive)
@@ -38,24 +38,18 @@ class Settings:
     json: bool = option(False, "print one JSON object at the end")
 
     @property
-    def vocabulary(self) -> int:
-        """The rows of the embedding: `tiny` is models/tiny's shape, the others are Llama 2's."""
-        return 2048 if self.shape == "tiny" else 32000
+    def fields(self) -> dict:
+        """The shape, as fields of config.json; what it leaves open is as in Llama 2."""
+        shape = SHAPES[self.shape] | ({"num_hidden_layers": self.layers} if self.layers else {})
+        heads = shape["num_attention_heads"]
+        derived = {"num_key_value_heads": heads, "head_dim": shape["hidden_size"] // heads}
+        shared = ("vocab_size", "tie_word_embeddings", "rms_norm_eps", "max_position_embeddings")
+        return derived | {name: LLAMA_FIELDS[name] for name in shared} | shape
 
     @property
-    def fields(self) -> dict:
-        """The shape, as fields of config.json."""
-        fields = SHAPES["small" if self.shape == "tiny" else self.shape]
-        if self.layers:
-            fields = fields | {"num_hidden_layers": self.layers}
-        heads = fields["num_attention_heads"]
-        return fields | {
-            "num_key_value_heads": heads,
-            "head_dim": fields["hidden_size"] // heads,
-            "vocab_size": self.vocabulary,
-            "rms_norm_eps": 1e-5,
-            "max_position_embeddings": 2048,
-        }
+    def vocabulary(self) -> int:
+        """The rows of the embedding."""
+        return self.fields["vocab_size"]
 
 
 # ---- Models
@@ -104,6 +98,11 @@ def transformers_model(
 def layer_matrices(model: nn.Module) -> list[Tensor]:
     """Return the layers' matrices: the weights that every token is multiplied with."""
     return [p for name, p in model.named_parameters() if ".layers." in name and p.dim() > 1]
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    """Return an optimizer with a rate of 0: it does all of its work and changes nothing."""
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
 
 
 # ---- Prompts
