@@ -31,7 +31,8 @@ from torch.utils.checkpoint import checkpoint
 from ops.cache import Cache
 from ops.checkpoint import CheckpointError, read_json_file, read_tensors, weight_files
 from ops.config import config_from
-from ops.int8 import Int8Linear, bitsandbytes_linear, quantize, replace_linears
+from ops.fp8 import use_fp8
+from ops.int8 import Int8Linear, bitsandbytes_linear, replace_linears
 from ops.loss import CrossEntropy
 from ops.masks import QueryBlocks, as_additive, kernel_tiles
 from ops.packs import Pack
@@ -306,26 +307,29 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype,
     int8: str | None = None,
-    threshold: float = 6.0,
+    fp8: str | None = None,
     build: Callable[[Path], Llama] | None = None,
 ) -> Llama:
     """Return a folder's model on device, in dtype and eval mode.
 
     The files are mapped into memory: on a CPU, and where dtype is the file's own, the weights are
-    the mapping itself. int8: a way to hold the layers' matrices in 8 bit (ops/int8.py), with
-    bitsandbytes' threshold. build: makes another architecture from the folder. Raises
-    CheckpointError, which names the file, tensor and shape that do not fit.
+    the mapping itself. int8 or fp8: a way to hold the layers' matrices in 8 bit (ops/int8.py,
+    ops/fp8.py). build: makes another architecture from the folder. Raises CheckpointError, which
+    names the file, tensor and shape that do not fit.
     """
+    if int8 and fp8:
+        raise CheckpointError("--int8 and --fp8: the matrices are held in one of them, choose one")
     with torch.device("meta"):
         model = build(folder) if build else Llama(load_config(folder))
     tied = model.config.tie_word_embeddings
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}  # tied weights once
     if int8 == "weights":
         replace_linears(model, Int8Linear)
+    elif fp8:
+        use_fp8(model, way=fp8)
 
-    found = find_weights(model, folder, device, dtype, shapes, int8)
-    if tied:
-        settle_tied(folder, found)
+    source = "cpu" if int8 == "bitsandbytes" else str(device)  # it quantizes on the way to a GPU
+    found = find_weights(model, folder, source, dtype, shapes)
     if missing := [name for name in shapes if name not in found]:
         what = f"the safetensors files lack {len(missing)} tensors, the first is {missing[0]}"
         raise CheckpointError(f"{folder}: {what}")
@@ -334,36 +338,32 @@ def load_model(
         model.lm_head.weight = model.model.embed_tokens.weight
 
     if int8 == "bitsandbytes":
-        replace_linears(model, partial(bitsandbytes_linear, threshold=threshold))
-        model.syncs_host = threshold > 0
+        replace_linears(model, bitsandbytes_linear)
+        model.syncs_host = True
     return model.to(device).eval()
 
 
 def find_weights(
-    model: Llama,
-    folder: Path,
-    device: torch.device,
-    dtype: torch.dtype,
-    shapes: dict,
-    int8: str | None,
+    model: Llama, folder: Path, device: str, dtype: torch.dtype, shapes: dict
 ) -> dict[str, Tensor]:
-    """Return the folder's tensors by name, those of an Int8Linear quantized, with their scales."""
+    """Return the folder's tensors by name; what a layer holds in 8 bit is encoded, with scales."""
     if model.config.tie_word_embeddings:  # the file may have the head too, or the head alone
         shapes = shapes | {HEAD: shapes[EMBEDDING]}
-    scales = {name for name, _ in model.named_parameters() if name.endswith(".scale")}
-    # bitsandbytes quantizes on the way from the CPU to the GPU.
-    source = "cpu" if int8 == "bitsandbytes" else str(device)
+    encoders = {f"{n}.weight": m.encode for n, m in model.named_modules() if hasattr(m, "encode")}
     found: dict[str, Tensor] = {}
     for path in weight_files(folder):
-        for name, tensor in read_tensors(path, source, shapes, model.unused):
-            if name in found or not tensor.is_floating_point():
-                what = f"tensor {name} is there twice, or not of floating point"
+        for name, tensor in read_tensors(path, device, shapes, model.unused):
+            # Numbers of 8 bit, which torch counts as floating point, would need their scales.
+            if name in found or not tensor.is_floating_point() or tensor.itemsize < 2:
+                what = f"tensor {name} is there twice, or not of floating point in 16 bit or more"
                 raise CheckpointError(f"{path}: {what}")
             found[name] = tensor.to(dtype)
-            # Quantized at once, since all weights in 16 bit may not fit.
-            scale = name.removesuffix("weight") + "scale"
-            if scale in scales:
-                found[name], found[scale] = quantize(found[name])
+            if name in encoders:  # at once, since all weights in 16 bit may not fit
+                parts, place = encoders[name](found[name]), name.removesuffix("weight")
+                found |= {place + part: held for part, held in parts.items()}
+
+    if model.config.tie_word_embeddings:
+        settle_tied(folder, found)
     return found
 
 

@@ -72,9 +72,9 @@ class LoRALinear(nn.Module):
     def merge(self, sign: int = 1) -> None:
         """Add the adapter to W; with sign -1 take it out again, up to W's rounding."""
         weight = self.base_layer.weight
-        if not weight.is_floating_point():
+        if weight.itemsize < 2:  # int8, and fp8, which torch counts as floating point
             what = f"an adapter cannot be merged into {weight.dtype} weights"
-            raise AdapterError(f"{what}; load the model without --int8")
+            raise AdapterError(f"{what}; load the model without --int8 and --fp8")
         if self.merged == (sign > 0):  # nothing to do; merging twice would add it twice
             return
         delta = self.scaling * (self.lora_B.weight @ self.lora_A.weight)
@@ -252,8 +252,8 @@ def load_adapter(model: nn.Module, folder: Path) -> LoRAConfig:
 
 def checked(path: Path, name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
     """Return a tensor of the adapter file; AdapterError unless it has that shape and floats."""
-    if not tensor.is_floating_point():
-        what = f"holds {tensor.dtype}, expected floating point"
+    if not tensor.is_floating_point() or tensor.itemsize < 2:  # fp8 would need its scales
+        what = f"holds {tensor.dtype}, expected floating point in 16 bit or more"
         raise AdapterError(f"{path}: tensor {name} {what}")
     if tensor.shape != shape:
         what = f"has shape {tuple(tensor.shape)}, expected {tuple(shape)}"

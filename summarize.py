@@ -40,7 +40,7 @@ from models.stops import PLAIN, Choice, StopTexts
 from ops.cache import PackWriter
 from ops.checkpoint import fingerprint
 from ops.graph import StepGraph
-from ops.int8 import WAYS
+from ops.int8 import WAYS, told
 from ops.masks import length_mask
 from ops.packs import Pack, common_prefix, group_prompts, pack_trees, padded_select, rounded_up
 from ops.penalties import TextCache
@@ -75,6 +75,7 @@ class Settings(Shared):
     int8: str | None = option(
         None, "8-bit weights, ours or the paper's", nargs="?", choices=WAYS, const="weights"
     )
+    fp8: bool = option(False, "8-bit floating-point products, on GPUs from Ada on")
     batch_size: int | None = option(
         None, "prompts decoded together (unset: what fits, on CPUs 16)", numbers.positive
     )
@@ -83,7 +84,7 @@ class Settings(Shared):
         """Return what determines a summary besides the history: a run is made with one of these."""
         # The batch size and the machine change nothing but rounding.
         names = "data model paradigm block_size max_new_tokens max_length int8 dtype"
-        names += " repetition_penalty no_repeat_ngram_size every_block"
+        names += " repetition_penalty no_repeat_ngram_size every_block" + " fp8" * self.fp8
         kept = {name: getattr(self, name) for name in names.split()}
         words = wording(self.paradigm, domain, form.show)  # with the chat template's, if any
         words.pop("recommend")  # no summary depends on it
@@ -225,8 +226,7 @@ class Generator:
         trees, prompt_of = group_prompts([ids for _, ids in prompts])
         size, pad_to = 2048, 1
         if self.on_gpu:  # few lengths, since kernels are compiled for each
-            total = sum(tree.size for tree in trees)
-            size = pad_to = rounded_up(min(PREFILL_TOKENS, total))
+            size = pad_to = rounded_up(min(PREFILL_TOKENS, sum(tree.size for tree in trees)))
         for pack in pack_trees(trees, size, pad_to, last_only=True):
             row_of = {leaf: first + prompt_of[leaf] for leaf in pack.leaves}
             # The logits after each prompt's last token decide its first new token.
@@ -362,7 +362,8 @@ class Summarizer:
     def generator(self, texts: Iterable[list[str]], device: torch.device) -> Generator:
         """Return a generator with --batch-size rows, or as many of texts' as the GPU can hold."""
         settings, form, new = self.settings, self.form, self.settings.max_new_tokens
-        model = load_model(self.folder, device, DTYPES[settings.dtype], int8=settings.int8)
+        dtype, fp8 = DTYPES[settings.dtype], "scoring" if settings.fp8 else None
+        model = load_model(self.folder, device, dtype, int8=settings.int8, fp8=fp8)
         slots = 0  # on a CPU the cache grows as prompts come
         if device.type == "cuda":
             shape = settings.paradigm, settings.block_size, new
@@ -401,7 +402,7 @@ def main() -> None:
         keys = {user: trsr.content_hash([recorded, texts[user]]) for user in texts}
         pending, trimmed = users_left(settings.run, keys), Counter()
         if rank == 0:
-            announce(settings, len(texts), len(pending), generator)
+            announce(settings, len(texts), len(texts) - len(pending), generator)
 
         mine = own_users(pending, texts)  # each is written as soon as it is done
         answers = Answers(settings.run, recorded, rank)
@@ -419,14 +420,13 @@ def main() -> None:
             conclude(settings, texts, trimmed, counts, peak_memory(device))
 
 
-def announce(settings: Settings, n_users: int, n_left: int, generator: Generator) -> None:
+def announce(settings: Settings, n_users: int, n_done: int, generator: Generator) -> None:
     """Print what is about to be summarized."""
-    done, n_rows = n_users - n_left, generator.n_rows
-    where = f"on {ranks()[1]} x {generator.device.type}, {n_rows} prompts per batch"
-    int8 = f", int8 ({settings.int8})" if settings.int8 else ""
+    where = f"on {ranks()[1]} x {generator.device.type}, {generator.n_rows} prompts per batch"
+    held = f", int8 ({settings.int8})" if settings.int8 else told(generator.model)
     blocks = f"{settings.block_size} items per block"
-    print(f"data    {settings.data}: {n_users} users, {done} of them summarized before")
-    print(f"model   {settings.model}, {settings.dtype}{int8}, {where}")
+    print(f"data    {settings.data}: {n_users} users, {n_done} of them summarized before")
+    print(f"model   {settings.model}, {settings.dtype}{held}, {where}")
     print(f"method  {settings.paradigm}, {blocks}, {settings.max_new_tokens} new tokens at most")
     ends, own = list(generator.eos_ids), sorted(generator.model.config.eos_token_id)
     if ends != own:

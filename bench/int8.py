@@ -10,6 +10,7 @@ count as the same up to the first that differs.
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,16 +23,17 @@ from llama import Llama
 from models.chat import Plain
 from models.hub import load_model
 from models.tokenizer import Tokenizer
+from ops.int8 import bitsandbytes_linear, quantized, replace_linears
 from ops.packs import common_prefix
 from prepare.dataset import load_dataset
 from summarize import Generator
 
 BLOCK, ROWS = 5, 16  # items per block, texts written together
-WAYS = (
-    ("int8 weights", "weights", 0.0),
-    ("LLM.int8, threshold 6", "bitsandbytes", 6.0),
-    ("LLM.int8, threshold 0", "bitsandbytes", 0.0),
-)
+WAYS = {
+    "int8 weights": quantized,
+    "LLM.int8, threshold 6": bitsandbytes_linear,
+    "LLM.int8, threshold 0": partial(bitsandbytes_linear, threshold=0.0),
+}
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,11 @@ def main() -> None:
     print(f"{settings.model}, {users}, {kind} on {device.type}")
     print(f"{'':<28}logits' relative error   greedy tokens the same   texts the same")
 
-    for name, way, threshold in WAYS:
-        model = load_model(settings.model, device, dtype, int8=way, threshold=threshold)
+    for name, make in WAYS.items():
+        model = load_model(settings.model, device, dtype)
+        replace_linears(model, make)
+        model.to(device)  # where bitsandbytes quantizes
+        model.syncs_host = make is bitsandbytes_linear  # it then fits no CUDA graph
         found = Answers.of(model, prompts, settings.max_new_tokens)
         error = ((found.logits - full.logits).norm() / full.logits.norm()).item()
         pairs = list(zip(found.texts, full.texts, strict=True))

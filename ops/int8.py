@@ -11,6 +11,7 @@ neighbors. With threshold 0 it does neither and is less exact.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -68,6 +69,8 @@ def few_rows_product(x: Tensor, weight: Tensor) -> Tensor:
 class Int8Linear(nn.Linear):
     """y = (x W^T) * scale + b, with W (out, in) in int8 and scale (out,) in fp32."""
 
+    kind = "int8"
+
     def __init__(self, base: nn.Linear):
         super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
         self.scale = nn.Parameter(
@@ -77,6 +80,10 @@ class Int8Linear(nn.Linear):
             torch.empty_like(self.weight, dtype=torch.int8), requires_grad=False
         )
         self.bias = base.bias
+
+    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        """Return what holds a weight (out, in), by the names that it has here."""
+        return dict(zip(("weight", "scale"), quantize(weight), strict=True))
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         rows = x.numel() // x.shape[-1]
@@ -105,6 +112,15 @@ def replace_linears(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) ->
                     setattr(parent, name, make(old))
 
 
+def told(model: nn.Module) -> str:
+    """Return in words how a Llama's matrices are held, to be put behind its dtype; "" if in it."""
+    found = model.model.layers.named_modules()
+    linears = [m for name, m in found if isinstance(m, nn.Linear) and "lora_" not in name]
+    kinds = Counter(linear.kind for linear in linears if hasattr(linear, "kind"))
+    parts = (f" ({n} of {len(linears)} matrices)" * (n < len(linears)) for n in kinds.values())
+    return "".join(f", {kind}{part}" for kind, part in zip(kinds, parts, strict=True))
+
+
 def quantized(base: nn.Linear) -> Int8Linear:
     """Return a copy of base with int8 weights."""
     linear = Int8Linear(base)
@@ -114,7 +130,7 @@ def quantized(base: nn.Linear) -> Int8Linear:
     return linear
 
 
-def bitsandbytes_linear(base: nn.Linear, threshold: float) -> nn.Module:
+def bitsandbytes_linear(base: nn.Linear, threshold: float = 6.0) -> nn.Module:
     """Return base as bitsandbytes' LLM.int8; it quantizes CPU weights when they move to a GPU."""
     from bitsandbytes.functional import int8_vectorwise_quant  # imported here: it takes seconds
     from bitsandbytes.nn import Int8Params, Linear8bitLt
