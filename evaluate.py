@@ -24,7 +24,7 @@ from batches.candidates import Choice, about_candidates, choice, name_of, with_c
 from batches.catalogue import CatalogueRanking
 from batches.prompts import Batching, Ranking, shown_prompt
 from batches.stream import own_packs
-from launch import numbers
+from launch import announce, numbers
 from launch.bars import Bar
 from launch.command import Shared, option, parse_settings
 from launch.embedded import DATA, make_missing
@@ -35,7 +35,9 @@ from models.chat import Form
 from models.hub import DTYPES, find_model, load_config, load_form, load_model
 from ops.cache import PrefixCache
 from ops.checkpoint import fingerprint
-from ops.packs import Pack, padded_select
+from ops.graph import Graphs
+from ops.masks import tree_mask
+from ops.packs import Pack, padded_rows
 from ops.transfer import HostCopy, on_device
 from prepare.dataset import load_dataset
 from prepare.domains import wording
@@ -71,6 +73,7 @@ class Settings(Shared):
     pack_tokens: int | None = option(
         None, "tokens per pass (unset: 16384, on CPUs 4096)", numbers.positive
     )
+    cuda_graphs: bool = option(False, "on a GPU, launch passes whole: for small models")
     seed: int = option(0, "of intervals, popularity's ties, candidates", numbers.seed_number)
     scores: Path | None = option(None, "rank by a file's scores, like scores-test.jsonl", Path)
     report: bool = option(False, "write RUN/report.html too, for a browser")
@@ -155,36 +158,51 @@ def make_recommender(
 # ---- From packs to logits of Yes and No
 
 
+@dataclass(frozen=True)
+class Scorer:
+    """Computes the fp32 logits of some columns, or of all and their logsumexp (total)."""
+
+    model: Llama
+    columns: torch.Tensor  # ids of the vocabulary, on the device
+    total: bool
+
+    def logits(self, ids, positions, ends, rows, first: int = 0, cache=None) -> torch.Tensor:
+        """Return the logits at rows of a pack (N, columns), whose first rows the cache has."""
+        inputs = ids[None, first:], positions[None, first:], tree_mask(ends, first)
+        select = torch.zeros_like(rows), rows - first
+        vocabulary = None if self.total else self.columns
+        logits = self.model(*inputs, cache, select, vocabulary).float()
+        if not self.total:
+            return logits
+        return torch.cat((logits[:, self.columns], logits.logsumexp(-1, keepdim=True)), dim=-1)
+
+
 @torch.no_grad()
 def scored(
-    model: Llama, packs: Iterable[Pack], vocabulary: Sequence[int], total: bool = False
+    model: Llama, packs: Iterable[Pack], vocabulary: Sequence[int], total=False, graphs=False
 ) -> Iterator[tuple[Pack, list]]:
     """Yield (pack, fp32 logits of vocabulary after each leaf's last token), pack by pack.
 
-    total: followed by the log of the sum of exp(logit) over the whole vocabulary.
+    total: followed by the log of the sum of exp(logit) over the whole vocabulary. graphs: launch
+    passes as CUDA graphs (ops/graph.py).
     """
     device = next(model.parameters()).device
     # The answers' columns are chosen on the device: a list as index would make the host wait.
-    columns = on_device(torch.tensor(vocabulary), device)
+    scorer = Scorer(model, on_device(torch.tensor(vocabulary), device), total)
+    passes = Graphs(scorer.logits, device, graphs and not model.syncs_host)
     split_tree, prefix = None, None  # the tree that spans packs, and its prefix in every layer
     running: deque[tuple[Pack, HostCopy]] = deque()
     for pack in packs:
-        first = 0
-        if pack.shared_prefix:
-            tree = next(iter(pack.leaves))[0]
-            if tree == split_tree:  # the prefix is in the cache
-                first = pack.shared_prefix
-            else:
-                split_tree = tree
+        inputs = pack.ids, pack.positions, pack.ends, padded_rows(pack.leaves.values(), device)
+        if not pack.shared_prefix:
+            logits = passes(*inputs)
+        else:
+            tree, first = next(iter(pack.leaves))[0], pack.shared_prefix
+            if tree != split_tree:  # else the prefix is in the cache
+                split_tree, first = tree, 0
                 prefix = [PrefixCache(pack.shared_prefix) for _ in model.model.layers]
-
-        here = pack.to(device)
-        inputs = here.ids[None, first:], here.positions[None, first:], here.mask(first)
-        cache = prefix if pack.shared_prefix else None
-        select = padded_select([row - first for row in pack.leaves.values()], device)
-        logits = model(*inputs, cache, select, None if total else columns).float()
-        if total:
-            logits = torch.cat((logits[:, columns], logits.logsumexp(-1, keepdim=True)), dim=-1)
+            here = (on_device(tensor, device) for tensor in inputs)
+            logits = scorer.logits(*here, first, prefix)
         running.append((pack, HostCopy(logits[: len(pack.leaves)])))
 
         # A result is read only when the GPU has the next pack to work on.
@@ -195,22 +213,24 @@ def scored(
         yield done, copy.tolist()
 
 
-def score_packs(model: Llama, packs: Iterable[Pack], vocabulary: Sequence[int]) -> dict:
+def score_packs(
+    model: Llama, packs: Iterable[Pack], vocabulary: Sequence[int], graphs=False
+) -> dict:
     """Return {(tree, branch): fp32 logits of vocabulary after its last token} of all packs."""
     scores = {}
-    for pack, logits in scored(model, packs, vocabulary):
+    for pack, logits in scored(model, packs, vocabulary, graphs=graphs):
         scores.update(zip(pack.leaves, logits, strict=True))
     return scores
 
 
 def score_users(
-    model: Llama, packs: Iterator[Pack], answers: Sequence[int], ranking: Ranking
+    model: Llama, packs: Iterator[Pack], answers: Sequence[int], ranking: Ranking, graphs=False
 ) -> tuple[list[Ranked], Counter]:
     """Score and rank this process's users; every process gets all users, and what was trimmed."""
     best = BEST if isinstance(ranking, CatalogueRanking) else None
     tally = Tally(ranking.examples, ranking.candidates, best)
     # A thread fills the next packs while this one is on the GPU.
-    for pack, found in scored(model, prefetch(packs), answers, total=True):
+    for pack, found in scored(model, prefetch(packs), answers, total=True, graphs=graphs):
         lengths = pack.positions[list(pack.leaves.values())] + 1  # a leaf ends its prompt
         of_row = dict(zip(pack.leaves.values(), found, strict=True))  # candidates can share one
         found = [of_row[row] for row in pack.leaves.values()]
@@ -274,7 +294,7 @@ def main() -> None:
     recommender, answers = make_recommender(settings, folder, form, domain, items, shown)
     if rank == 0:
         tokens = recommender.budget.tokens
-        announce(settings, examples, tokens, f"{world} x {device.type}")
+        announce.evaluation(settings, examples, tokens, f"{world} x {device.type}")
     ranking = Ranking.of(recommender, examples)
     if settings.candidates:
         ranking = CatalogueRanking.among(recommender, shown, examples, show=rank == 0)
@@ -283,7 +303,7 @@ def main() -> None:
     packs = own_packs(ranking, batching, show=rank == 0)
     model = load_weights(settings, folder, device)
     start = time.perf_counter()  # on a GPU, the first users are tokenized by now
-    ranked, trimmed = score_users(model, packs, answers, ranking)
+    ranked, trimmed = score_users(model, packs, answers, ranking, settings.cuda_graphs)
     if rank == 0:  # all have the same now, and one reports
         print(f"{len(examples)} users in {time.perf_counter() - start:.1f} s", end="; ")
         print(f"peak {peak_memory(device)}")
@@ -308,20 +328,6 @@ def report(
     if settings.report:
         written.append(write_report(settings.question))
     print(f"wrote   {', '.join(map(str, written))}")
-
-
-def announce(settings: Settings, examples: list[Example], tokens: int, where: str) -> None:
-    """Print what is about to be evaluated."""
-    row, recent = f"trained ({settings.kind})", f"{settings.history_items} recent items"
-    if settings.untrained:
-        row = "untrained"
-    elif settings.epochs:
-        row += f", unfinished: the best of {settings.epochs}"
-    mean = sum(1 + len(example.negatives) for example in examples) / len(examples)
-    users = f"{len(examples)} users of {settings.split}.jsonl"
-    print(f"data    {settings.data}: {users}, {mean:.10g} candidates each")
-    print(f"model   {settings.model}, {row}, {settings.dtype}, on {where}")
-    print(f"prompt  {settings.paradigm}, {recent}, {tokens} tokens at most")
 
 
 def load_weights(settings: Settings, folder: Path, device: torch.device) -> Llama:

@@ -13,6 +13,7 @@ RUN/checkpoint/.
 
 import launch.waiting  # noqa: F401  # before torch
 import math
+import os
 import signal
 import time
 from dataclasses import asdict, dataclass, replace
@@ -31,10 +32,9 @@ from batches.steps import Step, check_batch_size, make_step, step_batches
 from batches.stream import user_packs
 from evaluate import Validation, make_recommender
 from files.jsonl import append_jsonl
-from launch import numbers
+from launch import announce, numbers
 from launch.command import Shared, option, parse_settings, tell_next
 from launch.embedded import DATA, MODEL, make_missing
-from launch.estimate import preflight, training_memory
 from launch.processes import (
     all_reduce,
     join_processes,
@@ -50,7 +50,8 @@ from lora import LoRAConfig, apply_lora
 from models.chat import Form
 from models.hub import DTYPES, attention_names, find_model, load_form, load_model
 from ops.checkpoint import fingerprint
-from ops.packs import Tree
+from ops.graph import Graphs
+from ops.packs import Pack, Tree
 from prepare.dataset import default_model, load_dataset
 from prepare.domains import wording
 from state.checkpoint import (
@@ -108,6 +109,8 @@ class Settings(Shared):
     )
     shard: str = option("zero2", "gradients, zero3: weights too; or nothing", choices=SHARDS)
     activation_checkpointing: bool = option(False, "less memory, a third more time")
+    cuda_graphs: bool = option(False, "on a GPU, launch passes whole: for small models")
+    deterministic: bool = option(False, "on a GPU, the same bits each time; slower")
     dry_run: bool = option(False, "report what the run will take, and stop")
     save_every: int = option(50, "steps between checkpoints within an epoch", numbers.positive)
     k: tuple = option((3, 5, 10), "cut-offs of validation recall", numbers.positive, nargs="+")
@@ -134,7 +137,7 @@ class Settings(Shared):
 
 # These say how to compute, not what.
 MAY_CHANGE = ("run", "shard", "activation_checkpointing", "save_every", "no_compile", "dry_run")
-MAY_CHANGE += ("timeout", "given", "summaries")
+MAY_CHANGE += ("timeout", "given", "summaries", "cuda_graphs", "deterministic")
 
 
 def resolve(flags: Settings, device: torch.device) -> Settings:
@@ -176,55 +179,73 @@ def shard(model: Llama, device: torch.device, mode: str) -> None:
     register_fsdp_forward_method(model, "loss")  # so that calling it gathers weights too
 
 
-def backward(model: Llama, step: Step, device: torch.device, mode: str, autocast: bool) -> Tensor:
-    """Add up the gradients of the step's mean loss; return this process's share of the loss."""
-    sharded, (_, world) = isinstance(model, FSDPModule), ranks()
-    n = len(step.packs)  # of this process
-    # FSDP's processes must run equally often: those with fewer packs repeat one with weight 0.
-    rounds = int(all_reduce(n, device, dist.ReduceOp.MAX)) if sharded else n
-    loss = torch.zeros((), device=device)  # stays on the device, so that no pack waits
-    for i in range(rounds):
-        weight = 1 / step.targets if step.targets and i < n else 0.0
-        last = i == rounds - 1
-        if sharded:  # reduce gradients, and drop gathered weights, once at the end of the step
-            model.set_requires_gradient_sync(last)
-            model.set_reshard_after_backward(last or mode == "zero3")
-        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            part = model.loss(step.packs[min(i, n - 1)].to(device)) * weight
+class Passes:
+    """A model's passes over packs: forward, and backward into the gradients."""
+
+    def __init__(self, model: Llama, mode: str = "zero2", autocast=False, graphs=False):
+        self.model, self.mode, self.autocast = model, mode, autocast
+        self.device, (_, self.world) = next(model.parameters()).device, ranks()
+        self.sharded = isinstance(model, FSDPModule)
+        self.fuses = self.device.type == "cuda" and not self.sharded  # the optimizer's kernels
+        self.run = Graphs(self.loss, self.device, graphs and not self.sharded)
+        if self.run.enabled:  # graphs add to gradients where they were
+            for parameter in trainable(model).values():
+                parameter.grad = torch.zeros_like(parameter)
+
+    def loss(self, weight: Tensor, *tensors: Tensor) -> Tensor:
+        """Return weight * a pack's loss, and add its gradients."""
+        # A graph would read casts of weights again that autocast had kept for later.
+        options = {"enabled": self.autocast, "cache_enabled": not self.run.enabled}
+        with torch.autocast(self.device.type, torch.bfloat16, **options):
+            loss = self.model.loss(Pack.of(*tensors)) * weight
         # FSDP averages the gradients, but the targets are those of all processes.
-        (part * (world if sharded else 1)).backward()
-        loss += part.detach()
-    return loss
+        (loss * (self.world if self.sharded else 1)).backward()
+        return loss.detach()
+
+    def over(self, step: Step) -> Tensor:
+        """Add up the gradients of the step's mean loss; return this process's share of it."""
+        n = len(step.packs)  # of this process
+        # FSDP's processes must run equally often: those with fewer packs repeat one with weight 0.
+        rounds = int(all_reduce(n, self.device, dist.ReduceOp.MAX)) if self.sharded else n
+        loss = torch.zeros((), device=self.device)  # stays there, so that no pack waits
+        for i in range(rounds):
+            weight = 1 / step.targets if step.targets and i < n else 0.0
+            last = i == rounds - 1
+            if self.sharded:  # reduce gradients, and drop gathered weights, at the step's end
+                self.model.set_requires_gradient_sync(last)
+                self.model.set_reshard_after_backward(last or self.mode == "zero3")
+            tensors = step.packs[min(i, n - 1)].tensors()
+            loss += self.run(torch.tensor(weight), *tensors.values())
+        return loss
 
 
 def train_step(
-    model: Llama,
-    optimizer: torch.optim.Optimizer,
-    step: Step,
-    max_grad_norm: float = 1.0,
-    mode: str = "zero2",
-    autocast: bool = False,
+    passes: Passes, optimizer: torch.optim.Optimizer, step: Step, max_grad_norm: float = 1.0
 ) -> tuple[float, float]:
     """Update the model; return (loss, gradient norm) of the whole step on all processes.
 
-    mode: how the model is sharded. Raises FloatingPointError, before the update, for a loss or a
-    gradient that is not finite.
+    Raises FloatingPointError, before the update, for a loss or a gradient that is not finite.
     """
-    device = next(model.parameters()).device
     # Gradients of this process's packs, then of all processes'; FSDP adds them up by itself.
-    loss = backward(model, step, device, mode, autocast)
-    if dist.is_initialized() and not isinstance(model, FSDPModule):
-        sum_gradients(list(trainable(model).values()))
-    loss = all_reduce(loss.item(), device)
+    loss, parameters = passes.over(step), trainable(passes.model).values()
+    if dist.is_initialized() and not passes.sharded:
+        sum_gradients(list(parameters))
 
-    # Clip, and refuse to update on what is not finite.
-    parameters = trainable(model).values()
+    # Clip, and refuse to update on what is not finite. A fused update checks that by itself, so
+    # that the GPU has it to do while the host waits for the loss.
     limit = max_grad_norm or math.inf
-    norm = gather_full(torch.nn.utils.clip_grad_norm_(parameters, limit)).item()
+    norm = gather_full(torch.nn.utils.clip_grad_norm_(parameters, limit))
+    both, fused = torch.stack((loss, norm)), optimizer.defaults["fused"]
+    if fused:
+        optimizer.found_inf = 1.0 - both.isfinite().all().float()
+        optimizer.step()
+    loss, norm = both.tolist()
+    loss = all_reduce(loss, passes.device)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)  # frees their memory
+    if not fused:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=not passes.run.enabled)  # frees their memory
     return loss, norm
 
 
@@ -256,8 +277,9 @@ class Trainer:
         self.settings, self.model, self.batching = settings, model, batching
         self.trees, self.users, self.validation = trees, users, validation
         self.device, (self.rank, _) = next(model.parameters()).device, ranks()
+        self.passes = Passes(model, settings.shard, settings.autocast, settings.cuda_graphs)
         options = {"lr": settings.lr, "betas": tuple(settings.betas)}
-        options["weight_decay"] = settings.weight_decay
+        options |= {"weight_decay": settings.weight_decay, "fused": self.passes.fuses}
         self.optimizer = torch.optim.AdamW(trainable(model).values(), **options)
         show = self.rank == 0
         found = load_checkpoint(settings.run, model, self.optimizer, self.device, show)
@@ -312,9 +334,8 @@ class Trainer:
         # Dropout depends on the step alone, so that a resumed run has the same.
         seed = (settings.seed * 1_000_003 + self.progress.step) * 4096 + self.rank
         torch.manual_seed(seed % 2**64)
-        options = settings.max_grad_norm, settings.shard, settings.autocast
         try:
-            return train_step(self.model, self.optimizer, step, *options)
+            return train_step(self.passes, self.optimizer, step, settings.max_grad_norm)
         except torch.OutOfMemoryError:
             n, length, batch = len(step.packs), len(step.packs[0].ids), settings.batch_size
             what = f"a pack of {length} tokens, {n} of them in a batch of {batch}"
@@ -395,7 +416,7 @@ def main() -> None:
         if (epochs_done(settings.run) or 0) >= settings.epochs:
             return conclude(settings, f"done    {settings.run}: all epochs were trained before")
         if rank == 0:
-            announce(settings, model, len(train), len(val), recommender.budget.tokens)
+            announce.training(settings, model, len(train), len(val), recommender.budget.tokens)
 
         # Every prompt as token ids: trees to learn from, packs to validate on.
         prompts = prompts_to_learn(recommender, train, answers, settings.which, lender_of(settings))
@@ -404,7 +425,7 @@ def main() -> None:
         packs = user_packs(ranking, range(len(val)), batching, show=rank == 0)
         validation = Validation(ranking, list(packs), answers)
         if rank == 0:
-            foresee(settings, model, trees, recommender.budget, device)
+            announce.cost_of_training(settings, model, trees, recommender.budget, device)
         if settings.dry_run:  # after the estimate, before anything is written
             return
 
@@ -442,32 +463,6 @@ def claim(
             share_summaries(settings.summaries, run)
 
 
-def announce(settings: Settings, model: Llama, n_train: int, n_val: int, tokens: int) -> None:
-    """Print what is about to be trained."""
-    n = sum(p.numel() for p in model.parameters()) / 1e6
-    trained = sum(p.numel() for p in trainable(model).values()) / 1e6
-    where = f"{ranks()[1]} x {'cuda' if torch.cuda.is_available() else 'cpu'}"
-    steps = f"{settings.epochs} epochs, {settings.batch_size} examples per step"
-    print(f"data    {settings.data}: {n_train} users to train on, {n_val} to validate on")
-    print(
-        f"model   {settings.model}: {n:.1f}M parameters, {trained:.2f}M trained, {settings.dtype}"
-    )
-    print(f"prompt  {settings.paradigm}, {settings.history_items} recent items, {tokens} tokens")
-    print(f"steps   {steps}, on {where}")
-
-
-def foresee(
-    settings: Settings, model: Llama, trees: list[Tree], budget: trsr.Budget, device: torch.device
-) -> None:
-    """Print what was trimmed, and what training will take."""
-    for what, number in budget.trimmed.items():
-        print(f"trimmed to the context: {number} {what}")
-    itemsize, (_, world) = (2 if settings.dtype == "bf16" else 4), ranks()
-    packs = settings.pack_tokens, settings.activation_checkpointing
-    memory = training_memory(model, world, settings.shard, itemsize, *packs)
-    preflight(model, trees, memory, world, device)
-
-
 def conclude(settings: Settings, what: str) -> None:
     """Print what has come out, and the next command."""
     if ranks()[0] == 0:
@@ -477,8 +472,9 @@ def conclude(settings: Settings, what: str) -> None:
 
 def place(model: Llama, settings: Settings, device: torch.device) -> None:
     """Put the model on its device, sharded and compiled as the settings ask."""
-    if device.type == "cpu":
+    if device.type == "cpu" or settings.deterministic:
         # Otherwise threads add up the gradients of a pack's rows in the order they come.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which GPUs need for it
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     if dist.is_initialized() and settings.shard != "replicate":

@@ -104,13 +104,13 @@ def gather(value: object) -> list:
 
 
 def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
-    """Replace every process's gradients by the sum over all, in one message."""
+    """Make every process's gradients the sum over all, in one message."""
     # One large message is faster than many small ones.
     flat = torch.cat([p.grad.flatten() for p in parameters])
     dist.all_reduce(flat)
     parts = flat.split([p.numel() for p in parameters])
     for parameter, grad in zip(parameters, parts, strict=True):
-        parameter.grad = grad.view_as(parameter)
+        parameter.grad.copy_(grad.view_as(parameter))  # in place, since graphs write there
 
 
 def all_reduce(value: float, device: torch.device, op=dist.ReduceOp.SUM) -> float:

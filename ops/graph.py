@@ -1,9 +1,17 @@
-"""A step of fixed shape as a CUDA graph: one launch instead of hundreds."""
+"""CUDA graphs: one launch instead of hundreds.
+
+A small model's kernels take less time than the host needs to launch them one by one. A graph
+records the launches once, with the memory that they read and write; a replay repeats them on what
+that memory holds by then.
+"""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, cuda
+
+from ops.transfer import on_device
 
 
 class StepGraph:
@@ -11,16 +19,102 @@ class StepGraph:
 
     def __init__(self, step: Callable[[], Tensor]):
         # The first call compiles, the second one settles; neither may happen in the capture.
-        side = torch.cuda.Stream()
-        with torch.cuda.stream(side):
+        side = cuda.Stream()
+        with cuda.stream(side):
             step()
             step()
         side.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        self.graph = cuda.CUDAGraph()
+        with cuda.graph(self.graph):
             self.output = step()
 
     def replay(self) -> Tensor:
         """Run the step and return its output, which the next replay overwrites."""
         self.graph.replay()
         return self.output
+
+
+def is_gpu(device: torch.device) -> bool:
+    """Return whether the device has graphs."""
+    return device.type == "cuda"
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A graph, and the memory that it reads its arguments from and writes its result to."""
+
+    graph: cuda.CUDAGraph
+    inputs: list[Tensor]
+    output: Tensor
+
+    def __call__(self, tensors: list[Tensor]) -> Tensor:
+        """Return the function's result for these tensors."""
+        for place, tensor in zip(self.inputs, tensors, strict=True):
+            place.copy_(tensor, non_blocking=True)
+        self.graph.replay()
+        return self.output.clone()  # the next replay overwrites it
+
+
+class Graphs:
+    """A function of tensors, captured as a CUDA graph for each set of shapes that comes again.
+
+    The first call of some shapes runs the function as it is, which compiles what it needs; the
+    second one captures it. What else it reads or writes, such as weights and gradients, has to stay
+    where it is in memory; random numbers advance as without a graph. All graphs share memory that
+    nothing else can use, about as much as the function itself needs, and where that much is not
+    free nothing is captured. enabled: whether to capture at all; never on a CPU.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], device: torch.device, enabled: bool):
+        self.function, self.device = function, device
+        self.enabled = enabled and is_gpu(device)
+        self.captured: dict[tuple, Captured | None] = {}  # by shapes; None: they came once
+        self.needed: dict[tuple, int] = {}  # bytes beside what was there before, by shapes
+        if self.enabled:
+            # One stream for all, as memory that graphs share asks for.
+            self.pool, self.stream = cuda.graph_pool_handle(), cuda.Stream(device)
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        """Return the function's result for tensors, which may be on the host."""
+        here = [on_device(tensor, self.device) for tensor in tensors]
+        shapes = tuple(tensor.shape for tensor in here)
+        if not self.enabled:
+            return self.function(*here)
+        if shapes not in self.captured:
+            self.captured[shapes] = None
+            return self.run_once(shapes, here)
+        if self.captured[shapes] is None:
+            if not self.room_for(shapes):
+                self.enabled = False
+                return self.function(*here)
+            self.captured[shapes] = self.capture(here)
+        return self.captured[shapes](here)
+
+    def run_once(self, shapes: tuple, tensors: list[Tensor]) -> Tensor:
+        """Return the function's result, and note how much memory it needs."""
+        before = cuda.memory_allocated(self.device)
+        # On the stream of the capture, because autograd keeps to the streams it has seen.
+        self.stream.wait_stream(cuda.current_stream())
+        with cuda.stream(self.stream):
+            output = self.function(*tensors)
+        cuda.current_stream().wait_stream(self.stream)
+        # At most: the peak may be an earlier one.
+        self.needed[shapes] = cuda.max_memory_allocated(self.device) - before
+        return output.clone()
+
+    def room_for(self, shapes: tuple) -> bool:
+        """Return whether a graph of these shapes fits beside what the function itself needs."""
+        graphs = (self.needed[s] for s, graph in self.captured.items() if graph)
+        more = self.needed[shapes] - max(graphs, default=0)
+        free, _ = cuda.mem_get_info(self.device)
+        return 1.25 * more < free
+
+    def capture(self, tensors: list[Tensor]) -> Captured:
+        """Return a graph of the function; nothing is computed yet."""
+        inputs, graph = [tensor.clone() for tensor in tensors], cuda.CUDAGraph()
+        self.stream.wait_stream(cuda.current_stream())
+        # Other threads may go on to use the GPU's driver meanwhile.
+        options = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
+        with cuda.graph(graph, **options):
+            output = self.function(*inputs)
+        return Captured(graph, inputs, output)

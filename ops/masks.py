@@ -125,6 +125,14 @@ def query_blocks(ends: Tensor, first: int = 0, size: int = 256) -> QueryBlocks:
     return QueryBlocks(torch.cat(keys), seen)
 
 
+def tree_mask(ends: Tensor, first: int = 0) -> BlockMask | QueryBlocks:
+    """Return tree_rule for the queries from row `first` on, for the device that ends is on.
+
+    A mask made under no_grad serves only what needs no gradients.
+    """
+    return (block_mask if ends.is_cuda else query_blocks)(ends, first)
+
+
 # ---- What SDPA adds to the scores
 
 

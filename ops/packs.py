@@ -12,15 +12,16 @@ trunk, appear once. Plain text is a tree with one branch.
 The ends are all that the attention mask needs (ops/masks.py). T: tokens of a pack.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from ops.masks import BLOCK, QueryBlocks, block_mask, query_blocks
+from ops.masks import BLOCK, QueryBlocks, tree_mask
 from ops.transfer import on_device
 
 WORTH_SHARING = 32  # prompts with a shorter prefix in common are read separately
@@ -158,28 +159,38 @@ class Pack:
     tokens: int  # T without padding
     shared_prefix: int = 0  # leading rows that this pack repeats from the one before: a split tree
 
+    @classmethod
+    def of(cls, *tensors: Tensor) -> "Pack":
+        """Return a pack of these tensors that does not know its trees."""
+        return cls(*tensors, leaves={}, tokens=len(tensors[0]))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by name, in the order that `of` takes."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
     def to(self, device: torch.device) -> "Pack":
         """Return the pack with its tensors on device."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **{name: on_device(t, device) for name, t in tensors.items()})
+        return replace(self, **{name: on_device(t, device) for name, t in self.tensors().items()})
 
     def mask(self, first: int = 0) -> BlockMask | QueryBlocks:
-        """Return the mask of the queries from row `first` on, for the device the pack is on.
-
-        A mask made under no_grad serves only what needs no gradients.
-        """
-        make = block_mask if self.ids.is_cuda else query_blocks
-        return make(self.ends, first)
+        """Return the mask of the queries from row `first` on (ops/masks.py)."""
+        return tree_mask(self.ends, first)
 
 
-def padded_select(tokens: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the index (rows, tokens) of some tokens of a pack, which is the batch's only row.
+def padded_rows(rows: Iterable[int], device: torch.device) -> Tensor:
+    """Return some rows of a pack, as a tensor on the host.
 
-    On a GPU the last token is repeated up to a multiple of BLOCK, because the layers are compiled
+    For a GPU the last one is repeated up to a multiple of BLOCK, because the layers are compiled
     anew for each number of tokens.
     """
-    more = -len(tokens) % BLOCK if device.type == "cuda" else 0
-    chosen = on_device(torch.tensor(tokens + tokens[-1:] * more), device)
+    rows = [*rows]
+    more = -len(rows) % BLOCK if device.type == "cuda" else 0
+    return torch.tensor(rows + rows[-1:] * more)
+
+
+def padded_select(rows: Iterable[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the index of padded_rows on device: (rows, tokens) of a batch of one pack."""
+    chosen = on_device(padded_rows(rows, device), device)
     return torch.zeros_like(chosen), chosen
 
 
@@ -265,12 +276,27 @@ class _Columns:
         self.weights += [weight] * len(before)
         return first + n - 1
 
-    def pad(self, length: int) -> None:
-        """Append tokens up to length that nothing sees but what follows them."""
+    def pad(self, length: int, targets: int) -> None:
+        """Append tokens up to length that nothing sees but what follows them.
+
+        Targets of no weight follow up to a number, each at a row of its own.
+        """
         more = length - len(self.ids)
         self.ids += [0] * more
         self.positions += [0] * more
         self.ends += [length] * more
+        more = targets - len(self.rows)
+        self.rows += range(more)
+        self.next_ids += [0] * more
+        self.weights += [0] * more
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the columns by name."""
+        types = dict.fromkeys(("ids", "positions", "rows", "next_ids"), np.int64)
+        types |= {"ends": np.int32, "weights": np.float32}
+        # NumPy reads a list several times as fast as torch.tensor, which looks at each type.
+        columns = {name: np.array(getattr(self, name), dtype) for name, dtype in types.items()}
+        return {name: torch.from_numpy(column) for name, column in columns.items()}
 
 
 @dataclass
@@ -315,18 +341,11 @@ def build_pack(
             branch, parent = tree.branches[b], last[above[b]]
             last[b] = columns.append(branch, parent, shape.tokens[b], shape.leaves[b])
         leaves |= {(t, b): last[b] for b in group if not shape.tokens[b]}
-    columns.pad(length)
-
-    return Pack(
-        ids=torch.tensor(columns.ids),
-        positions=torch.tensor(columns.positions),
-        ends=torch.tensor(columns.ends, dtype=torch.int),
-        rows=torch.tensor(columns.rows, dtype=torch.long),
-        next_ids=torch.tensor(columns.next_ids, dtype=torch.long),
-        weights=torch.tensor(columns.weights, dtype=torch.float32),
-        leaves=leaves,
-        tokens=tokens,
-    )
+    # One number of targets for all packs of a length, so that they fit one CUDA graph; of the
+    # last tokens alone there are few, so that a multiple of BLOCK is enough.
+    n = len(columns.rows)
+    columns.pad(length, n if pad_to == 1 else n + -n % BLOCK if last_only else max(n, length))
+    return Pack(**columns.tensors(), leaves=leaves, tokens=tokens)
 
 
 # ---- Filling packs

@@ -123,8 +123,9 @@ def restore(
         if kind == "parameter":
             parameter.data.copy_(tensor)
         else:
-            # The step counter is a scalar, which AdamW keeps on the CPU.
-            optimizer.state[parameter][kind] = tensor.to(device) if tensor.dim() else tensor
+            # The step counter is a scalar, which AdamW keeps on the CPU unless it is fused.
+            here = tensor.dim() or optimizer.defaults["fused"]
+            optimizer.state[parameter][kind] = tensor.to(device) if here else tensor
 
 
 # ---- The best epoch

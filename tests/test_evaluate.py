@@ -176,7 +176,7 @@ def test_scores_that_are_not_finite_are_refused(copied):
 
 
 def test_out_of_memory_is_one_line(trained, monkeypatch, capsys, run_script_here):
-    def full(*_, total):
+    def full(*_, **_options):
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(evaluate, "scored", full)

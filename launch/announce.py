@@ -1,0 +1,53 @@
+"""What train.py and evaluate.py are about to do, in words, before they begin."""
+
+from collections.abc import Sequence
+
+import torch
+
+import trsr
+from launch.estimate import preflight, training_memory
+from launch.processes import ranks
+from llama import Llama
+from ops.packs import Tree
+
+# settings: those of the script.
+
+
+def training(settings, model: Llama, n_train: int, n_val: int, tokens: int) -> None:
+    """Print what is about to be trained; tokens: the longest prompt's."""
+    n = sum(p.numel() for p in model.parameters()) / 1e6
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+    where = f"{ranks()[1]} x {'cuda' if torch.cuda.is_available() else 'cpu'}"
+    steps = f"{settings.epochs} epochs, {settings.batch_size} examples per step"
+    print(f"data    {settings.data}: {n_train} users to train on, {n_val} to validate on")
+    print(
+        f"model   {settings.model}: {n:.1f}M parameters, {trained:.2f}M trained, {settings.dtype}"
+    )
+    print(f"prompt  {settings.paradigm}, {settings.history_items} recent items, {tokens} tokens")
+    print(f"steps   {steps}, on {where}")
+
+
+def cost_of_training(
+    settings, model: Llama, trees: list[Tree], budget: trsr.Budget, device: torch.device
+) -> None:
+    """Print what was trimmed, and what training will take."""
+    for what, number in budget.trimmed.items():
+        print(f"trimmed to the context: {number} {what}")
+    itemsize, (_, world) = (2 if settings.dtype == "bf16" else 4), ranks()
+    packs = settings.pack_tokens, settings.activation_checkpointing
+    memory = training_memory(model, world, settings.shard, itemsize, *packs)
+    preflight(model, trees, memory, world, device)
+
+
+def evaluation(settings, examples: Sequence[trsr.Example], tokens: int, where: str) -> None:
+    """Print what is about to be evaluated; tokens: the longest prompt's."""
+    row, recent = f"trained ({settings.kind})", f"{settings.history_items} recent items"
+    if settings.untrained:
+        row = "untrained"
+    elif settings.epochs:
+        row += f", unfinished: the best of {settings.epochs}"
+    mean = sum(1 + len(example.negatives) for example in examples) / len(examples)
+    users = f"{len(examples)} users of {settings.split}.jsonl"
+    print(f"data    {settings.data}: {users}, {mean:.10g} candidates each")
+    print(f"model   {settings.model}, {row}, {settings.dtype}, on {where}")
+    print(f"prompt  {settings.paradigm}, {recent}, {tokens} tokens at most")

@@ -1,0 +1,181 @@
+"""ops/graph.py: passes as CUDA graphs give what they give without, on an emulation of graphs."""
+
+import pytest
+import torch
+from emulated_graph import Cuda
+from helpers import CPU, random_trees
+
+import ops.graph
+import ops.masks
+from batches.steps import Step
+from evaluate import score_packs
+from llama import load_model
+from lora import LoRAConfig, adapter_tensors, apply_lora
+from ops.graph import Graphs
+from ops.masks import tree_rule
+from ops.packs import Pack, pack_trees
+from train import Passes, train_step
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """Emulated graphs, and a mask without sizes that depend on its values, as a GPU has."""
+
+    def dense(ends, first=0):
+        rows = torch.arange(len(ends))
+        return tree_rule(ends)(None, None, rows[first:, None], rows)
+
+    monkeypatch.setattr("ops.packs.tree_mask", dense)
+    monkeypatch.setattr("evaluate.tree_mask", dense)
+    monkeypatch.setattr(ops.graph, "is_gpu", lambda _device: True)
+    monkeypatch.setattr(ops.graph, "cuda", emulated := Cuda())
+    return emulated
+
+
+def adapted(folder, dropout=0.0):
+    model = apply_lora(load_model(folder, CPU, torch.float32), LoRAConfig(dropout=dropout))
+    generator = torch.Generator().manual_seed(3)
+    for parameter in adapter_tensors(model).values():
+        torch.nn.init.normal_(parameter, std=0.1, generator=generator)
+    return model.train()
+
+
+def packs_of_one_length(n, seed=0, last_only=False):
+    """Packs of unequal trees that have one length and one number of targets."""
+    trees = random_trees(6 * n, 3, seed)
+    packs = []
+    for i in range(n):
+        packs += pack_trees(trees[i::n], 512, pad_to=512, last_only=last_only)
+    assert len(packs) == n
+    assert len({tuple(t.shape for t in pack.tensors().values()) for pack in packs}) == 1
+    return packs
+
+
+def step_of(packs):
+    return Step([], packs, 0, int(sum(pack.weights.sum() for pack in packs)))
+
+
+# ---- A function of tensors
+
+
+def test_shapes_run_once_are_captured_and_then_replayed(cuda):
+    calls = []
+    graphs = Graphs(lambda x, y: (calls.append(1), x * 2 + y)[1], CPU, enabled=True)
+    for i in range(5):
+        x, y = torch.full((3,), float(i)), torch.tensor(1.0)
+        assert graphs(x, y).tolist() == [2.0 * i + 1] * 3
+    assert len(calls) == 2  # once as it is, once captured
+    assert [graph.replays for graph in cuda.graphs] == [4]
+    assert graphs(torch.ones(4), torch.tensor(0.0)).tolist() == [2.0] * 4  # other shapes
+    assert len(calls) == 3
+
+
+def test_a_result_outlives_the_next_replay(cuda):
+    graphs = Graphs(lambda x: x + 1, CPU, enabled=True)
+    results = [graphs(torch.tensor([float(i)])) for i in range(4)]
+    assert [result.item() for result in results] == [1, 2, 3, 4]
+
+
+def test_nothing_is_captured_without_room_or_where_it_is_not_wanted(cuda):
+    cuda.free = 1.2 * cuda.needed
+    cramped, off = (Graphs(lambda x: x + 1, CPU, enabled) for enabled in (True, False))
+    for graphs in (cramped, off):
+        assert [graphs(torch.tensor(i)).item() for i in range(4)] == [1, 2, 3, 4]
+    assert not cuda.graphs
+
+
+def test_later_shapes_share_the_memory_of_earlier_ones(cuda):
+    cuda.free = 1.3 * cuda.needed
+    graphs = Graphs(lambda x: x + 1, CPU, enabled=True)
+    for n in (1, 1, 2, 2):
+        graphs(torch.zeros(n))
+        cuda.free = min(cuda.free, 0.3 * cuda.needed if cuda.graphs else cuda.free)
+    assert len(cuda.graphs) == 2
+
+
+def test_the_emulation_refuses_what_makes_the_host_wait(cuda):
+    graphs = Graphs(lambda x: x * x.sum().item(), CPU, enabled=True)
+    graphs(torch.ones(2))
+    with pytest.raises(RuntimeError, match="waits for the device"):
+        graphs(torch.ones(2))
+
+
+# ---- Training
+
+
+@pytest.mark.parametrize("last_only", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("fused", [False, True])
+def test_training_with_graphs_equals_training_without(
+    model_folder, cuda, last_only, dropout, fused
+):
+    packs = packs_of_one_length(6, last_only=last_only)
+    found = []
+    for graphs in (False, True):
+        model = adapted(model_folder, dropout)
+        optimizer = torch.optim.AdamW(adapter_tensors(model).values(), lr=0.01, fused=fused)
+        passes, values = Passes(model, graphs=graphs), []
+        for i in range(6):  # of two packs each, as different steps have different ones
+            torch.manual_seed(i)
+            step = step_of([packs[i], packs[(i + 1) % 6]])
+            values.append(train_step(passes, optimizer, step, 0.5))
+        found.append((values, [p.detach().clone() for p in adapter_tensors(model).values()]))
+    (plain, expected), (graphed, adapter) = found
+    assert len({loss for loss, _ in plain}) == 6
+    assert torch.tensor(plain).sub(torch.tensor(graphed)).abs().max() < 1e-6
+    for p, q in zip(expected, adapter, strict=True):
+        assert (p - q).abs().max() < 1e-6
+    (graph,) = cuda.graphs
+    assert graph.replays == 11
+
+
+def test_full_training_in_autocast_reads_the_weights_of_the_last_update(model_folder, cuda):
+    packs, found = packs_of_one_length(3), []
+    for graphs in (False, True):
+        model = load_model(model_folder, CPU, torch.float32).train().requires_grad_(True)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        passes = Passes(model, autocast=True, graphs=graphs)
+        found.append([train_step(passes, optimizer, step_of([pack])) for pack in packs * 2])
+    plain, graphed = map(torch.tensor, found)
+    assert plain[0, 0] - plain[3, 0] > 1e-2  # it learns
+    assert (plain - graphed).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_is_not_finite_changes_nothing(model_folder, fused):
+    model, (pack,) = adapted(model_folder), packs_of_one_length(1)
+    optimizer = torch.optim.AdamW(adapter_tensors(model).values(), lr=0.01, fused=fused)
+    passes = Passes(model)
+    train_step(passes, optimizer, step_of([pack]))
+    before = [p.detach().clone() for p in adapter_tensors(model).values()]
+    step = step_of([pack])
+    pack.weights[5] = torch.nan
+    with pytest.raises(FloatingPointError, match="loss nan"):
+        train_step(passes, optimizer, step)
+    for p, q in zip(before, adapter_tensors(model).values(), strict=True):
+        assert torch.equal(p, q)
+
+
+# ---- Scoring
+
+
+def test_scores_with_graphs_equal_those_without(tiny, cuda):
+    packs = packs_of_one_length(4)
+    split = pack_trees(random_trees(1, 200, seed=9), 512, pad_to=512)  # one tree, several packs
+    assert len(split) > 1
+    assert split[0].shared_prefix
+    packs = [*packs[:2], *split, *packs[2:]]
+    packs = [Pack(**vars(p) | {"leaves": named(p, i)}) for i, p in enumerate(packs)]
+    expected, found = (score_packs(tiny, packs, [17, 400], graphs) for graphs in (False, True))
+    assert len(expected) == sum(len(pack.leaves) for pack in packs)
+    for place, scores in expected.items():
+        assert (torch.tensor(found[place]) - torch.tensor(scores)).abs().max() < 1e-6
+    (graph,) = cuda.graphs
+    assert graph.replays == 3
+
+
+def named(pack, i):
+    """The pack's leaves; those of whole trees under numbers of their own."""
+    if pack.shared_prefix:
+        return {(999, branch): row for (_, branch), row in pack.leaves.items()}
+    return {(100 * i + tree, branch): row for (tree, branch), row in pack.leaves.items()}
