@@ -382,7 +382,6 @@ def test_reruns_are_byte_identical(tmp_path):
 
 
 HEADER = b"user_id,item_id,timestamp\n"
-# No time of day in it: two processes that collect these tests must see the same bytes.
 SHORT_GZIP = gzip.compress(HEADER * 99, mtime=0)[:-9]
 
 
@@ -421,7 +420,8 @@ SHORT_GZIP = gzip.compress(HEADER * 99, mtime=0)[:-9]
         ("r.csv", HEADER + b"a,\xff,1\n", r"r\.csv:2: not UTF-8 text"),
         ("r.csv", HEADER + b"a,\0,1\n", r"r\.csv:2: not text \(a zero byte\)"),
         ("r.csv.gz", b"\x1f\x8b\x08rest", r"r\.csv\.gz:1: the gzip file is broken here"),
-        ("r.csv.gz", SHORT_GZIP, r"r\.csv\.gz:\d+: the gzip file is broken"),
+        # Its bytes depend on the version of zlib, so they are no name of a test.
+        pytest.param("r.csv.gz", SHORT_GZIP, r"r\.csv\.gz:\d+: the gzip file is br", id="cut.gz"),
         ("r.dat", HEADER, r"r\.dat: the name does not tell the form; known are \.csv, \.tsv, "),
         ("r.jsonl", b'{"user_id": 1\n', r"r\.jsonl:1: not JSON"),
         ("r.jsonl", b"[1]\n", r"r\.jsonl:1: a list, expected one JSON object per line"),
