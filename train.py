@@ -187,7 +187,9 @@ class Passes:
         self.device, (_, self.world) = next(model.parameters()).device, ranks()
         self.sharded = isinstance(model, FSDPModule)
         self.fuses = self.device.type == "cuda" and not self.sharded  # the optimizer's kernels
-        self.run = Graphs(self.loss, self.device, graphs and not self.sharded)
+        # Recomputed layers restore the state of random numbers, which no graph can.
+        graphs = graphs and not (self.sharded or model.model.checkpointing)
+        self.run = Graphs(self.loss, self.device, graphs)
         if self.run.enabled:  # graphs add to gradients where they were
             for parameter in trainable(model).values():
                 parameter.grad = torch.zeros_like(parameter)

@@ -3,9 +3,29 @@
 N targets, C hidden size, V vocabulary.
 """
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def entropies(logits: Tensor, due: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the cross-entropy of each row of logits (N, V), due (N,), and the logits' gradient.
+
+    Both are computed in fp32; the gradient, softmax - one-hot, has the dtype of the logits.
+    """
+    logs = F.log_softmax(logits.float(), dim=-1)
+    losses = -logs.gather(1, due[:, None])[:, 0]
+    one_hot = due[:, None] == torch.arange(logits.shape[1], device=due.device)
+    return losses, (logs.exp() - one_hot.float()).to(logits.dtype)
+
+
+@cache
+def _compiled_entropies() -> Callable:
+    # On a GPU these are passes over memory, which a compiler makes a quarter as many of.
+    return torch.compile(entropies)
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -18,20 +38,17 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, head: Tensor, ids: Tensor, weights: Tensor, chunk: int) -> Tensor:
         """Return the loss of x (N, C) and head (V, C) for the next tokens ids and weights (N,)."""
+        of_rows = _compiled_entropies() if x.is_cuda else entropies
         loss = torch.zeros((), device=x.device)
         dx = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
         dhead = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
         for start in range(0, len(x), chunk):
             part = slice(start, start + chunk)
-            due, weight = ids[part, None], weights[part, None]
-            logs = F.log_softmax(F.linear(x[part], head).float(), dim=-1)  # (chunk, V)
-            loss -= (logs.gather(1, due) * weight).sum()
-
-            if dx is None:
-                continue
-            # The gradient of the logits is softmax - one-hot.
-            dlogits = logs.exp_().scatter_add_(1, due, -torch.ones_like(weight)).to(x.dtype)
-            dx[part] = (dlogits @ head) * weight
+            weight = weights[part, None]
+            losses, dlogits = of_rows(F.linear(x[part], head), ids[part])
+            loss += (losses * weights[part]).sum()
+            if dx is not None:
+                dx[part] = (dlogits @ head) * weight
             if dhead is not None:
                 dhead += dlogits.T @ (x[part] * weight).to(x.dtype)
         ctx.save_for_backward(dx, dhead)

@@ -3,13 +3,13 @@
 import pytest
 import torch
 from emulated_graph import Cuda
-from helpers import CPU, random_trees
+from helpers import CPU, random_trees, run, write_model
 
 import ops.graph
 import ops.masks
 from batches.steps import Step
 from evaluate import score_packs
-from llama import load_model
+from llama import compile_layers, load_model
 from lora import LoRAConfig, adapter_tensors, apply_lora
 from ops.graph import Graphs
 from ops.masks import tree_rule
@@ -32,12 +32,14 @@ def cuda(monkeypatch):
     return emulated
 
 
-def adapted(folder, dropout=0.0):
+def adapted(folder, dropout=0.0, device=CPU, compiled=False):
     model = apply_lora(load_model(folder, CPU, torch.float32), LoRAConfig(dropout=dropout))
     generator = torch.Generator().manual_seed(3)
     for parameter in adapter_tensors(model).values():
         torch.nn.init.normal_(parameter, std=0.1, generator=generator)
-    return model.train()
+    if compiled:
+        compile_layers(model)
+    return model.to(device).train()
 
 
 def packs_of_one_length(n, seed=0, last_only=False):
@@ -179,3 +181,61 @@ def named(pack, i):
     if pack.shared_prefix:
         return {(999, branch): row for (_, branch), row in pack.leaves.items()}
     return {(100 * i + tree, branch): row for (tree, branch), row in pack.leaves.items()}
+
+
+# ---- On a GPU
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory, tokenizer_model):
+    """A model with heads of 32, which the kernels take, and a tokenizer."""
+    folder = tmp_path_factory.mktemp("wide")
+    write_model(folder, hidden_size=128, tokenizer=tokenizer_model)
+    return folder
+
+
+@needs_gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_real_graphs_train_as_their_emulation_does(wide, compiled, dropout):
+    packs, found = packs_of_one_length(6), []
+    for graphs in (False, True):
+        model = adapted(wide, dropout, torch.device("cuda", 0), compiled)
+        optimizer = torch.optim.AdamW(adapter_tensors(model).values(), lr=0.01, fused=True)
+        passes, values = Passes(model, graphs=graphs), []
+        for i in range(6):
+            torch.manual_seed(i)
+            step = step_of([packs[i], packs[(i + 1) % 6]])
+            values.append(train_step(passes, optimizer, step, 0.5))
+        found.append(torch.tensor(values))
+        assert len(passes.run.captured) == graphs
+    plain, graphed = found
+    assert ((plain - graphed) / plain).abs().max() < 1e-4
+
+
+@needs_gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_real_graphs_score_as_separate_launches_do(wide, compiled):
+    model = load_model(wide, torch.device("cuda", 0), torch.float32)
+    if compiled:
+        compile_layers(model)
+    packs = packs_of_one_length(5)
+    packs = [Pack(**vars(p) | {"leaves": named(p, i)}) for i, p in enumerate(packs)]
+    expected, found = (score_packs(model, packs, [17, 400], graphs) for graphs in (False, True))
+    assert len(expected) == sum(len(pack.leaves) for pack in packs)
+    for place, scores in expected.items():
+        assert (torch.tensor(found[place]) - torch.tensor(scores)).abs().max() < 1e-4
+
+
+@needs_gpu
+@pytest.mark.parametrize("graphs", [False, True])
+def test_deterministic_runs_are_equal_to_the_bit(tmp_path, data_folder, wide, graphs):
+    common = {"data": data_folder, "model": wide, "paradigm": "recent-only", "lr": 0.01}
+    common |= {"epochs": 2, "batch_size": 8, "pack_tokens": 1024, "cuda_graphs": graphs}
+    adapters = []
+    for name in ("one", "two"):
+        run("train.py", run=tmp_path / name, deterministic=True, **common)
+        adapters.append((tmp_path / name / "adapter/adapter_model.safetensors").read_bytes())
+    assert adapters[0] == adapters[1]
