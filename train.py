@@ -13,7 +13,6 @@ RUN/checkpoint/.
 
 import launch.waiting  # noqa: F401  # before torch
 import math
-import os
 import signal
 import time
 from dataclasses import asdict, dataclass, replace
@@ -42,6 +41,7 @@ from launch.processes import (
     prefetch,
     ranks,
     run_script,
+    same_bits,
     sum_gradients,
 )
 from launch.progress import StepBar
@@ -400,6 +400,7 @@ def main() -> None:
     flags = parse_settings(Settings, __doc__)
     rank, _, device = join_processes(flags.timeout)
     settings = resolve(flags, device)  # nothing is decided after this line
+    same_bits(device.type == "cpu" or settings.deterministic)
     batching = Batching.on(device, settings.pack_tokens, on_gpus=8192)
 
     # The users, the model with a new adapter, and what makes the prompts.
@@ -474,11 +475,6 @@ def conclude(settings: Settings, what: str) -> None:
 
 def place(model: Llama, settings: Settings, device: torch.device) -> None:
     """Put the model on its device, sharded and compiled as the settings ask."""
-    if device.type == "cpu" or settings.deterministic:
-        # Otherwise threads add up the gradients of a pack's rows in the order they come.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which GPUs need for it
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
     if dist.is_initialized() and settings.shard != "replicate":
         shard(model, device, settings.shard)
     model.to(device)  # after sharding, so that a GPU never holds what it does not keep

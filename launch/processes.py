@@ -103,6 +103,17 @@ def gather(value: object) -> list:
     return values
 
 
+def same_bits(always: bool) -> None:
+    """Say whether equal inputs are to give equal bits, before the first matrix product.
+
+    Otherwise the threads of a CPU, or a GPU's blocks, add gradients of equal rows as they come.
+    """
+    if always:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(always)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
 def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
     """Make every process's gradients the sum over all, in one message."""
     # One large message is faster than many small ones.
