@@ -406,8 +406,7 @@ def main() -> None:
     # The users, the model with a new adapter, and what makes the prompts.
     domain, items, splits = load_dataset(settings.data, ("train", "val"))
     train, val = splits["train"], splits["val"]
-    if settings.targets == 1:
-        check_batch_size(settings.batch_size, train)
+    check_batch_size(settings.batch_size, train, settings.targets)
     folder = find_model(settings.model, settings.revision)
     form = load_form(folder, settings.chat)
     recommender, answers = make_recommender(settings, folder, form, domain, items, train + val)

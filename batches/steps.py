@@ -21,8 +21,13 @@ class Step:
     targets: int  # likewise; 0 if this process has no share and its packs are not to count
 
 
-def check_batch_size(batch_size: int, train: list[Example]) -> None:
-    """Raise InputError unless all users have equally many examples, and a step whole users."""
+def check_batch_size(batch_size: int, train: list[Example], targets: int) -> None:
+    """Raise InputError unless all users have equally many examples, and a step whole users.
+
+    With more targets than the last item, users may differ, and a step takes as many as it has room.
+    """
+    if targets != 1:
+        return
     n = 1 + len(train[0].negatives)
     if odd := [example.user for example in train if 1 + len(example.negatives) != n]:
         what = f"user {odd[0]!r} has other than {n} examples, which user {train[0].user!r} has"
