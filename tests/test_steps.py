@@ -61,7 +61,8 @@ def test_the_shares_of_all_processes_make_the_step(monkeypatch, world, loss):
 def test_users_with_unequal_examples_are_refused_by_name():
     users = [Example(f"u{n}", ["a"], "b", ["c"] * (2 if n == 2 else 1)) for n in range(4)]
     with pytest.raises(InputError, match="user 'u2' has other than 2 examples"):
-        check_batch_size(8, users)
+        check_batch_size(8, users, 1)
     with pytest.raises(InputError, match="--batch-size is no multiple of the 2 examples"):
-        check_batch_size(7, users[:2])
-    check_batch_size(8, users[:2])
+        check_batch_size(7, users[:2], 1)
+    check_batch_size(8, users[:2], 1)
+    check_batch_size(8, users, 2)
