@@ -186,7 +186,8 @@ class Passes:
         self.model, self.mode, self.autocast = model, mode, autocast
         self.device, (_, self.world) = next(model.parameters()).device, ranks()
         self.sharded = isinstance(model, FSDPModule)
-        self.fuses = self.device.type == "cuda" and not self.sharded  # the optimizer's kernels
+        fuses = self.device.type == "cuda" and not self.sharded
+        self.fused = True if fuses else None  # the optimizer's kernels; None: its own choice
         # Recomputed layers restore the state of random numbers, which no graph can.
         graphs = graphs and not (self.sharded or model.model.checkpointing)
         self.run = Graphs(self.loss, self.device, graphs)
@@ -281,7 +282,7 @@ class Trainer:
         self.device, (self.rank, _) = next(model.parameters()).device, ranks()
         self.passes = Passes(model, settings.shard, settings.autocast, settings.cuda_graphs)
         options = {"lr": settings.lr, "betas": tuple(settings.betas)}
-        options |= {"weight_decay": settings.weight_decay, "fused": self.passes.fuses}
+        options |= {"weight_decay": settings.weight_decay, "fused": self.passes.fused}
         self.optimizer = torch.optim.AdamW(trainable(model).values(), **options)
         show = self.rank == 0
         found = load_checkpoint(settings.run, model, self.optimizer, self.device, show)
