@@ -11,7 +11,7 @@ and in fp8. On a CPU fp8 is emulated (ops/fp8.py): with the same numbers, but sl
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from batches.steps import make_step, step_batches
 from batches.stream import user_packs
 from evaluate import make_recommender
 from launch import numbers
+from launch.bars import Bar
 from launch.command import option, parse_settings, run_main
 from llama import Llama
 from lora import LoRAConfig, adapter_tensors, apply_lora
@@ -244,10 +245,11 @@ def main() -> None:
 
     base = Compared.of(task, models)
     losses, trained = {}, {how: [] for how in KINDS}
-    for seed in settings.seeds:
-        for how, fp8 in KINDS.items():
-            losses[seed, how], adapter = train(task, fp8, seed)
+    with Bar(desc="train and score", total=2 * len(settings.seeds), unit="adapter") as bar:
+        for seed, how in product(settings.seeds, KINDS):
+            losses[seed, how], adapter = train(task, KINDS[how], seed)
             trained[how].append(Compared.of(task, models, adapter))
+            bar.update()
     print_scores(base, trained)
     print_recalls(settings.k, base, trained)
     print_losses(losses, settings.seeds)
