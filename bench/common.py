@@ -5,10 +5,11 @@ Amazon-M2, and the candidate adds 53 or 155, each varied by up to 25 %. The firs
 instruction, which is the same for every user.
 """
 
+import math
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,7 @@ class Settings:
     work: str = option("mind", "the dataset whose prompt lengths to use", choices=tuple(WORK))
     repeats: int = option(3, "timings; the median counts", positive)
     seed: int = option(0, "seed of the weights and the prompts", seed_number)
+    fp8: bool = option(False, "this project with the layers' matrices in fp8, as in the scripts")
     json: bool = option(False, "print one JSON object at the end")
 
     @property
@@ -50,6 +52,21 @@ class Settings:
     def vocabulary(self) -> int:
         """The rows of the embedding."""
         return self.fields["vocab_size"]
+
+    def precision(self, dtype: torch.dtype) -> str:
+        """Return what this project computes in, in words."""
+        return str(dtype).split(".")[1] + (" with fp8 matrices" if self.fp8 else "")
+
+
+@dataclass(frozen=True)
+class PackSettings(Settings):
+    """The flags of what computes packs: training and scoring."""
+
+    pack_tokens: int | None = option(
+        None, "tokens in a forward pass (unset: as in the script)", positive
+    )
+    cuda_graphs: bool = option(False, "on a GPU, launch passes whole, as in the script")
+    no_compile: bool = option(False, "on a GPU, do not compile the layers")
 
 
 # ---- Models
@@ -100,9 +117,10 @@ def layer_matrices(model: nn.Module) -> list[Tensor]:
     return [p for name, p in model.named_parameters() if ".layers." in name and p.dim() > 1]
 
 
-def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+def optimizer_of(model: nn.Module, fused: bool) -> torch.optim.Optimizer:
     """Return an optimizer with a rate of 0: it does all of its work and changes nothing."""
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(parameters, lr=0.0, fused=fused)
 
 
 # ---- Prompts
@@ -187,14 +205,27 @@ def ceiling(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 * inner / seconds(lambda: [a @ b for _ in range(inner)], device, 5)
 
 
+def copy_rate(device: torch.device) -> float:
+    """Return the bytes per second that a large copy reads and writes, together."""
+    size = (1 << 30) if device.type == "cuda" else (1 << 27)
+    source = torch.empty(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    took = seconds(lambda: [target.copy_(source) for _ in range(5)], device, 5)
+    return 2 * size * 5 / took
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """Return the length of the union of spans (start, end)."""
+    length, reached = 0.0, -math.inf
+    for start, end in sorted(spans):
+        length += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return length
+
+
 def device_name(device: torch.device, world: int) -> str:
     """Return what the comparison runs on, in words."""
     name = f"cpu, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name()
     return f"{world} x {name}" if world > 1 else name
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return a dtype's name, such as `bfloat16`."""
-    return str(dtype).split(".")[1]

@@ -38,8 +38,8 @@ from bench.common import (
     CANDIDATES,
     Filling,
     ceiling,
+    covered,
     device_name,
-    dtype_name,
     layer_matrices,
     make_models,
     padded_left,
@@ -52,6 +52,7 @@ from launch.processes import gather, join_processes, prefetch, ranks, run_script
 from llama import Llama, compile_layers
 from models.chat import Plain
 from models.tokenizer import Tokenizer
+from ops.fp8 import use_fp8
 from ops.packs import Pack, Tree
 from prepare.dataset import load_dataset
 from trsr import InputError
@@ -61,7 +62,7 @@ AUTHORS_LENGTH = 2048
 
 
 @dataclass(frozen=True)
-class Settings(common.Settings):
+class Settings(common.PackSettings):
     """The flags."""
 
     users: int | None = option(
@@ -70,9 +71,6 @@ class Settings(common.Settings):
     peer_users: int = option(2, "users that the others score", positive)
     candidates: tuple[int, ...] = option(
         (CANDIDATES,), "numbers of candidates per user to time", positive, nargs="+"
-    )
-    pack_tokens: int | None = option(
-        None, "tokens in a forward pass (unset: as in evaluate.py)", positive
     )
     no_peer: bool = option(False, "this project alone")
     data: Path | None = option(None, "dataset whose training users are scored from texts", Path)
@@ -90,6 +88,23 @@ class Ours:
 
     model: Llama
     batching: Batching
+    weights: int  # of the layers
+    tail: int  # of these, those of the last layer's second half
+    graphs: bool
+
+    @classmethod
+    def of(cls, settings: Settings, model: Llama, device: torch.device) -> "Ours":
+        """Return what scores with a model, which is compiled as in evaluate.py."""
+        last = model.model.layers[-1]
+        parts = (last.self_attn.o_proj, last.mlp)
+        tail = sum(p.numel() for part in parts for p in part.parameters())
+        weights = sum(p.numel() for p in layer_matrices(model))
+        if settings.fp8:
+            use_fp8(model, "scoring")
+        if device.type == "cuda" and not settings.no_compile:
+            compile_layers(model)
+        batching = Batching.on(device, settings.pack_tokens, on_gpus=16384)
+        return cls(model, batching, weights, tail, settings.cuda_graphs)
 
     def packs(self, trees: list[Tree]) -> Iterator[Pack]:
         """Return this process's packs."""
@@ -99,7 +114,8 @@ class Ours:
 
     def score(self, trees: list[Tree]) -> list[dict]:
         """Return the logits of ANSWERS by (tree, branch), from each process."""
-        return gather(evaluate.score_packs(self.model, prefetch(self.packs(trees)), ANSWERS))
+        packs = prefetch(self.packs(trees))
+        return gather(evaluate.score_packs(self.model, packs, ANSWERS, self.graphs))
 
     def filling(self, trees: list[Tree]) -> Filling:
         """Return how full all processes' packs are."""
@@ -108,11 +124,7 @@ class Ours:
     def flops(self, filling: Filling) -> float:
         """Return the FLOP of scoring packs that are as full as that."""
         # The last layer's second half is computed for the candidates' last tokens alone.
-        last = self.model.model.layers[-1]
-        parts = (last.self_attn.o_proj, last.mlp)
-        tail = sum(p.numel() for part in parts for p in part.parameters())
-        weights = sum(p.numel() for p in layer_matrices(self.model))
-        return 2 * ((weights - tail) * filling.tokens + tail * filling.leaves)
+        return 2 * ((self.weights - self.tail) * filling.tokens + self.tail * filling.leaves)
 
 
 # ---- transformers
@@ -155,7 +167,7 @@ def measure_peers(
 ) -> tuple[dict, dict]:
     """Return the users/s of transformers and of the authors' way, and how well scores agree.
 
-    ours: this project's scores. Raises InputError if the scores differ in fp32.
+    ours: this project's scores. Raises InputError if the scores differ in fp32, unless --fp8.
     """
     score = partial(score_batches, model, device=device)
     rates = {}
@@ -167,7 +179,7 @@ def measure_peers(
     rates["authors"] = 2 / CANDIDATES / took
 
     error, ordered = agreement(ours, score(trees, None, CANDIDATES), trees)
-    if model.dtype is torch.float32 and error > 1e-4:
+    if model.dtype is torch.float32 and not settings.fp8 and not error <= 1e-4:
         raise InputError(f"the scores differ by {error:.1e}, so the times mean nothing")
     return rates, {"largest_difference": error, "same_order": ordered}
 
@@ -191,7 +203,7 @@ def text_scorer(settings: Settings, ours: Ours, users: int) -> tuple[Callable[[]
 
     def score() -> None:
         packs = own_packs(ranking, ours.batching, show=False)
-        evaluate.score_users(ours.model, packs, answers, ranking)
+        evaluate.score_users(ours.model, packs, answers, ranking, ours.graphs)
 
     return score, len(ranking.examples)
 
@@ -212,12 +224,8 @@ def busy_share(work: Callable[[], object]) -> tuple[float, float, float]:
     events = [event for event in profile.events() if event.device_type.name == "CUDA"]
     kernels = [event.time_range for event in events if not event.name.startswith("Mem")]
     spans = sorted((span.start, span.end) for span in kernels)
-    busy, reached = 0.0, 0.0
-    for start, end in spans:
-        busy += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
     before = (spans[1][0] - spans[0][0]) / 1e6
-    return took, before, busy / 1e6 / (took - before)
+    return took, before, covered(spans) / 1e6 / (took - before)
 
 
 # ---- The comparison
@@ -231,9 +239,7 @@ def main() -> None:
     dtype = torch.bfloat16 if gpu else torch.float32
     users = settings.users or (160 if gpu else 6)
     model, theirs = make_models(settings, device, dtype, peer)
-    if gpu:
-        compile_layers(model)
-    ours = Ours(model, Batching.on(device, settings.pack_tokens, on_gpus=16384))
+    ours = Ours.of(settings, model, device)
     trees = random_trees(settings, users, CANDIDATES)
 
     limit, scored = world * ceiling(device, dtype), []
@@ -241,7 +247,8 @@ def main() -> None:
     rates, filling = {"ours": users / took}, ours.filling(trees)
     flops = ours.flops(filling) / took
     found = {"shape": settings.shape, "work": settings.work, "device": device_name(device, world)}
-    found |= {"dtype": dtype_name(dtype), "torch": torch.__version__, "users_per_second": rates}
+    found |= {"dtype": settings.precision(dtype), "torch": torch.__version__}
+    found |= {"users_per_second": rates}
     found |= {"tokens_a_user": filling.tokens / users, "fill": filling.share, "flops": flops}
     found |= {"ceiling": limit, "share_of_ceiling": flops / limit}
     found["seconds_a_user"] = candidate_times(settings, ours, users, device)

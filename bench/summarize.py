@@ -27,8 +27,8 @@ import torch
 from bench import common
 from bench.common import (
     INSTRUCTION,
+    copy_rate,
     device_name,
-    dtype_name,
     layer_matrices,
     make_models,
     padded_left,
@@ -39,6 +39,7 @@ from launch.estimate import rows_that_fit
 from launch.numbers import positive, real
 from launch.processes import gather, join_processes, ranks, run_script, share_out
 from llama import Llama, compile_layers
+from ops.fp8 import use_fp8
 from ops.int8 import bitsandbytes_linear, quantized, replace_linears
 from ops.packs import common_prefix
 from summarize import PREFILL_TOKENS, Generator, Row
@@ -150,15 +151,6 @@ class MeasuredGenerator(Generator):
         return (self.steps * weights + self.cached * slot) / self.decoding
 
 
-def copy_rate(device: torch.device) -> float:
-    """Return the bytes per second that a large copy reads and writes, together."""
-    size = (1 << 30) if device.type == "cuda" else (1 << 27)
-    source = torch.empty(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    took = seconds(lambda: [target.copy_(source) for _ in range(5)], device, 5)
-    return 2 * size * 5 / took
-
-
 # ---- transformers
 
 
@@ -240,6 +232,8 @@ class Measured:
 def main() -> None:
     """Print the new tokens/s of each, their ratios, and how close decoding is to a copy's rate."""
     settings = parse_settings(Settings, __doc__)
+    if settings.int8 and settings.fp8:
+        raise InputError("--int8 and --fp8: the matrices are held in one of them, choose one")
     rank, world, device = join_processes()
     gpu, peer = device.type == "cuda", not settings.no_peer and world == 1
     dtype = torch.bfloat16 if gpu else torch.float32
@@ -253,7 +247,7 @@ def main() -> None:
     measured, written = measure_ours(settings, generator, prompts, device)
     if rank > 0:
         return
-    kind = "int8" if settings.int8 else dtype_name(dtype)
+    kind = "int8" if settings.int8 else settings.precision(dtype)
     report_ours(measured, f"{settings.shape}, {kind} on {device_name(device, world)}", world)
 
     del generator
@@ -275,6 +269,8 @@ def prepare_models(settings: Settings, ours: Llama, theirs, device: torch.device
         theirs.config.num_hidden_layers = settings.peer_layers
     if settings.int8:  # after the cut, since all layers may not fit in 16 and 8 bit at once
         replace_linears(ours, quantized)
+    if settings.fp8:
+        use_fp8(ours, "scoring")
     if settings.int8 and theirs is not None:
         replace_linears(theirs, partial(bitsandbytes_linear, threshold=settings.threshold))
         theirs.to(device)
@@ -348,7 +344,8 @@ def measure_peers(
         name, ratio = f"transformers, {batch} a batch", f"ours is {ours / rate:.1f} times as fast"
         line = f"{name:<28}{rate:>9.1f} new tokens/s   {ratio}"
         print(f"{line}; {note or f'{equal:.1%} of the tokens equal'}", flush=True)
-        if model.dtype is torch.float32 and not settings.int8 and equal < 1:
+        exact = model.dtype is torch.float32 and not (settings.int8 or settings.fp8)
+        if exact and equal < 1:
             raise InputError("the tokens differ, so the times mean nothing")
     return rates
 

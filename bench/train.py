@@ -10,13 +10,12 @@ covers the whole prompt, and the adapters have rank 8 on q, k, v and o, with a d
 project's steps are those of train.py, with packs made in a thread. transformers + PEFT takes one
 example per forward pass, as the paper does, and padded batches of the sizes in --batches; on a GPU
 with the package liger-kernel, these with Liger's kernels too. The fastest counts. FLOP are 4 per
-weight of the layers and token, without attention, since frozen weights need no gradient. Before
-anything is timed, the losses are compared without dropout.
+weight of the layers and token, without attention, since frozen weights need no gradient. Losses are
+compared without dropout, and where they differ nothing is reported.
 """
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import repeat
 
@@ -30,7 +29,6 @@ from bench.common import (
     Filling,
     ceiling,
     device_name,
-    dtype_name,
     layer_matrices,
     make_models,
     optimizer_of,
@@ -41,16 +39,17 @@ from bench.peers import Peer, peft_model, sequences_of, why_no_liger
 from launch.command import option, parse_settings
 from launch.numbers import positive
 from launch.processes import gather, join_processes, prefetch, ranks, run_script
-from llama import Llama, compile_layers
+from llama import Llama
 from lora import LoRAConfig, adapter_tensors, apply_lora
+from ops.fp8 import use_fp8
 from ops.packs import Tree
-from train import SHARDS, shard, train_step
+from train import SHARDS, Passes, place, train_step
 
 ADAPTER = LoRAConfig(r=8, alpha=16, dropout=0.05)
 
 
 @dataclass(frozen=True)
-class Settings(common.Settings):
+class Settings(common.PackSettings):
     """The flags."""
 
     users: int | None = option(
@@ -61,16 +60,14 @@ class Settings(common.Settings):
     )
     batches: tuple[int, ...] | None = option(
         None,
-        "batch sizes of the peer to try (unset: 12 8 6 4 on GPUs, 8 4 2 on CPUs)",
+        "batch sizes of the peer to try (unset: 1 12 8 6 4 on GPUs, 1 8 4 2 on CPUs)",
         positive,
         nargs="+",
-    )
-    pack_tokens: int | None = option(
-        None, "tokens in a forward pass (unset: as in train.py)", positive
     )
     unshared: bool = option(False, "this project without shared prefixes")
     no_peer: bool = option(False, "this project alone")
     activation_checkpointing: bool = option(False, "less memory, a third more time, as in train.py")
+    deterministic: bool = option(False, "on a GPU, this project's same bits each time, as there")
     shard: str = option("zero2", "what processes share out, as in train.py", choices=SHARDS)
 
     def trees(self, negatives: int, device: torch.device) -> list[Tree]:
@@ -85,24 +82,23 @@ class Settings(common.Settings):
 
 def make_trainable(settings: Settings, model: Llama, device: torch.device) -> None:
     """Add a random adapter to the model, and place and compile the model as train.py does."""
+    if settings.fp8:
+        use_fp8(model, "training")
     apply_lora(model, ADAPTER)
     torch.manual_seed(settings.seed)
     for parameter in adapter_tensors(model).values():
         nn.init.normal_(parameter, std=0.02)
 
-    if ranks()[1] > 1 and settings.shard != "replicate":
-        shard(model, device, settings.shard)
-    if device.type == "cuda":
-        compile_layers(model)
-    model.model.checkpointing = settings.activation_checkpointing
+    place(model, settings, device)
 
 
 class Ours:
     """Repeats one optimizer step, as train.py would make it."""
 
     def __init__(self, settings: Settings, model: Llama, trees: list[Tree], device: torch.device):
-        self.model, self.mode, self.device = model, settings.shard, device
-        self.optimizer = optimizer_of(model)
+        self.model, self.device = model, device
+        self.passes = Passes(model, settings.shard, graphs=settings.cuda_graphs)
+        self.optimizer = optimizer_of(model, self.passes.fused)
         self.examples = sequences_of(trees)
         batching = Batching.on(device, settings.pack_tokens, on_gpus=8192)
         users = list(range(len(trees)))
@@ -111,14 +107,7 @@ class Ours:
 
     def step(self) -> float:
         """Make the step; return its loss."""
-        return train_step(self.model, self.optimizer, next(self.steps), mode=self.mode)[0]
-
-    def loss(self) -> float:
-        """Return the step's loss without dropout."""
-        self.model.eval()
-        loss = self.step()
-        self.model.train()
-        return loss
+        return train_step(self.passes, self.optimizer, next(self.steps))[0]
 
     def filling(self) -> Filling:
         """Return how full all processes' packs are."""
@@ -153,7 +142,7 @@ def main() -> None:
     limit = world * ceiling(device, dtype)
     if rank == 0:
         where = device_name(device, world) + (f", {settings.shard}" if world > 1 else "")
-        what = f"{settings.shape}, {settings.work}, {dtype_name(dtype)} on {where}"
+        what = f"{settings.shape}, {settings.work}, {settings.precision(dtype)} on {where}"
         print(f"{what}, torch {torch.__version__}", flush=True)
     found = {"shape": settings.shape, "work": settings.work, "torch": torch.__version__}
     found |= {"ceiling": limit}
@@ -171,19 +160,16 @@ def compare(
     settings: Settings, model: Llama, peer: Peer | None, device: torch.device, weights: int
 ) -> dict:
     """Return what was measured of this project and the peer; weights: of the layers."""
-    ours = Ours(settings, model, settings.trees(settings.negatives[0], device), device)
-    rows, loss = ours.examples, ours.loss()
-    losses = {"ours": loss}
-    if peer:
-        losses[peer.name] = peer.check_loss(rows, loss)
-    rates = {"ours": ours.measure(settings.repeats)}
-    peak = None
+    trees = settings.trees(settings.negatives[0], device)
+    losses = {"ours": loss_without_dropout(settings, model, trees, device)}
+    ours = Ours(settings, model, trees, device)
+    rows = ours.examples
+    rates, peak = {"ours": ours.measure(settings.repeats)}, None
     if device.type == "cuda":
         peak = max(gather(torch.cuda.max_memory_allocated() / 2**30))
     if peer:
-        sizes = settings.batches or ((12, 8, 6, 4) if device.type == "cuda" else (8, 4, 2))
-        for name, rate in peer_rates(peer, rows, sizes, settings.repeats, losses):
-            rates[name] = rate
+        found = measure_peer(settings, peer, rows, losses["ours"])
+        rates, losses = rates | found[0], losses | found[1]
 
     filling, steps = ours.filling(), rates["ours"] / len(rows)  # per second
     return {
@@ -197,17 +183,38 @@ def compare(
     }
 
 
-def peer_rates(
-    peer: Peer, rows: list[list[int]], sizes: tuple[int, ...], repeats: int, losses: dict
-) -> Iterator[tuple[str, float]]:
-    """Yield the peer's examples/s, plain and with Liger's kernels, whose loss joins the losses."""
-    yield from peer.measure(rows, [1, *sizes], repeats)
-    if reason := why_no_liger(next(peer.model.parameters()).device):
+def loss_without_dropout(
+    settings: Settings, model: Llama, trees: list[Tree], device: torch.device
+) -> float:
+    """Return this project's loss of a step, as transformers + PEFT would have it."""
+    # A step of its own: graphs would keep what they have captured, which is without dropout.
+    ours = Ours(replace(settings, cuda_graphs=False), model, trees, device)
+    model.eval()
+    loss = ours.step()
+    model.train()
+    return loss
+
+
+def measure_peer(
+    settings: Settings, peer: Peer, rows: list[list[int]], ours: float
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return examples/s and losses of the peer, plain and with Liger's kernels.
+
+    ours: this project's loss. Raises InputError if the peer's is another.
+    """
+    torch.use_deterministic_algorithms(False)  # which is no request to the peer
+    gpu = next(peer.model.parameters()).is_cuda
+    sizes = settings.batches or ((1, 12, 8, 6, 4) if gpu else (1, 8, 4, 2))
+    losses = {peer.name: peer.check_loss(rows, ours, rough=gpu or settings.fp8)}
+    rates = dict(peer.measure(rows, sizes, settings.repeats))
+    if reason := why_no_liger(gpu):
         print(f"without Liger's kernels: {reason}", flush=True)
-        return
-    liger = peer.with_liger()
-    losses[liger.name] = liger.check_loss(rows, losses["ours"])
-    yield from liger.measure(rows, list(sizes), repeats)
+        return rates, losses
+
+    peer = peer.with_liger()
+    losses[peer.name] = peer.check_loss(rows, ours, rough=True)
+    sizes = [size for size in sizes if size > 1] or sizes  # one example is the paper's setting
+    return rates | dict(peer.measure(rows, sizes, settings.repeats)), losses
 
 
 def report(found: dict) -> None:
@@ -243,7 +250,6 @@ def negatives_table(
         print("{:>9} {:>9} {:>8} {:>9} {:>11} {:>8} {:>7}".format(*names), flush=True)
     for negatives in settings.negatives:
         ours = Ours(settings, model, settings.trees(negatives, device), device)
-        model.train()
         rate, filling, n = ours.measure(settings.repeats), ours.filling(), len(ours.examples)
         row = {"negatives": negatives, "examples": n, "apart": sum(map(len, ours.examples)) / n}
         row |= {"computed": filling.tokens / n, "examples_per_second": rate}
