@@ -113,9 +113,11 @@ def fits(linear: nn.Linear) -> bool:
 def use_fp8(model: nn.Module, way: str) -> None:
     """Hold the matrices of a Llama's layers in e4m3, for scoring or for training.
 
-    CheckpointError if no matrix fits, or if there is a GPU that is too old.
+    Adapters come afterwards. CheckpointError if no matrix fits, or if there is a GPU that is too
+    old.
     """
     assert way in WAYS, way
+    assert not any(name.endswith(".base_layer") for name, _ in model.named_modules())
     if torch.cuda.is_available() and (found := torch.cuda.get_device_capability()) < ADA:
         card, needed = torch.cuda.get_device_name(), ".".join(map(str, ADA))
         what = f"--fp8 needs a GPU of compute capability {needed} (Ada, Hopper) or newer"
