@@ -29,7 +29,7 @@ import trsr
 from baselines.encode import embeddings
 from baselines.models import MODELS, Baseline
 from baselines.ranking import Tests, rank_among
-from batches.candidates import Choice, choice, name_of
+from batches.candidates import Choice, choice
 from launch.bars import Bar
 from launch.command import option, parse_settings, run_main
 from launch.numbers import fraction, positive, positive_real, real, seed_number
@@ -66,6 +66,10 @@ class Settings:
     label: str = option("", "added to the names of the models' folders", folder_name)
     candidates: Choice = option(
         None, "also rank all items, N drawn ones, or a file's, as evaluate.py does", choice
+    )
+
+    users: int | None = option(
+        None, "only the first so many test users, for --candidates (unset: all)", positive
     )
 
     lr: float = option(1e-3, "learning rate", positive_real, "training")
@@ -241,7 +245,7 @@ class Training:
 def main() -> None:
     """Train every model with every seed and print the table."""
     settings = parse_settings(Settings, __doc__)
-    out, k = settings.run / "baselines", settings.k
+    out = settings.run / "baselines"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     _, items, splits = load_dataset(settings.data, ("train", "val", "test"))
     texts = embeddings(settings.encoder, items, out, device).to(device)
@@ -251,7 +255,7 @@ def main() -> None:
     negatives = f"{settings.negatives} more negatives"
     print(f"learns  {n_targets} targets, each against its file's and {negatives}")
 
-    tests = Tests.of(settings.data, splits, k, items, settings.candidates)
+    tests = Tests.of(settings, splits, items)
     number = {name: i for i, name in enumerate(items)}
     for name in settings.models:
         row = settings.row(name)
@@ -265,13 +269,14 @@ def main() -> None:
             for kind, examples in tests.kinds.items():
                 found = own_lines(model, users["test"], device)
                 if kind is not None:
-                    found = rank_among(model, examples, users["test"].histories, number)
+                    histories = users["test"].histories[: len(examples)]
+                    found = rank_among(model, examples, histories, number)
                 tests.add(kind, out / f"{row}-{seed}", row, found, about)
         tests.tabulate(row)
 
     several = f", {len(settings.seeds)} seeds together" if len(settings.seeds) > 1 else ""
     for kind, table in tests.tables.items():
-        print(f"candidates: {name_of(kind) or 'as in the dataset'}")
+        print(f"candidates: {', '.join(tests.names[kind]) or 'as in the dataset'}")
         print(format_table(table))
         print(f"below each mean is its 95 % interval over users{several}")
     tests.write(out)

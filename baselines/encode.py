@@ -1,6 +1,13 @@
-"""Frozen embeddings of texts, from a sentence encoder or from a Llama's own hidden states."""
+"""Frozen embeddings of texts, from a sentence encoder or from a Llama's own hidden states.
 
+    python -m baselines.encode --data data/games --run runs/games --encoder llama:FOLDER
+
+The command makes only these, for baselines that are trained without a GPU.
+"""
+
+import launch.waiting  # noqa: F401  # before torch
 import fcntl
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,9 +18,12 @@ from torch import Tensor
 
 from files.atomic import atomic_write
 from launch.bars import Bar
+from launch.command import option, parse_settings, run_main
+from llama import CheckpointError
 from models.hub import find_model, load_model
 from models.tokenizer import Tokenizer
 from ops.packs import Tree, pack_trees
+from prepare.dataset import load_dataset
 from trsr import InputError, content_hash
 
 LONGEST = 256  # tokens of a text; the rest is not read
@@ -68,13 +78,17 @@ def by_sentence_encoder(name: str, texts: list[str], device: torch.device) -> Te
     return F.normalize(torch.cat(found), dim=-1)
 
 
+def cache_path(encoder: str, items: dict[str, str], cache: Path) -> Path:
+    """Return the file that keeps the items' embeddings in the folder cache."""
+    return cache / f"embeddings-{content_hash([encoder, list(items.values())])}.safetensors"
+
+
 def embeddings(encoder: str, items: dict[str, str], cache: Path, device: torch.device) -> Tensor:
     """Return the items' text embeddings (n, E), in order; computed once, then read from cache.
 
     encoder: `llama:FOLDER_OR_HUB_ID`, or a name for by_sentence_encoder.
     """
-    texts = list(items.values())
-    path = cache / f"embeddings-{content_hash([encoder, texts])}.safetensors"
+    texts, path = list(items.values()), cache_path(encoder, items, cache)
     cache.mkdir(parents=True, exist_ok=True)
     with open(cache / ".embeddings.lock", "w") as lock:
         # Of several processes one computes, and the others wait for its file.
@@ -91,3 +105,29 @@ def embeddings(encoder: str, items: dict[str, str], cache: Path, device: torch.d
         with atomic_write(path, "wb") as file:
             save_file({"texts": found}, file.name)
     return found
+
+
+# ---- The command
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The flags."""
+
+    data: Path = option(Path("data/demo"), "dataset folder made by prepare", Path, "files")
+    run: Path = option(Path("runs/demo"), "run folder", Path)
+    encoder: str = option("llama:models/tiny", "llama:FOLDER, or a model that transformers loads")
+
+
+def main() -> None:
+    """Encode the items' texts, unless that was done before."""
+    settings = parse_settings(Settings, __doc__)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    _, items, _ = load_dataset(settings.data, ("train",))
+    out = settings.run / "baselines"
+    embeddings(settings.encoder, items, out, device)
+    print(f"wrote   {cache_path(settings.encoder, items, out)}")
+
+
+if __name__ == "__main__":
+    run_main(main, CheckpointError)

@@ -19,7 +19,7 @@ from launch.bars import Bar
 from runfolder.results import Question
 from runfolder.scores import table_of
 from runfolder.tally import BEST
-from trsr import Example
+from trsr import Example, InputError
 
 CHUNK = 2048  # candidates that are scored at once
 
@@ -63,15 +63,26 @@ class Tests:
     train: Sequence[Example]
     k: Sequence[int]
     kinds: dict[Choice, list[Example]]  # None: with the dataset's own candidates
+    names: dict[Choice, list[str]]  # what the names of its files say
     ranks: dict[tuple[Choice, str], list] = field(default_factory=dict)  # a list for each seed
     tables: dict[Choice, dict] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, data: Path, splits: dict, k: Sequence[int], items: dict, chosen: Choice) -> "Tests":
-        """Return the tests with the dataset's own candidates and, unless None, the chosen ones."""
-        kinds = {None: splits["test"]}
-        kinds[chosen] = with_candidates(chosen, splits["test"], items)
-        return cls(str(data), splits["train"], k, kinds)
+    def of(cls, settings, splits: dict, items: dict) -> "Tests":
+        """Return the tests with the dataset's own candidates and, if asked, those of the settings.
+
+        settings: those of `python -m baselines`, of which it reads data, k, candidates and users.
+        """
+        kinds, names, chosen = {None: splits["test"]}, {None: []}, settings.candidates
+        if chosen is not None:
+            kinds[chosen] = with_candidates(chosen, splits["test"][: settings.users], items)
+            names[chosen] = [
+                name_of(chosen),
+                *([f"{settings.users}-users"] if settings.users else []),
+            ]
+        elif settings.users:
+            raise InputError(f"--users {settings.users}: it needs --candidates")
+        return cls(str(settings.data), splits["train"], settings.k, kinds, names)
 
     def add(
         self, kind: Choice, folder: Path, row: str, found: tuple[list[dict], list[int]], about: dict
@@ -83,7 +94,7 @@ class Tests:
         lines, ranks = found
         examples = self.kinds[kind]
         folder.mkdir(parents=True, exist_ok=True)
-        question = Question(folder, parts=[name_of(kind)] if kind else [])
+        question = Question(folder, parts=self.names[kind])
         write_jsonl(question.scores, lines)
         about = about | {"data": self.data, "split": "test", "users": len(examples), "row": row}
         about |= {"paradigm": row} | about_candidates(kind, examples)
@@ -100,7 +111,7 @@ class Tests:
     def write(self, out: Path) -> None:
         """Write the tables to out/results.json and, with candidates, out/results-NAME.json."""
         for kind, table in self.tables.items():
-            question = Question(out, parts=[name_of(kind)] if kind else [])
+            question = Question(out, parts=self.names[kind])
             about = {"data": self.data, "users": len(self.kinds[kind])}
             about |= about_candidates(kind, self.kinds[kind])
             write_json(question.results, about | {"table": table})

@@ -60,15 +60,19 @@ def rows_of(experiment: Experiment, settings: Settings, key: str) -> list[Row]:
     return rows
 
 
-def main() -> None:
-    """Run every kind of prompt within every budget; write the table and the figure."""
-    settings = parse_settings(Settings, __doc__)
+def experiment_of(settings: Settings) -> Experiment:
+    """Return the experiment with its rows."""
     split_flags("train", settings.train, ["--max-length"])  # it would not be the budget
-    experiment = Experiment("budgets", settings)
+    experiment = Experiment("budgets", settings, x_name="tokens of the longest prompt", log=True)
     kinds = [rows_of(experiment, settings, key) for key in dict.fromkeys(settings.rows)]
     # The smallest budgets come first, because larger ones wait for them.
-    rows = [row for same_budget in zip(*kinds, strict=True) for row in same_budget]
-    experiment.finish(rows, x_name="tokens of the longest prompt", log=True)
+    experiment.rows = [row for same_budget in zip(*kinds, strict=True) for row in same_budget]
+    return experiment
+
+
+def main() -> None:
+    """Run every kind of prompt within every budget; write the table and the figure."""
+    experiment_of(parse_settings(Settings, __doc__)).finish()
 
 
 if __name__ == "__main__":

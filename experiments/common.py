@@ -1,6 +1,7 @@
 """An experiment from its settings to its table and figure."""
 
 import hashlib
+import json
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -9,10 +10,10 @@ from pathlib import Path
 
 from experiments import paper
 from experiments.above import mark_above, note_above
-from experiments.forecast import foresee
+from experiments.forecast import dataset, foresee
 from experiments.jobs import Jobs, Machine
 from experiments.rows import Row, Run, plan_of, stages_of
-from experiments.runs import Settings
+from experiments.runs import Settings, TunedSettings
 from experiments.stages import Stage
 from experiments.tables import figure, markdown, markdown_differences
 from experiments.tuning import Choice
@@ -21,7 +22,7 @@ from files.jsonl import read_json, read_jsonl, write_json
 from files.sheet import TABLE, table_rows, write_csv
 from launch.command import option, run_main
 from llama import CheckpointError
-from prepare.dataset import load_dataset, popularity
+from prepare.dataset import popularity
 from runfolder.scores import (
     chance_metrics,
     means_and_intervals,
@@ -29,7 +30,7 @@ from runfolder.scores import (
     popularity_ranks,
 )
 from state.settings import locked
-from trsr import SUMMARIZED, InputError
+from trsr import SUMMARIZED, Example, InputError
 
 MODEL = "model folder or hub id; `{seed}` in it is replaced by the run's seed"
 SUMMARIZER = f"{MODEL}; `rule`: summaries by experiments.rule"
@@ -37,11 +38,16 @@ MODEL_FLAGS = ("summarizer", "summarizers", "recommender", "recommenders", "enco
 
 
 @dataclass(frozen=True)
-class FigureSettings(Settings):
+class FigureSettings(TunedSettings):
     """The flags that all figures share."""
 
+    # Tuned like the table, so that both share their runs.
     paradigms: tuple[str, ...] = option(
-        ("hierarchical", "recurrent"), "of the summaries", choices=SUMMARIZED, nargs="+"
+        ("hierarchical", "recurrent"),
+        "of the summaries",
+        choices=SUMMARIZED,
+        nargs="+",
+        group="rows",
     )
 
 
@@ -51,12 +57,14 @@ class Experiment:
     Reads and checks the dataset first.
     """
 
-    def __init__(self, name: str, settings: Settings):
+    def __init__(self, name: str, settings: Settings, x_name: str = "", log: bool = False):
         self.name = name
+        self.x_name, self.log = x_name, log  # of the figure's axis, if it has one
+        self.rows: list[Row] = []
         seeds, ks = tuple(dict.fromkeys(settings.seeds)), tuple(sorted(set(settings.k)))
         self.settings = replace(settings, seeds=seeds, k=ks)
         self.machine = Machine(settings.jobs, settings.nproc, settings.fresh)
-        _, _, self.splits = load_dataset(settings.data, ("train", "val", "test"))
+        _, self.items, self.splits = dataset(settings.data)
         self.domain = read_json(Path(settings.data) / "meta.json")["domain"]
         self.dataset = paper.DATASETS.get(self.domain)  # None: the paper has none
 
@@ -86,39 +94,64 @@ class Experiment:
         misprints = tuple(n for n in values if (self.dataset, key, n) in paper.MISPRINTS)
         return {"paper": values, "misprints": misprints}
 
-    def finish(self, rows: list[Row], x_name: str = "", log: bool = False) -> None:
+    def finish(self) -> None:
         """Run what is left to run; print the table, and write it with its figure.
 
         With --dry-run, print what that would take instead.
         """
-        settings, out = self.settings, self.settings.out
+        settings, rows = self.settings, self.planned
         stages, left = stages_of(rows)
-        self.announce(sum(len(row.expected) for row in rows), len(stages), len(left))
-
+        self.announce(len({run[-1].run for row in rows for run in row.expected}), stages, left)
         if settings.dry_run:
             return foresee(stages, left, settings.jobs, settings.speed)
-        names = [f"{metric}@{k}" for metric in ("Recall", "MRR") for k in settings.k]
-        with locked(out):
+        with locked(settings.out):
             self.claim_data()
             Jobs(lambda: plan_of(rows), self.machine, len(left)).run()
-            self.measure(rows)
-            compared = markdown_differences(rows, names[0])
-            table = markdown(rows, names, self.dataset)
-            parts = [table, *self.notes(rows), *filter(None, [note_above(rows), compared])]
-            text = "\n\n".join(parts) + "\n"
-            drawing = figure(f"{self.title}, {settings.data}", rows, names, x_name, log)
-            for suffix, content in ((".md", text), (".svg", drawing)):
-                with atomic_write(out / f"{self.name}{suffix}") as file:
-                    file.write(content)
-            cells = {row.name: row.measured for row in rows if row.measured}
-            write_csv(out / f"{self.name}.csv", TABLE, table_rows(cells))
-            self.write_results(rows)
+            text, wrote = self.write()
         print(f"\n{text}")
-        wrote = [out / f"{self.name}{suffix}" for suffix in (".md", ".svg", ".csv")]
-        print(f"wrote   {', '.join(map(str, wrote))}, {out / 'results.json'}")
+        print(f"wrote   {', '.join(map(str, wrote))}")
 
-    def announce(self, n_runs: int, n_stages: int, n_pending: int) -> None:
+    def write(self) -> tuple[str, list[Path]]:
+        """Write the table of the runs that have finished, and its figure; return text and files."""
+        rows, out = self.rows, self.settings.out
+        shown = self.measure()
+        drawing = self.figure(shown)
+        text = "\n\n".join(filter(None, self.parts(shown))) + "\n"
+        wrote = []
+        for suffix, content in ((".md", text), (".svg", drawing)):
+            wrote.append(out / f"{self.name}{suffix}")
+            with atomic_write(wrote[-1]) as file:
+                file.write(content)
+        wrote.append(out / f"{self.name}.csv")
+        cells = {row.name: row.measured for row in shown if row.measured}
+        write_csv(wrote[-1], TABLE, table_rows(cells))
+        wrote.append(self.write_results(rows))
+        return text, wrote
+
+    @property
+    def metrics(self) -> list[str]:
+        """The columns of the table."""
+        return [f"{metric}@{k}" for metric in ("Recall", "MRR") for k in self.settings.k]
+
+    def parts(self, rows: list[Row]) -> list[str]:
+        """Return the paragraphs of the text, of which some may be empty."""
+        compared = markdown_differences(rows, self.metrics[0])
+        table = markdown(rows, self.metrics, self.dataset)
+        return [table, *self.notes(rows), note_above(rows), compared]
+
+    def figure(self, rows: list[Row]) -> str:
+        """Return the figure as the content of an SVG file."""
+        title = f"{self.title}, {self.settings.data}"
+        return figure(title, rows, self.metrics, self.x_name, self.log)
+
+    @property
+    def planned(self) -> list[Row]:
+        """The rows whose runs are to be made."""
+        return self.rows
+
+    def announce(self, n_runs: int, stages: list[Stage], pending: list[Stage]) -> None:
         """Print what is about to be run."""
+        n_stages, n_pending = len(stages), len(pending)
         settings = self.settings
         users = ", ".join(f"{len(examples)} {split}" for split, examples in self.splits.items())
         domain = self.domain + (f", as the paper's {self.dataset}" if self.dataset else "")
@@ -140,6 +173,14 @@ class Experiment:
         notes = [found, *filter(None, [theirs])]
         if any(row.misprints for row in rows):
             notes.append("† A misprint in the paper: the value is below the Recall@3 next to it.")
+        return [*notes, *self.choices_of(rows)]
+
+    def choices_of(self, rows: list[Row]) -> list[str]:
+        """Return the paragraphs that say which runs are shown."""
+        notes = []
+        if fewer := [row for row in rows if len(row.finished) < len(row.runs)]:
+            counts = "; ".join(f"{row.name}: {len(row.finished)}" for row in fewer)
+            notes.append(f"Not all seeds have finished. {counts}.")
         chosen = [f"{row.name}: {row.chosen}" for row in rows if row.tried()]
         if chosen:
             how = f"Chosen by validation recall with seed {self.settings.seeds[0]}"
@@ -163,13 +204,16 @@ class Experiment:
             raise InputError(f"{out}: made with {old.get('data')}, {what}; choose another --out")
         write_json(path, own)
 
-    def measure(self, rows: list[Row]) -> None:
-        """Fill in each row's metrics and differences; a user's are averaged over the seeds."""
-        test, ks = self.splits["test"], self.settings.k
-        users = [example.user for example in test]
+    def measure(self) -> list[Row]:
+        """Fill in each row's metrics and differences; a user's are averaged over the seeds.
+
+        Returns the rows to show: those without any finished run are left out.
+        """
+        test, ks, rows = self.splits["test"], self.settings.k, self.rows
         for row in rows:
-            if row.runs:
-                row.ranks = [ranks_of(run[-1], users) for run in row.runs]
+            row.wanted()  # which chooses, if that was not done yet
+            if finished := row.finished:
+                row.ranks = [ranks_of(run[-1], test) for run in finished]
                 row.measured = means_and_intervals(row.ranks, ks)
             elif row.name == "popularity":
                 counts = popularity(self.splits["train"])
@@ -186,15 +230,17 @@ class Experiment:
                     found = paired_differences(row.ranks, ranks[other], ks)
                     row.differences[column] = found
         mark_above(rows, ks)
+        return [row for row in rows if row.measured or row.paper]
 
-    def write_results(self, rows: list[Row]) -> None:
+    def write_results(self, rows: list[Row]) -> Path:
         """Write the rows to OUT/results.json, which keeps those of other experiments."""
         path = self.settings.out / "results.json"
         found = [row.record() for row in rows]
-        settings = vars(self.settings) | {"out": str(self.settings.out)}
+        settings = json.loads(json.dumps(vars(self.settings), default=str))
         own = {"settings": settings, "domain": self.domain, "users": len(self.splits["test"])}
         others = read_json(path) if path.is_file() else {}
         write_json(path, others | {self.name: own | {"rows": found}})
+        return path
 
 
 def listed(numbers: Sequence[int]) -> str:
@@ -202,14 +248,17 @@ def listed(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def ranks_of(stage: Stage, users: list[str]) -> list[int]:
-    """Return the ranks of the users' positives that a stage found; InputError for other users."""
+def ranks_of(stage: Stage, examples: Sequence[Example]) -> list[int]:
+    """Return the ranks of the examples' positives that a stage found.
+
+    InputError if it has not ranked for all of these users.
+    """
     path = stage.run / stage.makes[0]
     ranks = {r["user"]: r["rank"] for _, r in read_jsonl(path, {"user": str, "rank": int})}
-    if ranks.keys() != set(users):
+    if not ranks.keys() >= {example.user for example in examples}:
         way = f"remove {stage.run} to have it made again"
         raise InputError(f"{path}: not the users of test.jsonl; {way}")
-    return [ranks[user] for user in users]
+    return [ranks[example.user] for example in examples]
 
 
 def run_command(main: Callable[[], None]) -> None:

@@ -22,20 +22,26 @@ class Settings(FigureSettings):
     recommenders: tuple[str, ...] = option(("models/tiny",), MODEL, nargs="+")
 
 
-def main() -> None:
-    """Run every recommender; write the table and the figure."""
-    settings = parse_settings(Settings, __doc__)
-    experiment, rows = Experiment("figure10", settings), []
+def experiment_of(settings: Settings) -> Experiment:
+    """Return the experiment with its rows."""
+    experiment = Experiment("figure10", settings)
     for paradigm in settings.paradigms:
         for name in dict.fromkeys(settings.recommenders):
             model = LanguageModel(paradigm, settings.summarizer, name, settings.history_items)
             runs = experiment.runs(language_model_run, model)
-            rows.append(Row(f"{paradigm}, {name}", name, paradigm, runs))
+            experiment.rows.append(Row(f"{paradigm}, {name}", name, paradigm, runs))
 
         theirs, known = paper.RECOMMENDER, experiment.paper_row(paradigm)
         if known["paper"]:
-            rows.append(Row(f"{paradigm}, {theirs}", f"{theirs}, the paper", paradigm, **known))
-    experiment.finish(rows)
+            experiment.rows.append(
+                Row(f"{paradigm}, {theirs}", f"{theirs}, the paper", paradigm, **known)
+            )
+    return experiment
+
+
+def main() -> None:
+    """Run every recommender; write the table and the figure."""
+    experiment_of(parse_settings(Settings, __doc__)).finish()
 
 
 if __name__ == "__main__":

@@ -23,16 +23,20 @@ class Settings(FigureSettings):
     recommender: str = option("models/tiny", MODEL)
 
 
-def main() -> None:
-    """Run every summarizer; write the table and the figure."""
-    settings = parse_settings(Settings, __doc__)
-    experiment, rows = Experiment("figure11", settings), []
+def experiment_of(settings: Settings) -> Experiment:
+    """Return the experiment with its rows."""
+    experiment = Experiment("figure11", settings)
     for paradigm in settings.paradigms:
         for name in dict.fromkeys(settings.summarizers):
             model = LanguageModel(paradigm, name, settings.recommender, settings.history_items)
             runs = experiment.runs(language_model_run, model)
-            rows.append(Row(f"{paradigm}, {name}", name, paradigm, runs))
-    experiment.finish(rows)
+            experiment.rows.append(Row(f"{paradigm}, {name}", name, paradigm, runs))
+    return experiment
+
+
+def main() -> None:
+    """Run every summarizer; write the table and the figure."""
+    experiment_of(parse_settings(Settings, __doc__)).finish()
 
 
 if __name__ == "__main__":

@@ -35,10 +35,9 @@ class Settings(FigureSettings):
     recommender: str = option("models/tiny", MODEL)
 
 
-def main() -> None:
-    """Run every number of items; write the table and the figure."""
-    settings = parse_settings(Settings, __doc__)
-    experiment, rows = Experiment("figure9", settings), []
+def experiment_of(settings: Settings) -> Experiment:
+    """Return the experiment with its rows."""
+    experiment = Experiment("figure9", settings, x_name="recent items in the prompt")
     for paradigm in settings.paradigms:
         known = experiment.paper_row(paradigm)
         of_paper = {paper.HISTORY_ITEMS} if known["paper"] else set()
@@ -47,8 +46,14 @@ def main() -> None:
             if items in settings.history_items:
                 model = LanguageModel(paradigm, settings.summarizer, settings.recommender, items)
                 runs = experiment.runs(language_model_run, model)
-            rows.append(Row(f"{paradigm}, {items} items", items, paradigm, runs, **theirs))
-    experiment.finish(rows, x_name="recent items in the prompt")
+            row = Row(f"{paradigm}, {items} items", items, paradigm, runs, **theirs)
+            experiment.rows.append(row)
+    return experiment
+
+
+def main() -> None:
+    """Run every number of items; write the table and the figure."""
+    experiment_of(parse_settings(Settings, __doc__)).finish()
 
 
 if __name__ == "__main__":

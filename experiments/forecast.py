@@ -22,6 +22,10 @@ import torch
 import evaluate
 import summarize
 import train
+import trsr
+from batches.candidates import Choice as Candidates
+from batches.candidates import with_candidates
+from batches.catalogue import Tails
 from batches.positions import prompts_to_learn
 from batches.prompts import Prompts, Ranking
 from experiments import ruled
@@ -36,6 +40,7 @@ from trsr import SUMMARIZED, Example, InputError, content_hash, split_blocks
 
 SAMPLE = 48  # users whose prompts are tokenized, of those to learn from or to summarize
 RANKED = 16  # likewise of those to rank for, since each has many candidates
+ITEMS = 500  # whose tokens are counted, or a few more
 RULED = "experiments.ruled"
 SPLITS = ("train", "val", "test")
 
@@ -246,19 +251,27 @@ class Forecast:
         asked = settings_of(train.Settings, "train.py", trained)
         asked = train.resolve(asked, torch.device("cpu"))
         own = settings_of(evaluate.Settings, "evaluate.py", flags)
-        if getattr(own, "candidates", None) is not None:
-            raise InputError("--dry-run foresees the dataset's candidates, not --candidates")
-        test = dataset(asked.data)[2][own.split]
+        test = dataset(asked.data)[2][own.split][: own.users]
 
         def ranked() -> Work:
-            return Work(scored=self.tokens(asked, source, test, learn=False))
+            return Work(scored=self.tokens(asked, source, test, False, own.candidates, own.seed))
 
-        return self.once((own.split, *prompt_key(asked, source)), ranked)
+        what = own.split, own.users, own.candidates, own.seed
+        return self.once((*what, *prompt_key(asked, source)), ranked)
 
     def tokens(
-        self, asked: train.Settings, source: Source | None, examples: list[Example], learn: bool
+        self,
+        asked: train.Settings,
+        source: Source | None,
+        examples: list[Example],
+        learn: bool,
+        candidates: Candidates = None,
+        seed: int = 0,
     ) -> float:
-        """Return the tokens of all examples' trees, with answers or with candidates to rank."""
+        """Return the tokens of all examples' trees, with answers or with candidates to rank.
+
+        candidates and seed: evaluate.py's.
+        """
         domain, items, _ = dataset(asked.data)
         sample = sampled(examples, items, SAMPLE if learn else RANKED)
         folder = find_model(asked.model, asked.revision)
@@ -281,7 +294,23 @@ class Forecast:
             trees = [prompts[i][0] for i in range(len(prompts))]
         if errors := [tree for tree in trees if isinstance(tree, InputError)]:
             raise errors[0]
-        return over_all(examples, sample, [tree.size for tree in trees])
+        sizes: list[float] = [tree.size for tree in trees]
+        if candidates is not None:
+            ranked = with_candidates(candidates, sample, items, seed)
+            tail = tail_length(asked.data, asked.model, asked.revision, asked.chat)
+            rest = [tail * (1 + len(example.negatives)) for example in ranked]
+            sizes = [len(tree.prefix) + n for tree, n in zip(trees, rest, strict=True)]
+        return over_all(examples, sample, sizes)
+
+
+@cache
+def tail_length(data: str, model: str, revision: str | None, chat: bool) -> float:
+    """Return the mean tokens that an item of the dataset adds to a prompt."""
+    domain, items, _ = dataset(data)
+    budget = trsr.Budget(2**20, load_form(find_model(model, revision), chat).encode, Counter())
+    texts = dict(list(items.items())[:: max(1, len(items) // ITEMS)])
+    recommender = trsr.Recommender("none", domain, texts, {}, 0, budget)
+    return Tails.of(recommender, list(texts)).mean_length
 
 
 def prompt_key(asked: train.Settings, source: Source | None) -> tuple:

@@ -1,11 +1,12 @@
 """Running stages, one or several at a time, over the GPUs that there are."""
 
+import math
 import os
 import re
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
@@ -17,7 +18,9 @@ from files.jsonl import read_json, write_json
 from state.summaries import share_summaries
 from trsr import InputError
 
+NO_GPU = ""  # as CUDA_VISIBLE_DEVICES has it
 TRIMMED = "trimmed.json"  # in a run folder: what each script had to cut from prompts
+TOKENS = "tokens.json"  # in a run folder: what train.py learns in an epoch
 
 # ---- The machine
 
@@ -36,6 +39,7 @@ class Machine:
     jobs: int = 1
     processes: int = 1  # of a stage, started by torchrun
     fresh: bool = False  # a new process for every stage, instead of workers
+    cpu_jobs: int = 0  # baselines that run at once beside the others, on the CPU
     gpus: list[str] = field(default_factory=gpus_of_this_machine)
     busy: list[str] = field(default_factory=list)  # a GPU for every stage under way
     children: Fresh | Workers = field(init=False)
@@ -48,8 +52,20 @@ class Machine:
         workers = alone and not self.fresh
         self.children = Workers(echo) if workers else Fresh(self.processes, echo)
 
-    def take_gpu(self) -> str | None:
+    def on_cpu(self, stage: Stage) -> bool:
+        """Return whether a stage is one of those beside the others."""
+        return self.cpu_jobs > 0 and stage.script == "baselines"
+
+    def has_room(self, stage: Stage, others: Iterable[Stage]) -> bool:
+        """Return whether a stage can run beside the others that are under way."""
+        kind = self.on_cpu(stage)
+        n = sum(self.on_cpu(other) == kind for other in others)
+        return n < (self.cpu_jobs if kind else self.jobs)
+
+    def take_gpu(self, stage: Stage) -> str | None:
         """Return the GPU with the fewest stages; None if a stage has the whole machine."""
+        if self.on_cpu(stage):
+            return NO_GPU
         if self.jobs == 1 or not self.gpus:
             return None
         # Of equal ones that with a worker, so that no more workers are made than are needed.
@@ -66,11 +82,14 @@ class Machine:
 
     def free_gpu(self, gpu: str | None) -> None:
         """Take note that a stage on this GPU has ended."""
-        if gpu is not None:
+        if gpu:
             self.busy.remove(gpu)
 
     def environment(self, gpu: str | None) -> dict[str, str] | None:
         """Return the environment of a stage on that GPU; None: as it is."""
+        if gpu == NO_GPU:
+            alone = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": NO_GPU}
+            return dict(os.environ) | alone
         if self.jobs == 1:
             return None
         share = str(max(1, len(os.sched_getaffinity(0)) // self.jobs))
@@ -115,16 +134,16 @@ def reason(script: str, output: str, status: int = 2) -> str:
 
 def execute(stage: Stage, machine: Machine, gpu: str | None = None) -> None:
     """Run a stage and mark it as finished; InputError, which names the stage, if it fails."""
-    marks, log = stage.marks(), stage.run / f"{stage.script.removesuffix('.py')}.log"
+    marks, log = stage.marks(), stage.run / f"{stage.mark.replace('.py', '').replace(' ', '-')}.log"
     stage.run.mkdir(parents=True, exist_ok=True)
-    if stage.script == "train.py" and stage.script in marks and not stage.made():
+    if stage.script == "train.py" and stage.mark in marks and not stage.made():
         # The training had finished, but its result is gone.
         shutil.rmtree(stage.run / "checkpoint", ignore_errors=True)
 
     # The stages after this one lose their marks: they have to be run again.
     names = list(marks)
-    if stage.script in names:
-        names = names[: names.index(stage.script)]
+    if stage.mark in names:
+        names = names[: names.index(stage.mark)]
     before = {name: marks[name] for name in names}
     write_json(stage.run / MARKS, before)
     if stage.summaries:
@@ -139,12 +158,14 @@ def execute(stage: Stage, machine: Machine, gpu: str | None = None) -> None:
             why = reason(stage.script, output, status)
         raise InputError(f"{stage.run}: {stage.script} failed: {why} (its output is in {log})")
     note(stage, SECONDS, round(time.perf_counter() - began, 1))
-    note_trimmed(stage, log.read_text("utf-8", "replace"))
-    write_json(stage.run / MARKS, before | {stage.script: stage.key})
+    note_output(stage, log.read_text("utf-8", "replace"))
+    write_json(stage.run / MARKS, before | {stage.mark: stage.key})
 
 
-def note_trimmed(stage: Stage, output: str) -> None:
-    """Record what the script says it cut from its prompts, if it has read them in this call."""
+def note_output(stage: Stage, output: str) -> None:
+    """Record what the script says it reads and cut from its prompts, if it has made any."""
+    if told := re.search(r"(\d+) tokens an epoch", output):
+        note(stage, TOKENS, int(told[1]))
     if "prompt  " not in output:
         return
     found = re.findall(r"trimmed to the context: (\d+) ([\w ]+)", output)
@@ -155,7 +176,7 @@ def note(stage: Stage, name: str, value: object) -> None:
     """Record something of a stage in a file of its run folder, which has a field per script."""
     path = stage.run / name
     before = read_json(path) if path.is_file() else {}
-    write_json(path, before | {stage.script: value})
+    write_json(path, before | {stage.mark: value})
 
 
 def untrimmed(run: list[Stage]) -> bool:
@@ -172,11 +193,22 @@ class Jobs:
     """Runs the stages that plan() says are left, each as soon as those before it are done.
 
     plan is asked again whenever a stage has finished, so it can name others by then. A stage that
-    fails stops only those that wait for it.
+    fails stops only those that wait for it. One that does not fit() is passed over; at the moment
+    `until` of time.monotonic(), all that run are asked to save what they have and to end. note() is
+    called with each stage that has finished.
     """
 
-    def __init__(self, plan: Callable[[], list[Stage]], machine: Machine, total: int):
+    def __init__(
+        self,
+        plan: Callable[[], list[Stage]],
+        machine: Machine,
+        total: int,
+        fits: Callable[[Stage], bool] = lambda stage: True,
+        until: float = math.inf,
+        note: Callable[[Stage], None] = lambda stage: None,
+    ):
         self.plan, self.machine, self.total = plan, machine, total
+        self.fits, self.until, self.note = fits, until, note
         self.under_way: dict[Future, tuple[Stage, str | None, float]] = {}
         self.started: set[Stage] = set()
         self.failed: dict[Stage, Exception] = {}
@@ -186,10 +218,15 @@ class Jobs:
         """Run all; InputError, with a line for each stage that failed, at the end."""
         machine = self.machine
         machine.warm(self.total)
-        pool = Here() if machine.jobs == 1 else ThreadPoolExecutor(machine.jobs)
+        n = machine.jobs + machine.cpu_jobs
+        pool = Here() if n == 1 and self.until == math.inf else ThreadPoolExecutor(n)
         try:
             while self.start_due(pool) or self.under_way:
-                for future in wait(self.under_way, return_when=FIRST_COMPLETED).done:
+                seconds = None if self.until == math.inf else self.until - time.monotonic()
+                done = wait(self.under_way, seconds, FIRST_COMPLETED).done
+                if not done:
+                    break
+                for future in done:
                     self.conclude(future)
         finally:
             machine.children.stop()  # after an interruption; otherwise all have ended
@@ -198,19 +235,26 @@ class Jobs:
 
         if self.failed:
             raise InputError("\n".join(map(str, self.failed.values())))
-        if left := self.plan():
+        if self.under_way:  # stopped at the end of the time
+            return
+        if left := [stage for stage in self.plan() if stage in self.started]:
             first = left[0]
             what = f"{first.script} is not done after it was run; is another process at work here?"
             raise InputError(f"{first.run}: {what}")
+
+    @property
+    def alone(self) -> bool:
+        """Whether only one stage runs at a time."""
+        return self.machine.jobs + self.machine.cpu_jobs == 1
 
     def start_due(self, pool: Executor) -> bool:
         """Start what can start now; return whether anything did."""
         before, began = [*self.failed, *(stage for stage, *_ in self.under_way.values())], False
         for stage in self.plan():
-            free = len(self.under_way) < self.machine.jobs
+            free = self.machine.has_room(stage, [s for s, *_ in self.under_way.values()])
             waits = any(stage.follows(other) for other in before if other != stage)
             before.append(stage)
-            if free and not waits and stage not in self.started:
+            if free and not waits and stage not in self.started and self.fits(stage):
                 self.start(stage, pool)
                 began = True
         return began
@@ -218,17 +262,17 @@ class Jobs:
     def start(self, stage: Stage, pool: Executor) -> None:
         """Start a stage; alone, it is announced by a line that its end completes."""
         self.started.add(stage)
-        if self.machine.jobs == 1:
+        if self.alone:
             # On a terminal the stage's own output follows, on lines of its own.
             print(self.title(stage), end="\n" if sys.stderr.isatty() else "", flush=True)
-        gpu, began = self.machine.take_gpu(), time.perf_counter()
+        gpu, began = self.machine.take_gpu(stage), time.perf_counter()
         future = pool.submit(execute, stage, self.machine, gpu)
         self.under_way[future] = stage, gpu, began
 
     def title(self, stage: Stage) -> str:
         """Return how a stage's line begins."""
         number = self.ended + 1
-        return f"{f'{number}/{max(number, self.total)}':<8}{stage.run.name}: {stage.script}"
+        return f"{f'{number}/{max(number, self.total)}':<8}{stage.run.name}: {stage.mark}"
 
     def conclude(self, future: Future) -> None:
         """Tell that a stage has ended, and how long it took."""
@@ -238,10 +282,12 @@ class Jobs:
         if error is not None and not isinstance(error, InputError | OSError):
             raise error
         text = f"  {time.perf_counter() - began:.0f} s"
-        if self.machine.jobs > 1:
+        if not self.alone:
             text = self.title(stage) + text
         self.ended += 1
-        if error is not None:
+        if error is None:
+            self.note(stage)
+        else:
             self.failed[stage] = error
             text += f", failed: {error}"
         print(text, flush=True)

@@ -40,6 +40,11 @@ class Row:
         return self.choices[self.chosen] if self.chosen else []
 
     @property
+    def finished(self) -> list[Run]:
+        """Those of them that have finished."""
+        return [run for run in self.runs if not missing(run)]
+
+    @property
     def is_untrained(self) -> bool:
         """Whether it shows the model without what was trained, so that no choice matters."""
         return any("--untrained" in run[-1].flags for run in self.expected)
@@ -52,8 +57,7 @@ class Row:
     @property
     def trials(self) -> list[Run]:
         """The first seed's runs of all choices, up to their training."""
-        firsts = [runs[0] for runs in self.choices.values()]
-        return [run[:-1] if run[-1].script == "evaluate.py" else run for run in firsts]
+        return [up_to_training(runs[0]) for runs in self.choices.values()]
 
     def wanted(self) -> list[Run]:
         """Return the runs to make, as far as they are known; choose, once that is possible."""
@@ -85,10 +89,16 @@ class Row:
         names = ("name", "group", "series", "measured", "differences", "above")
         names += ("paper", "misprints")
         found = {name: getattr(self, name) for name in names}
-        found["runs"] = [str(run[-1].run) for run in self.runs]
+        found["runs"] = [str(run[-1].run) for run in self.finished]
         if self.chosen and self.chosen.values and not self.is_untrained:
             found |= {"chosen": dict(self.chosen.values), "tried": self.tried()}
         return found | ({"reused": self.reused.name} if self.reused else {})
+
+
+def up_to_training(run: Run) -> Run:
+    """Return the stages of a run without those that rank the test users afterwards."""
+    ends = [i for i, stage in enumerate(run, 1) if stage.script != "evaluate.py"]
+    return run[: ends[-1]]
 
 
 def plan_of(rows: Sequence[Row]) -> list[Stage]:

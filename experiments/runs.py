@@ -9,9 +9,10 @@ from experiments.stages import Stage, make_stage, slug, split_flags
 from experiments.tuning import DEFAULTS, Choice, combinations
 from launch.command import option
 from launch.numbers import natural, positive, positive_real, seed_number
-from trsr import PARADIGMS, SUMMARIZED
+from trsr import PARADIGMS, SUMMARIZED, InputError
 
 RULE = "rule"  # in a summarizer's place: experiments.ruled writes the summaries
+LAST, ALL = "last", "all"  # of train.py --targets
 LRS, RANKS = (1e-4, 3e-4, 1e-3), (8, 32)  # of --tune
 
 
@@ -86,6 +87,8 @@ class LanguageModel:
     recommender: str
     items: int  # recent ones in the prompt
     budget: int | None = None  # tokens of a prompt; None: train.py's default
+    targets: str = LAST  # of a user
+    more: str = ""  # flags for train.py that come after those of --train, so that they win
 
     def of_seed(self, model: str, seed: int) -> str:
         """Return the name of the model for a seed."""
@@ -101,7 +104,9 @@ class LanguageModel:
             parts.append(f"items{self.items}")
         if self.budget is not None:
             parts.append(f"max{self.budget}")
-        return settings.out / slug(*parts, *filter(None, more))
+        if self.targets != LAST:
+            parts.append(f"targets-{self.targets}")
+        return settings.out / slug(*parts, *filter(None, (self.more, *more)))
 
 
 def language_model_run(
@@ -114,15 +119,19 @@ def language_model_run(
     stages, shared = [], {}
     if model.paradigm in SUMMARIZED:
         summarizer = model.of_seed(model.summarizer, seed)
-        stages.append(summary_stage(settings, model.paradigm, summarizer))
+        stages.append(summary_stage(settings, model.paradigm, summarizer, model.targets != LAST))
         shared = {"summaries": stages[0].run, "before": stages[0].key}
 
     run = model.folder(settings, seed, choice.label, f"seed{seed}")
-    recommender, limit = model.of_seed(model.recommender, seed), []
+    recommender, own = model.of_seed(model.recommender, seed), []
     if model.budget is not None:
-        limit = ["--max-length", model.budget]
-    flags = split_flags("train", settings.train, [*choice.names, *map(str, limit[:1])])
-    flags += [*choice.flags, *limit, "--data", settings.data, "--paradigm", model.paradigm]
+        own += ["--max-length", model.budget]
+    if model.targets != LAST:
+        own += ["--targets", model.targets]
+    taken = [*choice.names, *map(str, own[::2])]
+    flags = split_flags("train", settings.train, taken)
+    flags += split_flags("positions", model.more, taken)
+    flags += [*choice.flags, *own, "--data", settings.data, "--paradigm", model.paradigm]
     flags += ["--model", recommender, "--run-dir", run]
     flags += ["--seed", seed, "--history-items", model.items]
     train = make_stage(run, "train.py", flags, ("adapter", "model"), recommender, **shared)
@@ -152,13 +161,22 @@ def untrained_run(
     return [train, ranks]
 
 
-def summary_stage(settings: Settings, paradigm: str, summarizer: str) -> Stage:
-    """Return the stage that makes the summaries, in a run folder of their own."""
-    run = settings.out / slug("summaries", paradigm, summarizer)
+def summary_stage(settings: Settings, paradigm: str, summarizer: str, every: bool) -> Stage:
+    """Return the stage that makes the summaries, in a run folder of their own.
+
+    every: also of the blocks before each block, which a recurrent chain has anyway.
+    """
     more = split_flags("summarize", settings.summarize)
-    own = ["--data", settings.data, "--paradigm", paradigm]
+    name, own = ["summaries", paradigm, summarizer], []
+    if every and paradigm != "recurrent" and "--every-block" not in more:
+        own.append("--every-block")
+        name.append("every-block")
+    run = settings.out / slug(*name)
+    own += ["--data", settings.data, "--paradigm", paradigm]
     makes = ("summaries.jsonl",)
     if summarizer == RULE:
+        if every and paradigm != "recurrent":
+            raise InputError(f"--summarizer {RULE} has no summaries of the blocks before")
         if "--block-size" in more[:-1]:
             own += ["--block-size", more[more.index("--block-size") + 1]]
         return make_stage(run, "experiments.ruled", [*own, "--run-dir", run], makes, None)

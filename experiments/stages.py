@@ -8,7 +8,7 @@ even if the adapter or the summaries that led to the result are gone by now.
 import re
 import shlex
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -26,6 +26,7 @@ OWN = (
     "--model",
     "--run",
     "--run-dir",
+    "--summaries",
     "--paradigm",
     "--history-items",
     "--seed",
@@ -44,13 +45,21 @@ class Stage:
     run: Path
     script: str
     flags: tuple[str, ...]
-    makes: tuple[str, ...]  # in the run folder; one of them exists once it has finished
+    # In the run folder; one of them exists once it has finished.
+    makes: tuple[str, ...] = field(compare=False)
     key: str  # a hash of the command, its model and the stages before it
     summaries: Path | None = None  # the run folder whose summaries it uses
+    after: Path | None = None  # another run folder whose stages it has to wait for
+    label: str = ""  # what tells it from another call of its script in the run folder
     settings_of: Path | None = None  # the run folder whose config.json it takes over
 
+    @property
+    def mark(self) -> str:
+        """Its name among the stages of the run folder."""
+        return f"{self.script} {self.label}".rstrip()
+
     def marks(self) -> dict[str, str]:
-        """Return the keys of what has finished in the run folder, by script."""
+        """Return the keys of what has finished in the run folder, by mark."""
         return read_json(self.run / MARKS) if (self.run / MARKS).is_file() else {}
 
     def made(self) -> bool:
@@ -59,7 +68,7 @@ class Stage:
 
     def finished(self) -> bool:
         """Return whether it has once finished with this very command."""
-        return self.marks().get(self.script) == self.key
+        return self.marks().get(self.mark) == self.key
 
     def done(self) -> bool:
         """Return whether it has finished with this very command, and its result exists."""
@@ -67,7 +76,7 @@ class Stage:
 
     def follows(self, other: "Stage") -> bool:
         """Return whether it has to wait for the other one, which comes before it."""
-        return other.run in (self.run, self.summaries, self.settings_of)
+        return other.run in (self.run, self.summaries, self.settings_of, self.after)
 
 
 def missing(run: Sequence[Stage]) -> list[Stage]:
@@ -123,5 +132,7 @@ def make_stage(
     """Return a stage; model: what it reads; before: the key of the stage that it builds on."""
     flags = [str(flag) for flag in flags]
     revision = flags[flags.index("--revision") + 1] if "--revision" in flags[:-1] else None
-    key = content_hash([script, flags, model and model_key(model, revision), before])
+    # Where it works is no part of the key, so that the folder of an experiment can be moved.
+    what = [f for f, b in zip(flags, ["", *flags], strict=False) if b not in ("--run", "--run-dir")]
+    key = content_hash([script, what, model and model_key(model, revision), before])
     return Stage(run, script, tuple(flags), makes, key, **more)

@@ -13,12 +13,13 @@ and from the whole history, user by user.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from baselines.models import MODELS
 from experiments.common import MODEL, SUMMARIZER, Experiment, run_command
 from experiments.rows import Row
 from experiments.runs import (
+    ALL,
     BaselineModel,
     LanguageModel,
     TunedSettings,
@@ -53,6 +54,9 @@ OWN |= {
 BASELINES = {name: model.__name__ for name, model in MODELS.items()}
 BASELINES |= {f"{key}{POSITIONS}": f"{name}, every position" for key, name in BASELINES.items()}
 TITLES = BASELINES | NAMES | OWN
+EVERY = {key + POSITIONS: f"{TITLES[key]}, every position" for key in PARADIGMS if key != "none"}
+TITLES |= EVERY
+ONCE = "the same row with one target a user"
 AGAINST = {NAMES[key]: NAMES[key] for key in ("recent-only", "whole-history")}
 
 
@@ -62,6 +66,12 @@ class Settings(TunedSettings):
 
     baseline_lrs: tuple[float, ...] = option(
         (), "learning rates to choose from for the baselines", positive_real, nargs="+"
+    )
+    positions_lrs: tuple[float, ...] = option(
+        (),
+        "likewise for the language models' rows NAME+positions (unset: --lrs)",
+        positive_real,
+        nargs="+",
     )
     summarizer: str = option("models/tiny", SUMMARIZER, group="rows")
     recommender: str = option("models/tiny", MODEL)
@@ -75,6 +85,15 @@ class Settings(TunedSettings):
         None, "of the items' texts, for the baselines (unset: llama:RECOMMENDER)"
     )
     baselines: str = option("", "more flags for the baselines", metavar="FLAGS")
+    positions: str = option(
+        "",
+        "more flags for train.py in the rows NAME+positions, such as --positions='--epochs 1'",
+        metavar="FLAGS",
+    )
+
+    def positions_grid(self) -> Sequence[Choice]:
+        """Return what is chosen from for a language model that learns from every position."""
+        return replace(self, lrs=self.positions_lrs or self.lrs).grid()
 
     def baseline_grid(self) -> Sequence[Choice]:
         """Return what is chosen from for a baseline, in order."""
@@ -93,28 +112,40 @@ def baseline_row(experiment: Experiment, settings: Settings, key: str) -> Row:
 
 def language_model_row(experiment: Experiment, settings: Settings, key: str) -> Row:
     """Return the row of a language model."""
-    items = 0 if key.endswith(ALONE) else settings.history_items
-    paradigm = "recent-only" if key == UNTRAINED else key.removesuffix(ALONE)
-    model = LanguageModel(paradigm, settings.summarizer, settings.recommender, items)
+    shown = key.removesuffix(POSITIONS)
+    items = 0 if shown.endswith(ALONE) else settings.history_items
+    paradigm = "recent-only" if key == UNTRAINED else shown.removesuffix(ALONE)
+    every = {"targets": ALL, "more": settings.positions} if shown != key else {}
+    model = LanguageModel(paradigm, settings.summarizer, settings.recommender, items, **every)
+    against = AGAINST | ({ONCE: TITLES[shown]} if shown != key else {})
     if key == UNTRAINED:
         # It is the same for all seeds, unless each has a model of its own.
         seeds = None if "{seed}" in settings.recommender else experiment.settings.seeds[:1]
         found = experiment.runs(untrained_run, model, seeds=seeds)
     else:
-        found = experiment.runs(language_model_run, model)
+        grid = settings.positions_grid() if every else settings.grid()
+        found = experiment.runs(language_model_run, model, grid)
     known = experiment.paper_row(key)
-    return Row(TITLES[key], TITLES[key], choices=found, against=AGAINST, **known)
+    return Row(TITLES[key], TITLES[key], choices=found, against=against, **known)
+
+
+def row_of(experiment: Experiment, settings: Settings, key: str) -> Row:
+    """Return the row of a baseline or a language model."""
+    make = baseline_row if key in BASELINES else language_model_row
+    return make(experiment, settings, key)
+
+
+def experiment_of(settings: Settings) -> Experiment:
+    """Return the experiment with its rows."""
+    experiment = Experiment("table2", settings)
+    experiment.rows = [Row("random", "random"), Row("popularity", "popularity")]
+    experiment.rows += [row_of(experiment, settings, key) for key in dict.fromkeys(settings.rows)]
+    return experiment
 
 
 def main() -> None:
     """Run the rows and write the table."""
-    settings = parse_settings(Settings, __doc__)
-    experiment = Experiment("table2", settings)
-    rows = [Row("random", "random"), Row("popularity", "popularity")]
-    for key in dict.fromkeys(settings.rows):
-        make = baseline_row if key in BASELINES else language_model_row
-        rows.append(make(experiment, settings, key))
-    experiment.finish(rows)
+    experiment_of(parse_settings(Settings, __doc__)).finish()
 
 
 if __name__ == "__main__":

@@ -457,6 +457,83 @@ def test_the_trainer_s_own_limit_is_a_budget_whose_runs_are_shared(world, launch
     assert "--train: the experiment sets --max-length itself" in refused.stderr
 
 
+# ---- Every position, and other candidates
+
+
+def test_rows_of_every_position_stand_beside_the_others(world, launched, tmp_path):
+    train = "--epochs 1 --batch-size 8 --lora-dropout 0"
+    settings = world.table | {"out": tmp_path, "seeds": 0, "lrs": [1e-3, 0.01], "train": train}
+    rows = ["hierarchical", "hierarchical+positions", "recent-only+positions"]
+    more = {"positions": "--epochs 2", "positions_lrs": 0.01}
+    experiment("table2", **settings | {"rows": rows}, **more)
+    found = {row["name"]: row for row in read_json(tmp_path / "results.json")["table2"]["rows"]}
+    every = found["LLM-TRSR hierarchical, every position"]
+    assert {*every["differences"]} == {"the same row with one target a user"}
+    config = read_json(Path(every["runs"][0]) / "config.json")
+    assert config["train"]["targets"] > 1000
+    assert (config["train"]["epochs"], config["train"]["lr"]) == (2, 0.01)
+    assert config["summarize"]["every_block"]
+    last = read_json(Path(found["LLM-TRSR hierarchical"]["runs"][0]) / "config.json")
+    assert last["train"]["targets"] == 1
+    assert not last["summarize"]["every_block"]
+    assert "chosen" in found["LLM-TRSR hierarchical"]
+
+    # The same runs, among others, are compared at equal examples.
+    launched.clear()
+    models = world.models | {"lrs": 0.01, "rows": ["recent-only"]}
+    settings = world.settings | {"out": tmp_path, "seeds": 0, "train": train} | models
+    done = experiment("targets", **settings, trainings=["last", "all:2", "last:9"])
+    scripts = ["train.py", "evaluate.py"]
+    assert [script for _, script in launched] == scripts * 2  # last, and last:9
+    users = read_lines(world.data / "train.jsonl")
+    n = sum(len({*user["history"], user["positive"]}) - 1 for user in users)
+    examples = 1 + len(users[0]["negatives"])
+    assert f"| recent items only: all positions, 2 epochs | {2 * n * examples} |" in done.stdout
+    assert f"last position, 9 epochs | {9 * len(users) * examples} |" in done.stdout
+    column = "| | Recall@3, less that of last position, with the same kind of prompt |"
+    assert column in done.stdout
+
+
+def test_both_rankings_are_of_the_same_models_and_users(world, launched, tmp_path):
+    rows = ["untrained", "recent-only", "ncf"]
+    settings = world.table | {"out": tmp_path, "seeds": 0, "rows": rows}
+    baselines = settings["baselines"] + " --candidates all --users 3"
+    experiment("table2", **settings | {"baselines": baselines})
+    launched.clear()
+    done = experiment("rankings", **settings, users=3, among_k=[2, 20])
+    assert [script for _, script in launched] == ["evaluate.py"] * 2  # baselines ranked both
+    assert "Rankings: 3 test users" in done.stdout
+    own, row = read_json(tmp_path / "results.json")["rankings"]["rows"][-2:]
+    (folder,) = own["runs"]
+    lines = read_lines(Path(folder) / "scores-test-all-3-users.jsonl")
+    assert len(lines) == 3
+    items = {item["id"] for item in read_lines(world.data / "items.jsonl")}
+    users = {user["user"]: user for user in read_lines(world.data / "test.jsonl")}
+    assert [line["ranked"] for line in lines] == [
+        len(items - {*users[line["user"]]["history"]}) for line in lines
+    ]
+    expected = np.mean([line["rank"] <= 20 for line in lines])
+    assert own["measured"]["Recall@20"]["mean"] == pytest.approx(expected)
+    sampled = np.mean([line["rank"] <= 3 for line in scores(Path(folder))[:3]])
+    line = next(x for x in done.stdout.splitlines() if x.startswith("| recent items only |"))
+    assert line.split("|")[2].strip().startswith(f"{sampled:.4f} (")
+    places = [
+        line.split("|")[4].strip(" =")
+        for line in done.stdout.splitlines()[-20:]
+        if line.startswith("| ") and "place" not in line
+    ]
+    assert sorted(places) == list("12345")
+    assert row["name"] == "NCF"
+
+    # Without the same flags for table 2, the baselines are trained once more, and said so before.
+    dry = experiment("rankings", **settings, users=2, dry_run=True)
+    assert "evaluate.py" in dry.stdout
+    tokens = foreseen(dry.stdout)
+    assert {script for _, script in tokens} == {"evaluate.py"}
+    again = experiment("rankings", **settings, users=3, among_k=[2, 20])
+    assert "nothing to run" in again.stdout
+
+
 # ---- What it will take
 
 
@@ -589,10 +666,6 @@ def test_a_dataset_of_another_domain_has_no_rows_of_the_paper(launched, model_fo
         ({"train": "--lr 1", "lrs": 0.1}, "--train: the experiment sets --lr itself; leave it out"),
         ({"evaluate": "--users 3"}, "--evaluate: the experiment sets --users itself"),
         ({"baselines": "--size 8 --every-position"}, "--baselines: the experiment sets --every"),
-        (
-            {"evaluate": "--candidates 9", "dry_run": True},
-            "--dry-run foresees the dataset's candidates",
-        ),
         ({"ranks": 0}, "expected a whole number from 1"),
     ],
 )

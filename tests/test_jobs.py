@@ -184,15 +184,15 @@ def test_what_was_cut_is_recorded_with_the_run(stage):
     train, ranks = stage("a"), stage("a", "evaluate.py")
     train.run.mkdir()
     prompt = "prompt  hierarchical, 3 recent items, 512 tokens\n"
-    jobs.note_trimmed(train, f"{prompt}trimmed to the context: 3 whole histories\n")
-    jobs.note_trimmed(ranks, f"{prompt}100%|###|\r4 users in 1.0 s\n")
+    jobs.note_output(train, f"{prompt}trimmed to the context: 3 whole histories\n")
+    jobs.note_output(ranks, f"{prompt}100%|###|\r4 users in 1.0 s\n")
     path = train.run / jobs.TRIMMED
     assert read_json(path) == {"train.py": {"whole histories": 3}, "evaluate.py": {}}
     assert not jobs.untrimmed([train, ranks])
     # A call that finds everything trained reads no prompt, and so says nothing of them.
-    jobs.note_trimmed(train, "done    a: all epochs were trained before\n")
+    jobs.note_output(train, "done    a: all epochs were trained before\n")
     assert not jobs.untrimmed([train, ranks])
-    jobs.note_trimmed(train, prompt)
+    jobs.note_output(train, prompt)
     assert jobs.untrimmed([train, ranks])
     path.unlink()
     assert not jobs.untrimmed([train, ranks])

@@ -1,0 +1,141 @@
+"""Print the tables of docs/results.md from what experiments.study, or any experiment, has made.
+
+    python -m experiments.report --out runs/study               # a folder per dataset in it
+    python -m experiments.report --out runs/study --only budgets
+
+Reads OUT/DATASET/results.json and the .md files beside it, which study.tar.gz has too.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiments.above import MARK
+from experiments.tables import table_line
+from files.jsonl import read_json
+from launch.command import option, parse_settings, run_main
+from trsr import InputError
+
+COLUMNS = ("Recall@3", "Recall@5", "Recall@10", "MRR@3", "NDCG@3")
+PRINTED = ("targets", "rankings", "figure9", "figure10", "figure11")  # as they are
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The flags."""
+
+    out: Path = option(Path("runs/study"), "the --out of a study, or of an experiment", Path)
+    only: tuple[str, ...] = option(
+        (), "of the tables (unset: all)", choices=("table2", "budgets", *PRINTED), nargs="+"
+    )
+
+
+def cell(metric: dict, interval: bool = False, best: float | None = None) -> str:
+    """Return a mean with three digits, with its interval if asked for, bold if it is the best."""
+    text = f"{metric['mean']:.3f}"
+    if best is not None and text == f"{best:.3f}":
+        text = f"**{text}**"
+    if interval and (found := metric.get("interval")):
+        text += f" ({found[0]:.3f}–{found[1]:.3f})"
+    return text
+
+
+def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Return a markdown table."""
+    return "\n".join([table_line(head), "|---" * len(head) + "|", *map(table_line, lines)])
+
+
+def results(found: dict) -> list[str]:
+    """Return the paragraphs of table 2: the metrics, the differences, and what was chosen."""
+    rows = [row for row in found["rows"] if row["measured"]]
+    best = {name: max(row["measured"][name]["mean"] for row in rows) for name in COLUMNS}
+    lines = []
+    for row in rows:
+        cells = [cell(row["measured"][name], name == COLUMNS[0], best[name]) for name in COLUMNS]
+        seeds = str(len(row["runs"]) or "")
+        mark = f" {MARK}" if row["above"].get("is") else ""
+        lines.append([row["name"] + mark, *cells, seeds])
+    parts = [table(["", *COLUMNS, "seeds"], lines), *differences(rows)]
+    if above := next((row["above"] for row in rows if row["above"]), None):
+        parts.append(f"{MARK} above {above['best']}, the best baseline, in {above['metric']}.")
+    chosen = [f"{row['name']} {row['chosen']['--lr']:g}" for row in rows if "chosen" in row]
+    if chosen:
+        parts.append(f"Learning rates: {', '.join(chosen)}.")
+    return parts
+
+
+def differences(rows: Sequence[dict]) -> list[str]:
+    """Return a table of the rows' differences in the first column's metric, if there are any."""
+    columns = list(dict.fromkeys(column for row in rows for column in row["differences"]))
+    lines = []
+    for row in rows:
+        cells = []
+        for column in columns:
+            metric = row["differences"].get(column, {}).get(COLUMNS[0])
+            cells.append(difference(metric) if metric else "")
+        if any(cells):
+            lines.append([row["name"], *cells])
+    head = ["", *(f"{COLUMNS[0]}, less that of {column}" for column in columns)]
+    return [table(head, lines)] if lines else []
+
+
+def difference(metric: dict) -> str:
+    """Return a difference with its interval, bold if zero is not in it."""
+    low, high = metric["interval"]
+    text = f"{metric['mean']:+.3f}"
+    return f"{f'**{text}**' if low > 0 or high < 0 else text} ({low:+.3f} to {high:+.3f})"
+
+
+def budgets(found: dict) -> list[str]:
+    """Return the paragraphs of the budgets: a column for each, with the difference below it."""
+    rows = [row for row in found["rows"] if row["measured"]]
+    by_place = {(row["series"], row["group"]): row for row in rows}
+    groups = sorted({row["group"] for row in rows})
+    lines = []
+    for series in dict.fromkeys(row["series"] for row in rows):
+        cells = []
+        for group in groups:
+            row = by_place.get((series, group))
+            text = cell(row["measured"][COLUMNS[0]]) if row else ""
+            for metrics in (row or {}).get("differences", {}).values():
+                text += f"; {difference(metrics[COLUMNS[0]])}"
+            cells.append(text)
+        lines.append([series, *cells])
+    head = ["", *(f"{group} tokens" for group in groups)]
+    what = f"{COLUMNS[0]}, and the difference from the whole history within the same budget"
+    return [table(head, lines), f"{what}. Bold: the interval is on one side of zero."]
+
+
+def report(folder: Path, only: Sequence[str]) -> list[str]:
+    """Return the paragraphs of one dataset's tables."""
+    found = read_json(folder / "results.json")
+    parts = [f"## {folder.name}"]
+    for name, make in (("table2", results), ("budgets", budgets)):
+        if name in found and name in (only or (name,)):
+            users, seeds = found[name]["users"], found[name]["settings"]["seeds"]
+            about = f"{users} test users; seeds {', '.join(map(str, seeds))} where a row has all."
+            parts += [f"### {name}", about, *make(found[name])]
+    for name in PRINTED:
+        path = folder / f"{name}.md"
+        if path.is_file() and name in (only or (name,)):
+            parts += [f"### {name}", path.read_text("utf-8").strip()]
+    return parts
+
+
+def main() -> None:
+    """Print the tables of every dataset."""
+    settings = parse_settings(Settings, __doc__)
+    # A run folder has stages, and results of another kind.
+    places = [settings.out, *sorted(settings.out.glob("*/"))]
+    folders = [
+        folder
+        for folder in places
+        if (folder / "results.json").is_file() and not (folder / "stages.json").is_file()
+    ]
+    if not folders:
+        raise InputError(f"{settings.out}: no results of experiments; run experiments.study first")
+    print("\n\n".join(part for folder in folders for part in report(folder, settings.only)))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,284 @@
+"""Run a plan of experiments within the minutes that there are, and pack up what came of it.
+
+    python -m experiments.study --plan smollm2 --out runs/study --minutes 9
+    python -m experiments.study --plan smollm2 --out runs/study --dry-run
+    python -m experiments.study --plan smollm2 --out runs/study --unpack study.tar.gz
+
+A plan is a file of experiments/plans/, or any such file: one experiment after the other, the most
+important first. Its stages run in this order, each once. Nothing is started that is not foreseen to
+end in time: what a stage takes comes from its tokens and the plan's speeds, corrected by what
+finished stages took. If the next stage is too long, a shorter one of those after it is run. Every
+call ends with the tables of what has finished so far, and with two archives:
+
+    OUT/study.tar.gz     tables, figures, settings, metrics, the users' ranks; no texts
+    OUT/texts.tar.gz     the summaries, so that no other machine has to write them again
+
+The same command resumes. On another machine, --unpack lays archives into --out first. Baselines run
+on the CPU meanwhile, as many at a time as --cpu-jobs says.
+"""
+
+import shlex
+import time
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from string import Template
+
+from baselines.encode import cache_path
+from experiments.archive import pack_up, unpack
+from experiments.common import Experiment, run_command
+from experiments.forecast import Forecast, Work, settings_of
+from experiments.jobs import Jobs, Machine
+from experiments.rows import plan_of, stages_of
+from experiments.stages import SECONDS, Stage, make_stage
+from files.atomic import atomic_write
+from files.jsonl import read_json
+from launch.command import option, parse_settings
+from launch.numbers import natural, positive, positive_real
+from state.settings import locked
+from trsr import InputError
+
+PLANS = Path(__file__).parent / "plans"
+COMMANDS = ("table2", "targets", "budgets", "rankings", "figure9", "figure10", "figure11")
+SPEEDS = (
+    "learned",
+    "scored",
+    "written",
+    "stage",
+)  # tokens/s, and seconds that a stage takes besides
+ENCODE = "baselines.encode"
+CPU = ""  # the name of no GPU, as CUDA_VISIBLE_DEVICES has it
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The flags."""
+
+    plan: str = option("smollm2", "a name in experiments/plans, or a file", group="study")
+    out: Path = option(Path("runs/study"), "folder for a folder per dataset", Path)
+    minutes: float = option(60.0, "that this call may take", positive_real)
+    reserve: float = option(0.5, "of these minutes for tables and archives", positive_real)
+    unpack: tuple[Path, ...] = option((), "archives to lay into --out first", Path, nargs="+")
+    jobs: int = option(1, "stages that run at once on the GPUs", positive, "machine")
+    cpu_jobs: int = option(0, "baselines that run at once on the CPU (0: on the GPUs)", natural)
+    dry_run: bool = option(False, "report what is left, in tokens and minutes, and stop")
+
+
+# ---- The plan
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Experiments in order, by their command lines, and the speeds to begin with."""
+
+    lines: list[list[str]]
+    speeds: dict[str, float]
+
+    @classmethod
+    def read(cls, name: str) -> "Plan":
+        """Return the plan of a name or file; InputError, which names the field that is wrong."""
+        path = PLANS / f"{name}.toml"
+        if not path.is_file() and not (path := Path(name)).is_file():
+            known = ", ".join(sorted(p.stem for p in PLANS.glob("*.toml")))
+            raise InputError(f"--plan {name}: no such file, and no plan of {known}")
+        try:
+            found = tomllib.loads(path.read_text("utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: {error}") from None
+        speeds, flags, lines = found.get("speeds", {}), {}, []
+        for key in SPEEDS:
+            if not isinstance(speeds.get(key), int | float) or speeds[key] <= 0:
+                raise InputError(f"{path}: speeds.{key}: expected a number above 0")
+        for key, text in found.get("flags", {}).items():
+            flags[key] = substituted(f"{path}: flags.{key}", text, flags)
+        for number, text in enumerate(found.get("experiments", []), 1):
+            where = f"{path}: experiment {number}"
+            words = shlex.split(substituted(where, text, flags))
+            if not words or words[0] not in COMMANDS:
+                raise InputError(f"{where}: expected one of {', '.join(COMMANDS)} at its beginning")
+            lines.append(words)
+        if not lines:
+            raise InputError(f"{path}: no experiments")
+        return cls(lines, speeds)
+
+    def experiments(self, out: Path) -> list[Experiment]:
+        """Return the experiments, each with a folder named after its dataset in out."""
+        made = []
+        for name, *flags in self.lines:
+            module = import_module(f"experiments.{name}")
+            settings = settings_of(module.Settings, f"experiments.{name}", flags)
+            settings = replace(settings, out=out / Path(settings.data).name)
+            made.append(module.experiment_of(settings))
+        return made
+
+
+def substituted(where: str, text: object, flags: dict[str, str]) -> str:
+    """Return a text with its $NAMES replaced; InputError for a name that is not there."""
+    try:
+        return Template(text).substitute(flags)
+    except (KeyError, ValueError, TypeError) as error:
+        what = f"no flags above have the name {error}" if isinstance(error, KeyError) else error
+        raise InputError(f"{where}: {what}") from None
+
+
+# ---- What a stage takes
+
+
+class Pace:
+    """Foresees the seconds of stages: from their tokens, and from those that have finished.
+
+    Tokens are kept in a file by the stages' keys, since counting them takes seconds for each kind
+    of prompt. Baselines have none: each counts like one that takes the plan's `stage` seconds.
+    """
+
+    def __init__(self, speeds: dict[str, float], path: Path, experiments: Sequence[Experiment]):
+        self.speeds, self.path, self.forecast = speeds, path, Forecast()
+        self.stages = [s for each in experiments for s in stages_of(each.planned)[0]]
+        known = read_json(path) if path.is_file() else {}
+        self.works = {key: Work(*parts) for key, parts in known.items()}
+        self.seen: dict[str, dict[str, tuple[float, float]]] = {}  # seconds, foreseen, by script
+
+    def work(self, stage: Stage) -> Work:
+        """Return the tokens of a stage."""
+        if stage.key not in self.works:
+            self.works[stage.key] = self.forecast.work(stage, self.stages)
+            with atomic_write(self.path) as file:
+                lines = (f'"{key}": {[*work.parts]}' for key, work in self.works.items())
+                file.write("{" + ",\n ".join(lines) + "}\n")
+        return self.works[stage.key]
+
+    def foreseen(self, stage: Stage) -> float:
+        """Return the seconds of a stage at the plan's speeds."""
+        rates = [self.speeds[name] for name in SPEEDS[:3]]
+        parts = zip(self.work(stage).parts, rates, strict=True)
+        return self.speeds["stage"] + sum(tokens / rate for tokens, rate in parts)
+
+    def observe(self, stage: Stage) -> None:
+        """Take note of how long a finished stage took."""
+        path = stage.run / SECONDS
+        taken = read_json(path).get(stage.mark) if path.is_file() and stage.finished() else None
+        if taken is not None:
+            self.seen.setdefault(stage.script, {})[stage.key] = taken, self.foreseen(stage)
+
+    def seconds(self, stage: Stage) -> float:
+        """Return the seconds of a stage, corrected by the finished ones of its script."""
+        pairs = self.seen.get(stage.script, {}).values()
+        taken, foreseen = (sum(column) for column in zip(*pairs, strict=True)) if pairs else (1, 1)
+        return self.foreseen(stage) * taken / foreseen
+
+
+# ---- One call
+
+
+class Study:
+    """The stages of all experiments of a plan, as one list of jobs."""
+
+    def __init__(self, settings: Settings, plan: Plan):
+        self.settings = settings
+        self.experiments = plan.experiments(settings.out)
+        self.folders = list(dict.fromkeys(each.settings.out for each in self.experiments))
+        for folder in self.folders:
+            folder.mkdir(parents=True, exist_ok=True)
+        self.pace = Pace(plan.speeds, settings.out / "forecast.json", self.experiments)
+        for stage in self.pace.stages:
+            self.pace.observe(stage)
+
+    def plan(self) -> list[Stage]:
+        """Return the stages that are left, as far as they are known, the most important first."""
+        left = [stage for each in self.experiments for stage in plan_of(each.planned)]
+        if not self.settings.cpu_jobs:
+            return list(dict.fromkeys(left))
+        # On the CPU, a baseline would take an hour to encode the items.
+        encoders = {}
+        for each in self.experiments:
+            if any(stage.script == "baselines" for stage in plan_of(each.planned)):
+                stage = encoding(each)
+                if not stage.made():
+                    encoders[stage.run] = stage
+        waiting = [
+            replace(stage, after=stage.run.parent) if stage.script == "baselines" else stage
+            for stage in left
+        ]
+        return list(dict.fromkeys([*encoders.values(), *waiting]))
+
+    def foresee(self) -> None:
+        """Print what is left of each experiment, and the minutes that it will take."""
+        known: dict[Stage, None] = {}
+        lane: dict[bool, float] = {True: 0.0, False: 0.0}  # on the CPU or not
+        for each in self.experiments:
+            stages, left = stages_of(each.planned)
+            new = [stage for stage in left if stage not in known]
+            known |= dict.fromkeys(new)
+            for stage in new:
+                on_cpu = bool(self.settings.cpu_jobs) and stage.script == "baselines"
+                lane[on_cpu] += self.pace.seconds(stage) / (self.settings.cpu_jobs if on_cpu else 1)
+            tokens = sum((self.pace.work(stage) for stage in new), Work())
+            what = f"{each.settings.out.name}: {each.name}"
+            print(f"{what:<24}{len(new)} of {len(stages)} stages  {tokens or ''}")
+            minutes = f"{lane[False] / 60:.1f} minutes"
+            print(f"{'':<24}by then {minutes}; baselines meanwhile {lane[True] / 60:.1f}")
+
+    def run(self, until: float) -> None:
+        """Run stages up to a moment of time.monotonic(); InputError for those that failed."""
+        settings, left = self.settings, self.plan()
+        machine = Machine(settings.jobs, cpu_jobs=settings.cpu_jobs)
+
+        def fits(stage: Stage) -> bool:
+            return time.monotonic() + self.pace.seconds(stage) <= until
+
+        jobs = Jobs(self.plan, machine, len(left), fits, until, self.pace.observe)
+        try:
+            jobs.run()
+        finally:
+            print(f"stages  {jobs.ended} ended in this call, {len(self.plan())} left", flush=True)
+
+    def tables(self) -> None:
+        """Write the tables of what has finished."""
+        # The last experiment of a name has all rows of those before it.
+        last = {(each.settings.out, each.name): each for each in self.experiments}
+        for each in last.values():
+            if any(row.finished for row in each.planned):
+                _, wrote = each.write()
+                print(f"wrote   {wrote[0]}")
+
+
+def encoding(experiment: Experiment) -> Stage:
+    """Return the stage that encodes the items' texts for an experiment's baselines."""
+    settings = experiment.settings
+    encoder = settings.encoder or f"llama:{settings.recommender}"
+    run = settings.out / "baselines"
+    flags = ["--data", settings.data, "--run", settings.out, "--encoder", encoder]
+    path = cache_path(encoder, experiment.items, run)
+    return make_stage(run, ENCODE, flags, (path.name,), None)
+
+
+# ---- The command
+
+
+def main() -> None:
+    """Run what fits into the minutes, then write tables and archives."""
+    began = time.monotonic()
+    settings = parse_settings(Settings, __doc__)
+    plan = Plan.read(settings.plan)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    with locked(settings.out):
+        unpack(settings.unpack, settings.out)
+        study = Study(settings, plan)
+        if settings.dry_run:
+            return study.foresee()
+        for each in study.experiments:
+            each.claim_data()
+        try:
+            study.run(began + 60 * (settings.minutes - settings.reserve))
+        finally:
+            try:
+                study.tables()
+            finally:
+                for path in pack_up(settings.out):
+                    print(f"wrote   {path} ({path.stat().st_size / 2**20:.1f} MiB)")
+
+
+if __name__ == "__main__":
+    run_command(main)
