@@ -102,7 +102,7 @@ def main() -> None:
     for name, make in WAYS.items():
         model = load_model(settings.model, device, dtype)
         replace_linears(model, make)
-        model.to(device)  # where bitsandbytes quantizes
+        model.to(device).eval()  # bitsandbytes quantizes on the way, and its layers are new
         model.syncs_host = make is bitsandbytes_linear  # it then fits no CUDA graph
         found = Answers.of(model, prompts, settings.max_new_tokens)
         error = ((found.logits - full.logits).norm() / full.logits.norm()).item()
