@@ -117,8 +117,11 @@ def layer_matrices(model: nn.Module) -> list[Tensor]:
     return [p for name, p in model.named_parameters() if ".layers." in name and p.dim() > 1]
 
 
-def optimizer_of(model: nn.Module, fused: bool) -> torch.optim.Optimizer:
-    """Return an optimizer with a rate of 0: it does all of its work and changes nothing."""
+def optimizer_of(model: nn.Module, fused: bool | None) -> torch.optim.Optimizer:
+    """Return an optimizer with a rate of 0: it does all of its work and changes nothing.
+
+    fused: whether to use torch's fused kernels; None leaves the choice to torch.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(parameters, lr=0.0, fused=fused)
 

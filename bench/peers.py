@@ -67,7 +67,7 @@ class Peer:
     @classmethod
     def plain(cls, model: nn.Module) -> "Peer":
         """Return the peer as transformers and PEFT make it."""
-        fused = next(model.parameters()).is_cuda  # as transformers' own Trainer has it
+        fused = next(model.parameters()).is_cuda or None  # as in transformers' own Trainer
         return cls("transformers + PEFT", model, optimizer_of(model, fused))
 
     def with_liger(self) -> "Peer":

@@ -38,7 +38,7 @@ from bench.common import (
 from bench.peers import Peer, peft_model, sequences_of, why_no_liger
 from launch.command import option, parse_settings
 from launch.numbers import positive
-from launch.processes import gather, join_processes, prefetch, ranks, run_script
+from launch.processes import gather, join_processes, prefetch, ranks, run_script, same_bits
 from llama import Llama
 from lora import LoRAConfig, adapter_tensors, apply_lora
 from ops.fp8 import use_fp8
@@ -102,8 +102,8 @@ class Ours:
         self.examples = sequences_of(trees)
         batching = Batching.on(device, settings.pack_tokens, on_gpus=8192)
         users = list(range(len(trees)))
-        self.make = partial(make_step, trees, users, "prompt", batching)
-        self.steps = prefetch(self.make() for _ in repeat(None))
+        self.make = make = partial(make_step, trees, users, "prompt", batching)
+        self.steps = prefetch(make() for _ in repeat(None))  # not self's, so that it ends with it
 
     def step(self) -> float:
         """Make the step; return its loss."""
@@ -130,6 +130,7 @@ def main() -> None:
     """Print the examples/s of each, their ratios, and how close this project is to the ceiling."""
     settings = parse_settings(Settings, __doc__)
     rank, world, device = join_processes()
+    same_bits(device.type == "cpu" or settings.deterministic)  # as in train.py
     table = len(settings.negatives) > 1
     peer = not (settings.no_peer or table or world > 1)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -202,7 +203,7 @@ def measure_peer(
 
     ours: this project's loss. Raises InputError if the peer's is another.
     """
-    torch.use_deterministic_algorithms(False)  # which is no request to the peer
+    same_bits(False)  # which is not asked of the peer
     gpu = next(peer.model.parameters()).is_cuda
     sizes = settings.batches or ((1, 12, 8, 6, 4) if gpu else (1, 8, 4, 2))
     losses = {peer.name: peer.check_loss(rows, ours, rough=gpu or settings.fp8)}
