@@ -13,8 +13,8 @@ Counting needs no weights. --shape trains random ones on these prompts, in steps
 train.py, and prints the examples/s of separate positions and of trees; on a CPU, a second of CPU
 time counts. Token ids beyond that shape's vocabulary are wrapped around, which changes no time.
 
-Summaries are written by a rule (experiments/rule.py), for every block; --run has those of a model,
-made with summarize.py --every-block.
+Summaries are written by a rule (experiments/rule.py), for every block; --summary-words repeats
+their words to another length. --run has those of a model, made with summarize.py --every-block.
 """
 
 import statistics
@@ -22,7 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, cycle, islice
 from pathlib import Path
 
 import torch
@@ -63,6 +63,9 @@ class Settings:
     negatives: int = option(1, "negatives of a position", positive)
     history_items: int = option(3, "recent items in the prompt", natural)
     block_size: int = option(BLOCK, "items per block of the summaries by rule", positive)
+    summary_words: int | None = option(
+        None, "words of each summary by rule (unset: as many as the rule writes)", positive
+    )
     max_length: int = option(2048, "longest prompt with its answer", positive)
     pack_tokens: int = option(8192, "tokens of a pack", positive)
     shape: str | None = option(
@@ -113,13 +116,19 @@ class Summaries:
         """Return summaries by the rule of the training split."""
         corpus, last, before = Corpus.load(settings.data), {}, {}
         for example in examples:
-            texts, size = [items[i] for i in example.history], settings.block_size
-            made = [
-                (end, WAYS[paradigm](corpus.rule, texts[:end], corpus.domain, size)["summary"])
-                for _, end in trsr.split_blocks(len(texts), size)
-            ]
+            texts, size, made = [items[i] for i in example.history], settings.block_size, []
+            for _, end in trsr.split_blocks(len(texts), size):
+                root = WAYS[paradigm](corpus.rule, texts[:end], corpus.domain, size)
+                words = root["summary"].split()
+                n = settings.summary_words or len(words)
+                made.append((end, " ".join(islice(cycle(words), n))))
             *before[example.user], (_, last[example.user]) = made
         return cls(last, before)
+
+    def words(self) -> float:
+        """Return the mean number of words."""
+        texts = [*self.last.values(), *(text for made in self.before.values() for _, text in made)]
+        return sum(len(text.split()) for text in texts) / len(texts)
 
 
 def paradigms(settings: Settings) -> list[str]:
@@ -264,6 +273,8 @@ def main() -> None:
         budget = trsr.Budget(context - 1, form.encode, Counter())
         shown = paradigm, domain, items, summaries.last, settings.history_items, budget
         recommender = trsr.Recommender(*shown)
+        if summaries.last:
+            print(f"summaries of {summaries.words():.0f} words on average:")
         one = Prompts.to_learn(recommender, examples, answers)
         every = EveryPosition(recommender, examples, answers, Targets(ALL), summaries.before)
         for targets, prompts in (("last", one), ("all", every)):
