@@ -1,10 +1,12 @@
 """batches/positions.py: every position a target, and nothing of what follows in any prompt."""
 
+import itertools
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 
 import pytest
+from helpers import run, write_dataset
 
 import trsr
 from batches.positions import (
@@ -16,8 +18,10 @@ from batches.positions import (
     positions,
 )
 from batches.prompts import Prompts
+from bench.targets import Settings, Summaries, Trees, chosen, computed
+from prepare.dataset import load_dataset
 from prepare.domains import DOMAINS
-from state.summaries import known_before
+from state.summaries import known_before, load_before, load_summaries
 from trsr import Budget, Example, InputError, Recommender
 
 DOMAIN = DOMAINS["products"]
@@ -171,3 +175,61 @@ def test_a_chain_has_the_summaries_before_anyway():
     tree = trsr.solve(trsr.hierarchical(items, DOMAIN, budget, 5), answers)
     with pytest.raises(InputError, match=r"summarize\.py --every-block"):
         known_before(tree)
+
+
+# ---- What they cost (bench/targets.py)
+
+
+def counted_by_prefixes(sequences):
+    """The tokens of sequences if each beginning that some of them share is there once."""
+    return len({tuple(ids[:end]) for ids in sequences for end in range(1, len(ids) + 1)})
+
+
+@pytest.mark.parametrize("paradigm", [name for name in trsr.PARADIGMS if name != "none"])
+def test_computed_tokens_are_those_of_a_slow_count(paradigm):
+    numbers = defaultdict(itertools.count().__next__)
+
+    def numbered(messages):
+        return [[numbers[token] for token in tokens] for tokens in encode(messages)]
+
+    made, one_pack = user(paradigm), 10**6
+    budget = Budget(100_000, numbered, Counter())
+    made.recommender = replace(made.recommender, budget=budget)
+    made.answers = numbers[YES], numbers[NO]
+    apart, together = Trees.of(made).ways()
+    rows = made.rows(EXAMPLE, budget)
+    positions = [rows[i : i + 3] for i in range(0, len(rows), 3)]
+    assert len(apart) == len(positions) == 12
+    assert computed(together, one_pack) == counted_by_prefixes(rows)
+    # In a pack, what begins all trees is there once.
+    columns = zip(*rows, strict=False)
+    trunk = len([*itertools.takewhile(lambda tokens: len(set(tokens)) == 1, columns)])
+    counts = [counted_by_prefixes(position) - trunk for position in positions]
+    assert computed(apart, one_pack) == trunk + sum(counts)
+
+
+def test_the_counted_summaries_by_rule_are_those_of_experiments_ruled(tmp_path):
+    data = write_dataset(tmp_path / "data", history=(6, 12))
+    _, items, splits = load_dataset(data, ("train",))
+    for paradigm in ("hierarchical", "recurrent"):
+        folder = tmp_path / paradigm
+        run("experiments.ruled.py", data=data, run=folder, paradigm=paradigm, block_size=4)
+        settings = Settings(data=str(data), block_size=4)
+        made = Summaries.by_rule(settings, paradigm, items, splits["train"])
+        assert made.last == load_summaries(folder, items, splits["train"])
+        if paradigm == "recurrent":  # the chain has those of the blocks before
+            assert made.before == load_before(folder, splits["train"])
+    longer = Summaries.by_rule(
+        replace(settings, summary_words=40), "recurrent", items, splits["train"]
+    )
+    assert longer.words() == 40
+
+
+def test_histories_and_negatives_to_count_are_cut_or_refused():
+    settings = Settings(history=10, negatives=1, users=5)
+    found = chosen(settings, [EXAMPLE, replace(EXAMPLE, history=["i1"])])
+    assert found == [replace(EXAMPLE, history=EXAMPLE.history[2:], negatives=["i30"])]
+    with pytest.raises(InputError, match="--history 13: no user of data/demo has as many items"):
+        chosen(replace(settings, history=13), [EXAMPLE])
+    with pytest.raises(InputError, match="--negatives 3: data/demo has 2; prepare it with --train"):
+        chosen(replace(settings, negatives=3), [EXAMPLE])
