@@ -201,10 +201,13 @@ def longest_summary(flags: tuple[str, ...]) -> str:
 
 
 class Forecast:
-    """Foresees stages, of which many have equal prompts: those are tokenized once."""
+    """Foresees stages, of which many have equal prompts: those are tokenized once.
 
-    def __init__(self):
-        self.known: dict[tuple, Work] = {}
+    known: the work of prompts by what determines them, such as from an earlier call.
+    """
+
+    def __init__(self, known: dict[str, Work] | None = None):
+        self.known = known or {}
         self.assumed = False  # whether summaries had to be
 
     def work(self, stage: Stage, all_stages: Sequence[Stage]) -> Work:
@@ -224,9 +227,10 @@ class Forecast:
 
     def once(self, key: tuple, make: Callable[[], Work]) -> Work:
         """Return make(), made once for each key."""
-        if key not in self.known:
-            self.known[key] = make()
-        return self.known[key]
+        name = repr(key)
+        if name not in self.known:
+            self.known[name] = make()
+        return self.known[name]
 
     def train_work(self, flags: Sequence[str], source: Source | None) -> Work:
         """Return the work of train.py: what it learns in all epochs, and its validations."""

@@ -22,6 +22,7 @@ import time
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from string import Template
@@ -33,8 +34,7 @@ from experiments.forecast import Forecast, Work, settings_of
 from experiments.jobs import Jobs, Machine
 from experiments.rows import plan_of, stages_of
 from experiments.stages import SECONDS, Stage, make_stage
-from files.atomic import atomic_write
-from files.jsonl import read_json
+from files.jsonl import read_json, write_json
 from launch.command import option, parse_settings
 from launch.numbers import natural, positive, positive_real
 from state.settings import locked
@@ -129,24 +129,26 @@ def substituted(where: str, text: object, flags: dict[str, str]) -> str:
 class Pace:
     """Foresees the seconds of stages: from their tokens, and from those that have finished.
 
-    Tokens are kept in a file by the stages' keys, since counting them takes seconds for each kind
-    of prompt. Baselines have none: each counts like one that takes the plan's `stage` seconds.
+    Tokens are kept in a file, since counting them takes seconds for each kind of prompt. Baselines
+    have none: each counts like one that takes the plan's `stage` seconds.
     """
 
     def __init__(self, speeds: dict[str, float], path: Path, experiments: Sequence[Experiment]):
-        self.speeds, self.path, self.forecast = speeds, path, Forecast()
+        self.speeds, self.path = speeds, path
         self.stages = [s for each in experiments for s in stages_of(each.planned)[0]]
         known = read_json(path) if path.is_file() else {}
-        self.works = {key: Work(*parts) for key, parts in known.items()}
+        self.forecast = Forecast({key: Work(*parts) for key, parts in known.items()})
+        self.works: dict[str, Work] = {}  # by the stages' keys
         self.seen: dict[str, dict[str, tuple[float, float]]] = {}  # seconds, foreseen, by script
 
     def work(self, stage: Stage) -> Work:
         """Return the tokens of a stage."""
         if stage.key not in self.works:
+            known = len(self.forecast.known)
             self.works[stage.key] = self.forecast.work(stage, self.stages)
-            with atomic_write(self.path) as file:
-                lines = (f'"{key}": {[*work.parts]}' for key, work in self.works.items())
-                file.write("{" + ",\n ".join(lines) + "}\n")
+            if len(self.forecast.known) > known:
+                found = {key: work.parts for key, work in self.forecast.known.items()}
+                write_json(self.path, found)
         return self.works[stage.key]
 
     def foreseen(self, stage: Stage) -> float:
@@ -244,6 +246,7 @@ class Study:
                 print(f"wrote   {wrote[0]}")
 
 
+@cache
 def encoding(experiment: Experiment) -> Stage:
     """Return the stage that encodes the items' texts for an experiment's baselines."""
     settings = experiment.settings
