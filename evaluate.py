@@ -73,6 +73,7 @@ class Settings(Shared):
     pack_tokens: int | None = option(
         None, "tokens per pass (unset: 16384, on CPUs 4096)", numbers.positive
     )
+    fp8: bool = option(False, "matrices in 8-bit floating point; GPUs from Ada on")
     cuda_graphs: bool = option(False, "on a GPU, launch passes whole: for small models")
     seed: int = option(0, "of intervals, popularity's ties, candidates", numbers.seed_number)
     scores: Path | None = option(None, "rank by a file's scores, like scores-test.jsonl", Path)
@@ -121,6 +122,7 @@ def resolve(flags: Settings, device: torch.device) -> Settings:
     parts += [] if trained else [f"{name}-{value}" for name, value in asked.items()]
     parts.append(Path(settings.data).name if settings.data != known["data"] else "")
     parts += [name_of(flags.candidates, flags.seed), f"{flags.users}-users" if flags.users else ""]
+    parts.append("fp8" if flags.fp8 else "")
     question = Question(flags.run, flags.split, [part for part in parts if part])
     dtype = settings.dtype_on(device.type)
     return replace(settings, kind=kind, epochs=epochs, question=question, dtype=dtype)
@@ -335,7 +337,7 @@ def load_weights(settings: Settings, folder: Path, device: torch.device) -> Llam
     trained = settings.row == "trained"
     if trained and settings.kind == "model":
         folder = settings.run / "model"
-    model = load_model(folder, device, DTYPES[settings.dtype])
+    model = load_model(folder, device, DTYPES[settings.dtype], fp8=settings.fp8 and "scoring")
     if trained and settings.kind == "adapter":
         adapter = load_adapter(model, settings.run / "adapter")
         if ranks()[0] == 0 and (odd := differences(settings.run, adapter)):

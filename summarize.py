@@ -27,12 +27,12 @@ import trsr
 from batches.positions import every_block
 from batches.tasks import Writer, own_users, run_tasks
 from files.jsonl import write_json, write_jsonl
-from launch import numbers
+from launch import announce, numbers
 from launch.bars import WritingBar
 from launch.command import Shared, option, parse_settings, tell_next
 from launch.embedded import DATA, MODEL, make_missing
 from launch.estimate import expected_slots, rows_that_fit
-from launch.processes import gather, join_processes, peak_memory, ranks, run_script
+from launch.processes import gather, join_processes, peak_memory, run_script
 from llama import Llama, compile_layers
 from models.chat import Form, has_template
 from models.hub import DTYPES, find_model, load_config, load_form, load_model
@@ -40,7 +40,7 @@ from models.stops import PLAIN, Choice, StopTexts
 from ops.cache import PackWriter
 from ops.checkpoint import fingerprint
 from ops.graph import StepGraph
-from ops.int8 import WAYS, told
+from ops.int8 import WAYS
 from ops.masks import length_mask
 from ops.packs import Pack, common_prefix, group_prompts, pack_trees, padded_select, rounded_up
 from ops.penalties import TextCache
@@ -402,7 +402,7 @@ def main() -> None:
         keys = {user: trsr.content_hash([recorded, texts[user]]) for user in texts}
         pending, trimmed = users_left(settings.run, keys), Counter()
         if rank == 0:
-            announce(settings, len(texts), len(texts) - len(pending), generator)
+            announce.summarization(settings, len(texts), len(texts) - len(pending), generator)
 
         mine = own_users(pending, texts)  # each is written as soon as it is done
         answers = Answers(settings.run, recorded, rank)
@@ -418,20 +418,6 @@ def main() -> None:
         trimmed, counts = (sum(gather(found), Counter()) for found in (trimmed, writer.counts))
         if rank == 0:
             conclude(settings, texts, trimmed, counts, peak_memory(device))
-
-
-def announce(settings: Settings, n_users: int, n_done: int, generator: Generator) -> None:
-    """Print what is about to be summarized."""
-    where = f"on {ranks()[1]} x {generator.device.type}, {generator.n_rows} prompts per batch"
-    held = f", int8 ({settings.int8})" if settings.int8 else told(generator.model)
-    blocks = f"{settings.block_size} items per block"
-    print(f"data    {settings.data}: {n_users} users, {n_done} of them summarized before")
-    print(f"model   {settings.model}, {settings.dtype}{held}, {where}")
-    print(f"method  {settings.paradigm}, {blocks}, {settings.max_new_tokens} new tokens at most")
-    ends, own = list(generator.eos_ids), sorted(generator.model.config.eos_token_id)
-    if ends != own:
-        what = "config.json and the tokenizer name other end tokens"
-        print(f"ends    {what} ({own}): a summary ends at any of {ends or 'none, only the limit'}")
 
 
 def conclude(

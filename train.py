@@ -45,6 +45,7 @@ from launch.processes import (
     sum_gradients,
 )
 from launch.progress import StepBar
+from launch.together import check_together
 from llama import Llama, compile_layers
 from lora import LoRAConfig, apply_lora
 from models.chat import Form
@@ -107,6 +108,7 @@ class Settings(Shared):
     pack_tokens: int | None = option(
         None, "tokens per pass (unset: 8192, on CPUs 4096)", numbers.positive, "running"
     )
+    fp8: bool = option(False, "frozen matrices in 8-bit floating point; GPUs from Ada on")
     shard: str = option("zero2", "gradients, zero3: weights too; or nothing", choices=SHARDS)
     activation_checkpointing: bool = option(False, "less memory, a third more time")
     cuda_graphs: bool = option(False, "on a GPU, launch passes whole: for small models")
@@ -132,7 +134,8 @@ class Settings(Shared):
 
     def recorded(self) -> dict:
         """Return what determines the result: a run resumes only with the same."""
-        return {name: value for name, value in vars(self).items() if name not in MAY_CHANGE}
+        unsaid = MAY_CHANGE if self.fp8 else (*MAY_CHANGE, "fp8")  # which older runs do not know
+        return {name: value for name, value in vars(self).items() if name not in unsaid}
 
 
 # These say how to compute, not what.
@@ -143,6 +146,7 @@ MAY_CHANGE += ("timeout", "given", "summaries", "cuda_graphs", "deterministic")
 def resolve(flags: Settings, device: torch.device) -> Settings:
     """Return the settings; what is unset comes from the run, its summaries, then from defaults."""
     flags = flags.inherit(read_config(flags.run).get("train", {}))
+    check_together(flags, ranks()[1])
     lent = summarized(flags.summaries, flags.run)  # empty without summaries
     data = flags.data or lent.get("data", DATA)
     paradigm = flags.paradigm or lent.get("paradigm", "hierarchical")
@@ -445,7 +449,7 @@ def load_base(settings: Settings, folder: Path) -> Llama:
         raise InputError(f"{folder}: {what}")
     # Full fine-tuning keeps fp32 weights; an adapter's frozen base can be in bf16.
     dtype = DTYPES[settings.dtype] if settings.lora_r else torch.float32
-    model = load_model(folder, torch.device("cpu"), dtype)
+    model = load_model(folder, torch.device("cpu"), dtype, fp8=settings.fp8 and "training")
     torch.manual_seed(settings.seed)  # of the adapter's start
     return apply_lora(model, settings.lora) if settings.lora_r else model
 

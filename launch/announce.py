@@ -1,4 +1,4 @@
-"""What train.py and evaluate.py are about to do, in words, before they begin."""
+"""What the scripts are about to do, in words, before they begin."""
 
 from collections.abc import Sequence
 
@@ -8,9 +8,25 @@ import trsr
 from launch.estimate import preflight, training_memory
 from launch.processes import ranks
 from llama import Llama
+from ops.fp8 import in_words
+from ops.int8 import told
 from ops.packs import Tree
 
 # settings: those of the script.
+
+
+def summarization(settings, n_users: int, n_done: int, generator) -> None:
+    """Print what is about to be summarized."""
+    where = f"on {ranks()[1]} x {generator.device.type}, {generator.n_rows} prompts per batch"
+    held = f", int8 ({settings.int8})" if settings.int8 else told(generator.model)
+    blocks = f"{settings.block_size} items per block"
+    print(f"data    {settings.data}: {n_users} users, {n_done} of them summarized before")
+    print(f"model   {settings.model}, {settings.dtype}{held}, {where}")
+    print(f"method  {settings.paradigm}, {blocks}, {settings.max_new_tokens} new tokens at most")
+    ends, own = list(generator.eos_ids), sorted(generator.model.config.eos_token_id)
+    if ends != own:
+        what = "config.json and the tokenizer name other end tokens"
+        print(f"ends    {what} ({own}): a summary ends at any of {ends or 'none, only the limit'}")
 
 
 def training(settings, model: Llama, n_train: int, n_val: int, tokens: int) -> None:
@@ -20,9 +36,8 @@ def training(settings, model: Llama, n_train: int, n_val: int, tokens: int) -> N
     where = f"{ranks()[1]} x {'cuda' if torch.cuda.is_available() else 'cpu'}"
     steps = f"{settings.epochs} epochs, {settings.batch_size} examples per step"
     print(f"data    {settings.data}: {n_train} users to train on, {n_val} to validate on")
-    print(
-        f"model   {settings.model}: {n:.1f}M parameters, {trained:.2f}M trained, {settings.dtype}"
-    )
+    size, held = f"{n:.1f}M parameters, {trained:.2f}M trained", settings.dtype + told(model)
+    print(f"model   {settings.model}: {size}, {held}")
     print(f"prompt  {settings.paradigm}, {settings.history_items} recent items, {tokens} tokens")
     print(f"steps   {steps}, on {where}")
 
@@ -49,5 +64,6 @@ def evaluation(settings, examples: Sequence[trsr.Example], tokens: int, where: s
     mean = sum(1 + len(example.negatives) for example in examples) / len(examples)
     users = f"{len(examples)} users of {settings.split}.jsonl"
     print(f"data    {settings.data}: {users}, {mean:.10g} candidates each")
-    print(f"model   {settings.model}, {row}, {settings.dtype}, on {where}")
+    held = settings.dtype + (f", {in_words()}" if settings.fp8 else "")
+    print(f"model   {settings.model}, {row}, {held}, on {where}")
     print(f"prompt  {settings.paradigm}, {recent}, {tokens} tokens at most")

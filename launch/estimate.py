@@ -52,6 +52,7 @@ def training_memory(
     """
     c = model.config
     frozen = sum(p.numel() * p.itemsize for p in model.parameters() if not p.requires_grad)
+    frozen += sum(b.numel() * b.itemsize for b in model.buffers())  # fp8's second copies
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
     weights = frozen

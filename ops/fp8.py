@@ -96,13 +96,18 @@ class Fp8Linear(nn.Linear):
 
     @property
     def kind(self) -> str:
-        """What the scripts say of it; a model to be trained is still on the CPU then."""
-        slow = "fp8, emulated on the CPU: slower than without, for trying out"
-        return "fp8" if torch.cuda.is_available() else slow
+        """What the scripts say of it."""
+        return in_words()
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         y = _Product.apply(x, self.weight, self.scale, self.turned, self.turned_scale)
         return y if self.bias is None else y + self.bias
+
+
+def in_words() -> str:
+    """Return what the scripts say of fp8; a model to be trained is still on the CPU then."""
+    slow = "fp8, emulated on the CPU: slower than without, for trying out"
+    return "fp8" if torch.cuda.is_available() else slow
 
 
 def fits(linear: nn.Linear) -> bool:
