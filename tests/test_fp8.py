@@ -4,15 +4,19 @@ import json
 
 import pytest
 import torch
+from conftest import FIT
 from helpers import (
     CPU,
     LLAMA,
     flags,
     generate,
+    losses,
     random_ids,
     random_trees,
     run,
     run_here,
+    same_losses,
+    scores,
     separate_loss,
     write_model,
 )
@@ -450,3 +454,39 @@ def test_the_benchmark_prints_every_way_to_train_and_score(data_folder, model_fo
 
     settings |= {"paradigm": "recurrent"}
     assert "needs --run" in run_here(bench.main, "fp8.py", flags(**settings)).stderr
+
+
+@pytest.fixture(scope="module")
+def trained_in_fp8(tmp_path_factory, data_folder, model_folder):
+    """A run of one epoch in fp8, by one process and without dropout."""
+    folder = tmp_path_factory.mktemp("runs") / "fp8"
+    common = {"data": data_folder, "model": model_folder, **FIT, "lora_dropout": 0}
+    done = run("train.py", run=folder, epochs=1, fp8=True, **common)
+    assert f", {KIND} (10 of 14 matrices)" in done.stdout
+    return folder
+
+
+def test_training_in_fp8_follows_training_without(trained_in_fp8, tmp_path, fit):
+    fit(tmp_path, epochs=1, lora_dropout=0)
+    same_losses(trained_in_fp8, tmp_path, limit=0.05)
+    pairs = zip(losses(trained_in_fp8), losses(tmp_path), strict=True)
+    assert all(fp8 != plain for fp8, plain in pairs)
+
+
+@pytest.mark.parametrize("shard", ["zero2", "replicate"])
+def test_two_processes_train_in_fp8_as_one_does(trained_in_fp8, tmp_path, fit, shard):
+    fit(tmp_path, epochs=1, lora_dropout=0, fp8=True, processes=2, shard=shard)
+    # A trunk's gradient is summed over a pack before it is rounded, and they have other packs.
+    same_losses(trained_in_fp8, tmp_path, limit=0.02)
+
+
+def test_an_adapter_trained_in_fp8_is_scored_either_way(trained_in_fp8):
+    found = {}
+    for fp8 in (False, True):
+        done = run("evaluate.py", run=trained_in_fp8, fp8=fp8).stdout
+        assert (KIND in done) == fp8
+        name = "scores-test-fp8.jsonl" if fp8 else "scores-test.jsonl"
+        found[fp8] = [line["scores"] for line in scores(trained_in_fp8, name)]
+    assert found[True] != found[False]
+    for fp8, plain in zip(found[True], found[False], strict=True):
+        assert fp8 == pytest.approx(plain, abs=0.3)
