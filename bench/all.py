@@ -5,9 +5,9 @@
     python -m bench.all --out runs/bench --shape tiny                  # small: does all of it run?
 
 Each benchmark is a process of its own. What it prints is added to DIR/all.txt with its command,
-commit, date, versions and card. The same command continues with what that file does not have yet,
-or only as a failure, for this commit. A benchmark that fails, or takes three times as long as
-expected, is recorded as such, and the next one begins. --minutes starts only what is expected to
+commit, date, versions and card. The same command continues with what that file does not have yet
+for this commit, and then with what has failed. A benchmark that fails, or takes three times as long
+as expected, is recorded as such, and the next one begins. --minutes starts only what is expected to
 end in time.
 """
 
@@ -150,11 +150,12 @@ def typed(words: list[str]) -> str:
 
 
 def git_commit() -> str:
-    """Return the checkout's commit, with "+" if files that git knows were changed since."""
+    """Return the checkout's commit, with "+" if its code was changed since."""
     try:
         run = {"capture_output": True, "text": True, "check": True}
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **run).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], **run).stdout.strip()
+        status = ["git", "status", "--porcelain", "--untracked-files=no", "--", "*.py"]
+        changed = subprocess.run(status, **run).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         raise InputError("not in a git checkout; name the commit with --commit") from None
     return commit + "+" * bool(changed)
@@ -214,6 +215,7 @@ def main() -> None:
     jobs = [job for job in JOBS if job.name in (settings.only or [job.name])]
     found = results(settings.file, commit, small)
     due = [job for job in jobs if job.name not in found or found[job.name].state != "ok"]
+    due.sort(key=lambda job: job.name in found)  # what has failed comes last
     if settings.dry_run:
         return show_plan(jobs, due, small)
 
@@ -237,7 +239,7 @@ def main() -> None:
 def show_plan(jobs: list[Job], due: list[Job], small: bool) -> None:
     """Print the benchmarks and when each would end."""
     clock = 0
-    for job in jobs:
+    for job in due + [job for job in jobs if job not in due]:
         clock += job.seconds * (job in due)
         when = f"{clock // 60:>4}:{clock % 60:02}" if job in due else "   done"
         print(f"{when} {job.seconds:>5} s  {job.name:<20}python -m {shlex.join(job.words(small))}")

@@ -266,6 +266,9 @@ def test_a_failure_is_recorded_and_only_what_is_missing_runs_again(monkeypatch, 
     text = (tmp_path / "all.txt").read_text()
     assert text.count("# good: ok") == 1
     assert text.count("# bad: exit status 1") == 2
+    out = run(monkeypatch, capsys, every, flags + "abc --dry-run")
+    plan = re.findall(r"^ *(\S+) +\d+ s  (\S+)", out, re.MULTILINE)  # what has failed, then done
+    assert plan == [("66:40", "long"), ("67:00", "bad"), ("done", "good")]
     run(monkeypatch, capsys, every, flags + "def")
     assert (tmp_path / "all.txt").read_text().count("# good: ok") == 2
 
