@@ -18,6 +18,7 @@ on the CPU meanwhile, as many at a time as --cpu-jobs says.
 """
 
 import shlex
+import statistics
 import time
 import tomllib
 from collections.abc import Sequence
@@ -166,9 +167,10 @@ class Pace:
 
     def seconds(self, stage: Stage) -> float:
         """Return the seconds of a stage, corrected by the finished ones of its script."""
+        # The median, since now and then one has kernels to compile.
         pairs = self.seen.get(stage.script, {}).values()
-        taken, foreseen = (sum(column) for column in zip(*pairs, strict=True)) if pairs else (1, 1)
-        return self.foreseen(stage) * taken / foreseen
+        ratios = [taken / foreseen for taken, foreseen in pairs]
+        return self.foreseen(stage) * (statistics.median(ratios) if ratios else 1)
 
 
 # ---- One call

@@ -40,6 +40,11 @@ class Training:
     epochs: int | None = None
 
     def __str__(self) -> str:
+        return self.targets + (f":{self.epochs}" if self.epochs else "")
+
+    @property
+    def title(self) -> str:
+        """What a table says of it."""
         kind = f"{self.targets} position" if self.targets == LAST else f"{self.targets} positions"
         if self.epochs is None:
             return kind
@@ -131,9 +136,10 @@ def experiment_of(settings: Settings) -> Targets:
                 more=f"--epochs {each.epochs}" if each.epochs else "",
             )
             found = experiment.runs(language_model_run, model)
-            first = f"{NAMES[key]}: {trainings[0]}"
-            against = {f"{trainings[0]}, with the same kind of prompt": first}
-            row = Row(f"{NAMES[key]}: {each}", NAMES[key], str(each), found, against=against)
+            first = trainings[0].title
+            against = {f"{first}, with the same kind of prompt": f"{NAMES[key]}: {first}"}
+            name = f"{NAMES[key]}: {each.title}"
+            row = Row(name, NAMES[key], each.title, found, against=against)
             experiment.rows.append(row)
     return experiment
 
