@@ -96,15 +96,23 @@ def test_every_flag_of_a_script_has_a_help(script):
 
 # ---- The help of every command
 
-COMMANDS = [
-    *("summarize", "train", "evaluate", "baselines.__main__", "models.gguf"),
-    *("prepare.demo", "prepare.mind", "prepare.amazon_m2", "prepare.recbole", "prepare.to_recbole"),
-    *("runfolder.page", "runfolder.compare", "runfolder.quality", "runfolder.show"),
-    *("experiments.table2", "experiments.figure9", "experiments.figure10", "experiments.figure11"),
-    *("experiments.budgets", "experiments.base", "experiments.ruled", "experiments.tiny.make"),
-    *("experiments.tiny.measure", "bench.score", "bench.train", "bench.summarize", "bench.int8"),
-    *("bench.chain", "bench.random_model", "bench.threads", "bench.growing", "recommend.__main__"),
-]
+
+def commands():
+    """The modules that read flags when they are run, by their names."""
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("[!.]*/**/*.py")]
+    texts = {path.relative_to(ROOT).with_suffix(""): path.read_text("utf-8") for path in paths}
+    run = re.compile(r'^if __name__ == "__main__":', re.MULTILINE)
+    flags = re.compile(r"\bparse_settings\(\w+, __doc__\)|\.parse_args\(")
+    return sorted(
+        ".".join(path.parts) for path, t in texts.items() if run.search(t) and flags.search(t)
+    )
+
+
+COMMANDS = commands()
+
+
+def test_all_commands_are_found():
+    assert {"train", "prepare.table", "bench.train", "experiments.study"} <= {*COMMANDS}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
