@@ -225,6 +225,9 @@ class Jobs:
                 seconds = None if self.until == math.inf else self.until - time.monotonic()
                 done = wait(self.under_way, seconds, FIRST_COMPLETED).done
                 if not done:
+                    print(
+                        f"  the time is over: {len(self.under_way)} under way save what they have"
+                    )
                     break
                 for future in done:
                     self.conclude(future)

@@ -209,7 +209,7 @@ def order_of(columns: Sequence[Column]) -> str:
 def experiment_of(settings: Settings) -> Rankings:
     """Return the experiment with its rows."""
     asked = " ".join(settings.flags)
-    if asked not in settings.baselines:
+    if f" {asked} " not in f" {settings.baselines} ":
         settings = replace(settings, baselines=f"{settings.baselines} {asked}".strip())
     experiment = Rankings(settings)
     experiment.sampled = [Row("random", "random"), Row("popularity", "popularity")]

@@ -140,7 +140,8 @@ class Pace:
         known = read_json(path) if path.is_file() else {}
         self.forecast = Forecast({key: Work(*parts) for key, parts in known.items()})
         self.works: dict[str, Work] = {}  # by the stages' keys
-        self.seen: dict[str, dict[str, tuple[float, float]]] = {}  # seconds, foreseen, by script
+        # Seconds and foreseen ones by kind, and by the stages' keys.
+        self.seen: dict[str, dict[str, tuple[float, float]]] = {}
 
     def work(self, stage: Stage) -> Work:
         """Return the tokens of a stage."""
@@ -163,14 +164,25 @@ class Pace:
         path = stage.run / SECONDS
         taken = read_json(path).get(stage.mark) if path.is_file() and stage.finished() else None
         if taken is not None:
-            self.seen.setdefault(stage.script, {})[stage.key] = taken, self.foreseen(stage)
+            self.seen.setdefault(kind(stage), {})[stage.key] = taken, self.foreseen(stage)
 
     def seconds(self, stage: Stage) -> float:
-        """Return the seconds of a stage, corrected by the finished ones of its script."""
+        """Return the seconds of a stage, corrected by the finished ones of its kind."""
         # The median, since now and then one has kernels to compile.
-        pairs = self.seen.get(stage.script, {}).values()
+        pairs = self.seen.get(kind(stage), {}).values()
         ratios = [taken / foreseen for taken, foreseen in pairs]
         return self.foreseen(stage) * (statistics.median(ratios) if ratios else 1)
+
+
+def kind(stage: Stage) -> str:
+    """Return the script of a stage; of a baseline its model too, and whether it has all positions.
+
+    One that reads a history item by item, for every position, takes a hundred times as long.
+    """
+    if stage.script != "baselines":
+        return stage.script
+    model = stage.flags[stage.flags.index("--models") + 1]
+    return f"{stage.script} {model} {'--every-position' in stage.flags}"
 
 
 # ---- One call
