@@ -105,12 +105,13 @@ class Plan:
         return cls(lines, speeds)
 
     def experiments(self, out: Path) -> list[Experiment]:
-        """Return the experiments, each with a folder named after its dataset in out."""
+        """Return the experiments, each with a folder in out: --out, or named after its dataset."""
         made = []
         for name, *flags in self.lines:
             module = import_module(f"experiments.{name}")
             settings = settings_of(module.Settings, f"experiments.{name}", flags)
-            settings = replace(settings, out=out / Path(settings.data).name)
+            folder = settings.out if "--out" in flags else Path(settings.data).name
+            settings = replace(settings, out=out / folder)
             made.append(module.experiment_of(settings))
         return made
 
@@ -198,7 +199,11 @@ class Study:
         for folder in self.folders:
             folder.mkdir(parents=True, exist_ok=True)
         self.pace = Pace(plan.speeds, settings.out / "forecast.json", self.experiments)
+        known: dict[tuple[Path, str], str] = {}
         for stage in self.pace.stages:
+            if known.setdefault((stage.run, stage.mark), stage.key) != stage.key:
+                what = f"two experiments want {stage.mark} here with different flags"
+                raise InputError(f"{stage.run}: {what}; give one of them another --out in the plan")
             self.pace.observe(stage)
 
     def plan(self) -> list[Stage]:

@@ -229,6 +229,17 @@ def test_a_wrong_plan_is_named(plan, old, new, message):
         Plan.read("nosuch")
 
 
+def test_one_run_with_two_kinds_of_flags_is_refused_or_has_a_folder_of_its_own(plan, tmp_path):
+    line = '"table2 $data --seeds 0 --rows recent-only --train=--chat",'
+    plan.write_text(plan.read_text().replace("[\n", f"[\n{line}\n", 1))
+    settings = Settings(plan=str(plan), out=tmp_path / "out")
+    with pytest.raises(InputError, match=r"two experiments want train\.py here with different fl"):
+        Study(settings, Plan.read(str(plan)))
+    plan.write_text(plan.read_text().replace("--train=--chat", "--train=--chat --out other"))
+    made = Study(settings, Plan.read(str(plan)))
+    assert made.folders == [tmp_path / "out" / "other", tmp_path / "out" / "data"]
+
+
 def test_tokens_are_counted_once_for_all_calls(plan, tmp_path, monkeypatch):
     made = Study(Settings(plan=str(plan), out=tmp_path / "out"), Plan.read(str(plan)))
     stage = next(stage for stage in made.pace.stages if stage.script == "train.py")
