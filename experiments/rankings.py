@@ -36,7 +36,7 @@ from runfolder.scores import (
     told_apart,
     user_metrics,
 )
-from runfolder.told_apart import LEVEL, holm, wilcoxon
+from runfolder.told_apart import DIGITS, LEVEL, holm, wilcoxon
 
 SAMPLED = "with the dataset's candidates"
 
@@ -169,9 +169,9 @@ class Column:
     def __init__(self, rows: Sequence[Row], ks: Sequence[int]):
         self.rows, self.ks, self.tested = rows, ks, tested_metric(ks)
         self.metrics = f"Recall@{min(ks)}", self.tested
-        values = [row.measured[self.tested]["mean"] for row in rows]
-        order = sorted(range(len(rows)), key=lambda i: -values[i])
-        self.places = {i: place for place, i in enumerate(order, 1)}
+        self.values = [round(row.measured[self.tested]["mean"], DIGITS) for row in rows]
+        order = sorted(range(len(rows)), key=lambda i: -self.values[i])
+        self.places = [1 + sum(other > value for other in self.values) for value in self.values]
         self.first = rows[order[0]]
         others = [i for i in order[1:] if rows[i].ranks] if self.first.ranks else []
         tests = told_apart(self.first.ranks, [rows[i].ranks for i in others], ks) if others else []
@@ -198,7 +198,7 @@ def order_of(columns: Sequence[Column]) -> str:
     if not pairs:
         return ""
     turned = [
-        (one.places[a] - one.places[b]) * (other.places[a] - other.places[b]) < 0 for a, b in pairs
+        (one.values[a] - one.values[b]) * (other.values[a] - other.values[b]) < 0 for a, b in pairs
     ]
     known = zip(turned, one.apart(pairs), other.apart(pairs), strict=True)
     sure = sum(all(each) for each in known)
