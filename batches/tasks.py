@@ -147,7 +147,7 @@ class Writer:
     def _lower_batch_size(self) -> None:
         if self.generator.n_rows == 1:
             what = "out of memory with one prompt per batch"
-            raise InputError(f"{what}; lower --max-length, or use --int8") from None
+            raise InputError(f"{what}; lower --max-length, or use --int8 or --fp8") from None
         self.generator.shrink()
         if self.bar is not None:
             rows = self.generator.n_rows
