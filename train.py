@@ -34,6 +34,7 @@ from files.jsonl import append_jsonl
 from launch import announce, numbers
 from launch.command import Shared, option, parse_settings, tell_next
 from launch.embedded import DATA, MODEL, make_missing
+from launch.estimate import is_short
 from launch.processes import (
     all_reduce,
     join_processes,
@@ -281,7 +282,9 @@ class Trainer:
         batching: Batching,
         validation: Validation,
     ):
-        self.settings, self.model, self.batching = settings, model, batching
+        self.settings, self.model = settings, model
+        short = is_short(model, trees, settings.epochs)  # then compiling counts
+        self.batching = replace(batching, few_lengths=short)
         self.trees, self.users, self.validation = trees, users, validation
         self.device, (self.rank, _) = next(model.parameters()).device, ranks()
         self.passes = Passes(model, settings.shard, settings.autocast, settings.cuda_graphs)

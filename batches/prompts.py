@@ -20,6 +20,7 @@ class Batching:
     pack_tokens: int
     pad_to: int  # on GPUs all packs have one length, because kernels are compiled for each
     workers: int
+    few_lengths: bool = False  # of an optimizer step's packs
 
     @classmethod
     def on(cls, device: torch.device, pack_tokens: int | None, on_gpus: int) -> "Batching":

@@ -67,7 +67,7 @@ def make_step(trees: list[Tree], users: list[int], loss: str, batching: Batching
     held = mine or together[:1]  # FSDP needs a pack from every process
     length, pad_to = batching.pack_tokens, batching.pad_to
     if pad_to > 1:
-        length = pack_length(held, length)
+        length = pack_length(held, length, batching.few_lengths)
     packs = pack_trees(held, length, min(length, pad_to), last_only=loss == "answer")
     targets = sum(target_count(tree, loss) for tree in together) if mine else 0
     return Step(users, packs, sum(tree.size for tree in together), targets)

@@ -14,6 +14,7 @@ from llama import Llama
 from ops.packs import Tree
 
 SHARE = 0.5  # of a large matrix product's rate: a cautious guess of what training reaches
+SHORT = 1e17  # FLOP; a small model's, at a tenth of an H100's rate, take half an hour
 GIB = 2**30
 CPU_COPIES = 3
 
@@ -40,6 +41,11 @@ def training_flops(model: Llama, tokens: int) -> float:
     """
     weights = [p for name, p in model.named_parameters() if ".layers." in name and p.dim() > 1]
     return tokens * sum((6 if p.requires_grad else 4) * p.numel() for p in weights)
+
+
+def is_short(model: Llama, trees: list[Tree], epochs: int) -> bool:
+    """Return whether a training takes minutes on a GPU, so that compiling counts."""
+    return training_flops(model, epochs * sum(tree.size for tree in trees)) < SHORT
 
 
 def training_memory(

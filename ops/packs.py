@@ -180,12 +180,12 @@ class Pack:
 def padded_rows(rows: Iterable[int], device: torch.device) -> Tensor:
     """Return some rows of a pack, as a tensor on the host.
 
-    For a GPU the last one is repeated up to a multiple of BLOCK, because the layers are compiled
-    anew for each number of tokens.
+    For a GPU the last one is repeated up to a power of two, because the last layer is compiled anew
+    for each number of rows; beside the pack they cost next to nothing.
     """
     rows = [*rows]
-    more = -len(rows) % BLOCK if device.type == "cuda" else 0
-    return torch.tensor(rows + rows[-1:] * more)
+    wanted = max(BLOCK, 1 << (len(rows) - 1).bit_length()) if device.type == "cuda" else len(rows)
+    return torch.tensor(rows + rows[-1:] * (wanted - len(rows)))
 
 
 def padded_select(rows: Iterable[int], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -394,18 +394,21 @@ def best_subset(sizes: list[int], room: int) -> list[int]:
     return chosen
 
 
-def pack_length(trees: list[Tree], max_tokens: int) -> int:
+def pack_length(trees: list[Tree], max_tokens: int, few: bool = False) -> int:
     """Return the length up to max_tokens at which the fewest packs hold all trees with little room.
 
-    Lengths are multiples of 256 (of 128 for short packs), because kernels are compiled for each.
+    Kernels are compiled for each length, so there are only some: multiples of 256 (of 128 for short
+    packs), or few: where that takes more time than the room that they leave.
     """
     trunk = common_prefix([tree.prefix for tree in trees])
     sizes = [tree.size - trunk for tree in trees]
     n = -(-sum(sizes) // max(1, max_tokens - trunk))
-    least = trunk + -(-sum(sizes) // n)
-    multiple = 2 * BLOCK if least > 4096 else BLOCK
-    for length in range(-(-least // multiple) * multiple, max_tokens, multiple):
-        if max(sizes) <= length - trunk and len(fill_bins(sizes, length - trunk)) == n:
+    least = max(trunk + -(-sum(sizes) // n), trunk + max(sizes))
+    lengths = [*range(BLOCK, 4096, BLOCK), *range(4096, max_tokens, 2 * BLOCK)]
+    if few:
+        lengths = [512, 768, 1024, 1536, 2048, 3072, *range(4096, max_tokens, 1024)]
+    for length in lengths:
+        if least <= length < max_tokens and len(fill_bins(sizes, length - trunk)) == n:
             return length
     return max_tokens
 

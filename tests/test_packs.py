@@ -135,3 +135,22 @@ def test_the_length_of_packs_holds_the_largest_tree():
     assert pack_length(trees, 8192) == 3200
     assert pack_length(trees, 3100) == 3072
     assert pack_length(trees, 3000) == 3000
+    assert pack_length(trees, 8192, few=True) == 4096
+    assert pack_length(trees, 3100, few=True) == 3072
+
+
+def test_few_lengths_are_few_and_hold_everything():
+    rng, lengths = random.Random(0), ([], [])
+    for _ in range(60):
+        trees = [
+            Tree([3] * rng.randrange(300, 500), [[4] * rng.randrange(40, 60)] * 2)
+            for _ in range(rng.choice((32, 32, 32, 9)))
+        ]
+        for few in (False, True):
+            length = pack_length(trees, 8192, few)
+            lengths[few].append(length)
+            packs = pack_trees(trees, length, length)
+            assert sum(len(pack.leaves) for pack in packs) == 2 * len(trees)
+            assert {len(pack.ids) for pack in packs} == {length}
+    assert 2 * len({*lengths[True]}) < len({*lengths[False]})
+    assert sum(lengths[True]) < 1.2 * sum(lengths[False])
