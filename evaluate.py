@@ -191,13 +191,13 @@ def scored(
     device = next(model.parameters()).device
     # The answers' columns are chosen on the device: a list as index would make the host wait.
     scorer = Scorer(model, on_device(torch.tensor(vocabulary), device), total)
-    passes = Graphs(scorer.logits, device, graphs and not model.syncs_host)
+    passes = Graphs(device, graphs and not model.syncs_host)
     split_tree, prefix = None, None  # the tree that spans packs, and its prefix in every layer
     running: deque[tuple[Pack, HostCopy]] = deque()
     for pack in packs:
         inputs = pack.ids, pack.positions, pack.ends, padded_rows(pack.leaves.values(), device)
         if not pack.shared_prefix:
-            logits = passes(*inputs)
+            logits = passes.run(scorer.logits, *inputs)
         else:
             tree, first = next(iter(pack.leaves))[0], pack.shared_prefix
             if tree != split_tree:  # else the prefix is in the cache

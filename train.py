@@ -195,15 +195,15 @@ class Passes:
         self.fused = True if fuses else None  # the optimizer's kernels; None: its own choice
         # Recomputed layers restore the state of random numbers, which no graph can.
         graphs = graphs and not (self.sharded or model.model.checkpointing)
-        self.run = Graphs(self.loss, self.device, graphs)
-        if self.run.enabled:  # graphs add to gradients where they were
+        self.graphs = Graphs(self.device, graphs)
+        if self.graphs.enabled:  # graphs add to gradients where they were
             for parameter in trainable(model).values():
                 parameter.grad = torch.zeros_like(parameter)
 
     def loss(self, weight: Tensor, *tensors: Tensor) -> Tensor:
         """Return weight * a pack's loss, and add its gradients."""
         # A graph would read casts of weights again that autocast had kept for later.
-        options = {"enabled": self.autocast, "cache_enabled": not self.run.enabled}
+        options = {"enabled": self.autocast, "cache_enabled": not self.graphs.enabled}
         with torch.autocast(self.device.type, torch.bfloat16, **options):
             loss = self.model.loss(Pack.of(*tensors)) * weight
         # FSDP averages the gradients, but the targets are those of all processes.
@@ -223,7 +223,7 @@ class Passes:
                 self.model.set_requires_gradient_sync(last)
                 self.model.set_reshard_after_backward(last or self.mode == "zero3")
             tensors = step.packs[min(i, n - 1)].tensors()
-            loss += self.run(torch.tensor(weight), *tensors.values())
+            loss += self.graphs.run(self.loss, torch.tensor(weight), *tensors.values())
         return loss
 
 
@@ -253,7 +253,7 @@ def train_step(
         raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
     if not fused:
         optimizer.step()
-    optimizer.zero_grad(set_to_none=not passes.run.enabled)  # frees their memory
+    optimizer.zero_grad(set_to_none=not passes.graphs.enabled)  # frees their memory
     return loss, norm
 
 
@@ -349,7 +349,9 @@ class Trainer:
         except torch.OutOfMemoryError:
             n, length, batch = len(step.packs), len(step.packs[0].ids), settings.batch_size
             what = f"a pack of {length} tokens, {n} of them in a batch of {batch}"
-            way = "lower --pack-tokens, or add --activation-checkpointing"
+            graphs = settings.cuda_graphs
+            less = "leave --cuda-graphs out" if graphs else "add --activation-checkpointing"
+            way = f"lower --pack-tokens, or {less}"
             raise InputError(f"out of memory with {what}; {way}") from None
         except FloatingPointError as error:
             who = ", ".join(self.users[u].user for u in step.users)

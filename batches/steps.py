@@ -24,7 +24,7 @@ class Step:
 def check_batch_size(batch_size: int, train: list[Example], targets: int) -> None:
     """Raise InputError unless all users have equally many examples, and a step whole users.
 
-    With more targets than the last item, users may differ, and a step takes as many as it has room.
+    With more targets than the last item, users may differ, and a step takes what it has room for.
     """
     if targets != 1:
         return

@@ -14,7 +14,7 @@ from llama import Llama
 from ops.packs import Tree
 
 SHARE = 0.5  # of a large matrix product's rate: a cautious guess of what training reaches
-SHORT = 1e17  # FLOP; a small model's, at a tenth of an H100's rate, take half an hour
+SHORT = 1e17  # FLOP, which take an H100 minutes, or half an hour at a small model's rate
 GIB = 2**30
 CPU_COPIES = 3
 
@@ -44,7 +44,7 @@ def training_flops(model: Llama, tokens: int) -> float:
 
 
 def is_short(model: Llama, trees: list[Tree], epochs: int) -> bool:
-    """Return whether a training takes minutes on a GPU, so that compiling counts."""
+    """Return whether a training is so short that compiling for a pack's length counts."""
     return training_flops(model, epochs * sum(tree.size for tree in trees)) < SHORT
 
 

@@ -193,7 +193,8 @@ def prefetch(items: Iterator, n: int = 8) -> Iterator:
             due.append(pool.submit(next, items, None))
             yield item
     finally:
-        pool.shutdown(cancel_futures=True)
+        # Without waiting: whatever collects garbage may be what closes this, in any thread.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 # ---- The end of a script

@@ -56,47 +56,52 @@ class Captured:
 
 
 class Graphs:
-    """A function of tensors, captured as a CUDA graph for each set of shapes that comes again.
+    """Runs a function of tensors, as a CUDA graph for each set of shapes that comes again.
 
     The first call of some shapes runs the function as it is, which compiles what it needs; the
     second one captures it. What else it reads or writes, such as weights and gradients, has to stay
     where it is in memory; random numbers advance as without a graph. All graphs share memory that
-    nothing else can use, about as much as the function itself needs, and where that much is not
-    free nothing is captured. enabled: whether to capture at all; never on a CPU.
+    nothing else can use, about as much as the function itself needs; where that much is not free,
+    there are none. enabled: whether to capture at all; never on a CPU.
     """
 
-    def __init__(self, function: Callable[..., Tensor], device: torch.device, enabled: bool):
-        self.function, self.device = function, device
-        self.enabled = enabled and is_gpu(device)
+    def __init__(self, device: torch.device, enabled: bool):
+        self.device, self.enabled = device, enabled and is_gpu(device)
         self.captured: dict[tuple, Captured | None] = {}  # by shapes; None: they came once
         self.needed: dict[tuple, int] = {}  # bytes beside what was there before, by shapes
         if self.enabled:
             # One stream for all, as memory that graphs share asks for.
             self.pool, self.stream = cuda.graph_pool_handle(), cuda.Stream(device)
 
-    def __call__(self, *tensors: Tensor) -> Tensor:
-        """Return the function's result for tensors, which may be on the host."""
+    def run(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        """Return function(*tensors), always the same function; tensors may be on the host."""
         here = [on_device(tensor, self.device) for tensor in tensors]
         shapes = tuple(tensor.shape for tensor in here)
         if not self.enabled:
-            return self.function(*here)
+            return function(*here)
         if shapes not in self.captured:
             self.captured[shapes] = None
-            return self.run_once(shapes, here)
+            return self.run_once(function, shapes, here)
         if self.captured[shapes] is None:
             if not self.room_for(shapes):
-                self.enabled = False
-                return self.function(*here)
-            self.captured[shapes] = self.capture(here)
+                return self.give_up(function, here)
+            self.captured[shapes] = self.capture(function, here)
         return self.captured[shapes](here)
 
-    def run_once(self, shapes: tuple, tensors: list[Tensor]) -> Tensor:
+    def give_up(self, function: Callable[..., Tensor], tensors: list[Tensor]) -> Tensor:
+        """Return the function's result; from now on nothing is a graph."""
+        print("graphs  no room for their memory: what they launched is launched one by one")
+        self.enabled = False
+        self.captured.clear()  # frees what they have
+        return function(*tensors)
+
+    def run_once(self, function, shapes: tuple, tensors: list[Tensor]) -> Tensor:
         """Return the function's result, and note how much memory it needs."""
         before = cuda.memory_allocated(self.device)
         # On the stream of the capture, because autograd keeps to the streams it has seen.
         self.stream.wait_stream(cuda.current_stream())
         with cuda.stream(self.stream):
-            output = self.function(*tensors)
+            output = function(*tensors)
         cuda.current_stream().wait_stream(self.stream)
         # At most: the peak may be an earlier one.
         self.needed[shapes] = cuda.max_memory_allocated(self.device) - before
@@ -107,14 +112,16 @@ class Graphs:
         graphs = (self.needed[s] for s, graph in self.captured.items() if graph)
         more = self.needed[shapes] - max(graphs, default=0)
         free, _ = cuda.mem_get_info(self.device)
+        # A capture begins by emptying the allocator's own cache.
+        free += cuda.memory_reserved(self.device) - cuda.memory_allocated(self.device)
         return 1.25 * more < free
 
-    def capture(self, tensors: list[Tensor]) -> Captured:
+    def capture(self, function: Callable[..., Tensor], tensors: list[Tensor]) -> Captured:
         """Return a graph of the function; nothing is computed yet."""
         inputs, graph = [tensor.clone() for tensor in tensors], cuda.CUDAGraph()
         self.stream.wait_stream(cuda.current_stream())
         # Other threads may go on to use the GPU's driver meanwhile.
         options = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
         with cuda.graph(graph, **options):
-            output = self.function(*inputs)
+            output = function(*inputs)
         return Captured(graph, inputs, output)

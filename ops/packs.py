@@ -286,7 +286,7 @@ class _Columns:
         self.positions += [0] * more
         self.ends += [length] * more
         more = targets - len(self.rows)
-        self.rows += range(more)
+        self.rows += (row % length for row in range(more))
         self.next_ids += [0] * more
         self.weights += [0] * more
 

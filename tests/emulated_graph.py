@@ -80,12 +80,12 @@ class Stream:
 
 
 class Cuda:
-    """Stands for torch.cuda; free: bytes that the device has left."""
+    """Stands for torch.cuda; free: bytes that the device has left; cached: that torch holds."""
 
     Stream, CUDAGraph = Stream, Graph
 
     def __init__(self, needed=100, free=1000):
-        self.needed, self.free, self.graphs = needed, free, []
+        self.needed, self.free, self.cached, self.graphs = needed, free, 0, []
 
     def graph_pool_handle(self):
         return 0, 1
@@ -98,6 +98,9 @@ class Cuda:
 
     def memory_allocated(self, _device):
         return 0
+
+    def memory_reserved(self, _device):
+        return self.cached
 
     def max_memory_allocated(self, _device):
         return self.needed

@@ -10,11 +10,12 @@ from state.checkpoint import load_checkpoint, save_checkpoint, save_model, train
 from trsr import InputError
 
 
-def trained(folder, steps, r=8):
+def trained(folder, steps, r=8, fused=None):
     """Return a model with an adapter after some steps, and its optimizer."""
     torch.manual_seed(0)
     model = apply_lora(load_model(folder, CPU, torch.float32), LoRAConfig(r, dropout=0.0))
-    optimizer = torch.optim.AdamW(adapter_tensors(model).values(), lr=0.01)
+    parameters = adapter_tensors(model).values()
+    optimizer = torch.optim.AdamW(parameters, lr=0.01, fused=fused)
     for _ in range(steps):
         step(model, optimizer)
     return model, optimizer
@@ -30,10 +31,11 @@ def progress(number):
     return {"step": number, "epoch": 0, "batch": number, "best": -1.0}
 
 
-def test_training_continues_to_the_bit_from_a_checkpoint(tmp_path, model_folder):
-    model, optimizer = trained(model_folder, 3)
+@pytest.mark.parametrize("fused", [None, True])
+def test_training_continues_to_the_bit_from_a_checkpoint(tmp_path, model_folder, fused):
+    model, optimizer = trained(model_folder, 3, fused=fused)
     save_checkpoint(tmp_path, model, optimizer, progress(3), 0)
-    other, other_optimizer = trained(model_folder, 1)
+    other, other_optimizer = trained(model_folder, 1, fused=fused)
     assert load_checkpoint(tmp_path, other, other_optimizer, CPU) == progress(3)
     for pair in ((model, optimizer), (other, other_optimizer)):
         step(*pair)
