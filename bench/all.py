@@ -19,9 +19,11 @@ import subprocess
 import sys
 import time
 from argparse import SUPPRESS
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import NamedTuple
 
 from launch.command import option, parse_settings, run_main
@@ -187,24 +189,29 @@ def card_and_versions() -> str:
 def run(words: list[str], limit: float) -> tuple[str, float, str]:
     """Run a benchmark; return its state, its seconds and what it has printed."""
     began = time.monotonic()
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    # In a session of its own, so that the processes that it has started can be ended too.
-    child = subprocess.Popen([sys.executable, "-m", *words], start_new_session=True, **options)
-    state = None
-    try:
-        out, err = child.communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
-        state = f"stopped after {limit:.0f} s"
-    finally:
-        if child.poll() is None:
-            os.killpg(child.pid, signal.SIGKILL)
-    if state:
-        out, err = child.communicate()
-    took = time.monotonic() - began
-    state = state or ("ok" if child.returncode == 0 else f"exit status {child.returncode}")
+    # Files, since a pipe would stay open for as long as a process that the benchmark has started.
+    with TemporaryFile("w+") as out, TemporaryFile("w+") as err:
+        # In a session of its own, so that the processes that it has started can be ended too.
+        options = {"stdout": out, "stderr": err, "start_new_session": True}
+        child = subprocess.Popen([sys.executable, "-m", *words], **options)
+        state = None
+        try:
+            child.wait(limit)
+        except subprocess.TimeoutExpired:
+            state = f"stopped after {limit:.0f} s"
+        finally:
+            with suppress(ProcessLookupError):  # none of them is left
+                os.killpg(child.pid, signal.SIGKILL)
+        status = child.wait()
+        took = time.monotonic() - began
+        out.seek(0)
+        err.seek(0)
+        output, errors = out.read(), err.read()
+
+    state = "ok" if status == 0 else state or f"exit status {status}"
     if state != "ok":  # and why
-        out += "".join(f"! {line}\n" for line in err.splitlines()[-15:])
-    return state, took, out
+        output += "".join(f"! {line}\n" for line in errors.splitlines()[-15:])
+    return state, took, output
 
 
 def main() -> None:

@@ -1,10 +1,11 @@
 """bench/: what the benchmarks count, and how they tell it."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import CPU
+from helpers import CPU, wait_until
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import all as every
@@ -273,13 +274,36 @@ def test_a_failure_is_recorded_and_only_what_is_missing_runs_again(monkeypatch, 
     assert (tmp_path / "all.txt").read_text().count("# good: ok") == 2
 
 
+def starts_another(seconds, then):
+    """A benchmark that starts a process of so many seconds, and prints its id."""
+    code = f"import subprocess, sys; sleep = 'import time; time.sleep({seconds})';"
+    code += "other = subprocess.Popen([sys.executable, '-c', sleep]);"
+    return ["timeit", "-n1", "-r1", f"{code} print(other.pid, flush=True); {then}"]
+
+
+def has_ended(pid):
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return stat.rpartition(")")[2].split()[0] in "ZX"  # nothing has to collect an orphan
+
+
 def test_what_takes_too_long_is_stopped_with_what_it_has_started_and_printed():
-    nested = "import subprocess, sys; print('begun', flush=True);"
-    nested += "subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
-    state, took, out = every.run(["timeit", "-n1", "-r1", nested], limit=3.0)
-    assert state == "stopped after 3 s"
+    for limit in (3, 30, 300):  # how long a busy machine takes to start a process is not known
+        state, took, out = every.run(starts_another(limit + 30, "other.wait()"), limit)
+        if out:
+            break
+    assert state == f"stopped after {limit} s"
+    assert took < limit + 20
+    wait_until(lambda: has_ended(int(out.split()[0])), seconds=10)
+
+
+def test_what_has_ended_is_done_though_a_process_that_it_has_started_keeps_its_output_open():
+    state, took, out = every.run(starts_another(30, "pass"), limit=600)
+    assert state == "ok"
     assert took < 30
-    assert out.startswith("begun")
+    wait_until(lambda: has_ended(int(out.split()[0])), seconds=10)
 
 
 def test_the_results_are_a_table(capsys):
