@@ -127,13 +127,12 @@ class Cost:
         sides = layers * sum(a + b for a, b in shapes)
 
         tokens = sum(pack.tokens for pack in packs)
-        # A key is seen by the queries from its own row up to its end.
-        pairs = sum(int((pack.ends - torch.arange(len(pack.ends))).sum()) for pack in packs)
+        pairs = sum(map(visible_pairs, packs))
         learn = what == "train"
         passes, again = (2, 3.5) if learn else (1, 1)  # attention's backward has 5 products to 2
         skipped = targets = 0.0
         if learn:
-            targets = sum(len(pack.rows) for pack in packs)
+            targets = sum(int((pack.weights > 0).sum()) for pack in packs)  # others are padding
         else:  # the last layer's second half is computed for the candidates' last tokens alone
             rest = tokens - sum(len(pack.leaves) for pack in packs)
             skipped = rest * sum(a * b for a, b in shapes[3:])
@@ -146,6 +145,13 @@ class Cost:
             head=4.0 * head * targets,
             bytes=itemsize * (moved + (2 * len(packs) * head if learn else 0)),
         )
+
+
+def visible_pairs(pack: Pack) -> int:
+    """Return how many pairs of a query and a key attention has to compute, without padding."""
+    # A key is seen by the queries from its own row up to its end.
+    ends = pack.ends[: pack.tokens].clamp(max=pack.tokens)
+    return int((ends - torch.arange(pack.tokens)).sum())
 
 
 # ---- What was seen

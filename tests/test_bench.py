@@ -172,6 +172,14 @@ def test_attention_costs_what_the_visible_pairs_cost():
     assert packed("train")[2].attention == 3.5 * cost.attention
 
 
+@pytest.mark.parametrize("what", ["train", "score"])
+def test_padding_is_no_part_of_the_floor(what):
+    model, packs, cost = packed(what)
+    padded = pack_trees(TREES, 64, pad_to=128)
+    assert [len(pack.ids) for pack in padded] == [128] * len(packs)
+    assert profile.Cost.of(model.config, padded, what, 4) == cost
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
