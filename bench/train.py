@@ -250,17 +250,24 @@ def negatives_table(
         names = ("negatives", "a step", "apart", "computed", "examples/s", "TFLOP/s", "full")
         print("{:>9} {:>9} {:>8} {:>9} {:>11} {:>8} {:>7}".format(*names), flush=True)
     for negatives in settings.negatives:
-        ours = Ours(settings, model, settings.trees(negatives, device), device)
-        rate, filling, n = ours.measure(settings.repeats), ours.filling(), len(ours.examples)
-        row = {"negatives": negatives, "examples": n, "apart": sum(map(len, ours.examples)) / n}
-        row |= {"computed": filling.tokens / n, "examples_per_second": rate}
-        row |= {"flops": 4 * weights * rate * filling.tokens / n, "fill": filling.share}
-        rows.append(row)
+        rows.append(row := negatives_row(settings, model, negatives, device))
+        row["flops"] = 4 * weights * row["examples_per_second"] * row["computed"]
         if first:
-            cells = f"{negatives:>9} {n:>9} {row['apart']:>8.1f} {row['computed']:>9.1f}"
-            cells += f" {rate:>11.3f} {row['flops'] / 1e12:>8.3f} {filling.share:>7.1%}"
-            print(cells, flush=True)
+            cells = f"{negatives:>9} {row['examples']:>9} {row['apart']:>8.1f}"
+            cells += f" {row['computed']:>9.1f} {row['examples_per_second']:>11.3f}"
+            print(f"{cells} {row['flops'] / 1e12:>8.3f} {row['fill']:>7.1%}", flush=True)
     return rows
+
+
+def negatives_row(
+    settings: Settings, model: Llama, negatives: int, device: torch.device
+) -> dict[str, float]:
+    """Return the examples of a step, their tokens and the speed; a graph's memory is freed."""
+    ours = Ours(settings, model, settings.trees(negatives, device), device)
+    rate, filling, n = ours.measure(settings.repeats), ours.filling(), len(ours.examples)
+    tokens = {"apart": sum(map(len, ours.examples)) / n, "computed": filling.tokens / n}
+    row = {"negatives": negatives, "examples": n, **tokens}
+    return row | {"examples_per_second": rate, "fill": filling.share}
 
 
 if __name__ == "__main__":

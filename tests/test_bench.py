@@ -1,6 +1,8 @@
 """bench/: what the benchmarks count, and how they tell it."""
 
+import gc
 import re
+import weakref
 from pathlib import Path
 
 import pytest
@@ -101,6 +103,26 @@ def test_more_negatives_make_a_table_with_the_tokens_of_an_example(monkeypatch, 
         whole = sum(len(s) for tree in trees for s in tree.sequences())
         assert float(apart) == pytest.approx(whole / int(examples), abs=0.06)
         assert float(computed) == pytest.approx(sizes / int(examples), abs=0.06)
+
+
+def test_a_row_of_the_table_is_measured_when_nothing_is_left_of_the_one_before(monkeypatch, capsys):
+    made = []
+
+    class Counted(train.Ours):
+        def __init__(self, *given):
+            assert not any(ours() for ours in made)  # each can hold gigabytes of a GPU's memory
+            super().__init__(*given)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr(train, "Ours", Counted)
+    gc.disable()
+    try:
+        flags = "--shape tiny --layers 1 --users 1 --repeats 1 --negatives 1 2"
+        run(monkeypatch, capsys, train, flags)
+    finally:
+        gc.enable()
+    assert len(made) == 2
+    assert not any(ours() for ours in made)
 
 
 def test_training_is_compared_and_told(monkeypatch, capsys):
