@@ -11,7 +11,8 @@ example shares with no other: nothing computes fewer.
 
 Counting needs no weights. --shape trains random ones on these prompts, in steps like those of
 train.py, and prints the examples/s of separate positions and of trees; on a CPU, a second of CPU
-time counts. Token ids beyond that shape's vocabulary are wrapped around, which changes no time.
+time counts, without packing. Token ids beyond that shape's vocabulary are wrapped around, which
+changes no time.
 
 Summaries are written by a rule (experiments/rule.py), for every block; --summary-words repeats
 their words to another length. --run has those of a model, made with summarize.py --every-block.
@@ -29,24 +30,20 @@ import torch
 
 import trsr
 from batches.positions import ALL, EveryPosition, Targets
-from batches.prompts import Batching, Prompts
-from batches.steps import make_step
-from bench import common
-from bench.common import make_models, seconds
+from batches.prompts import Prompts
+from bench import train
+from bench.common import make_models
 from bench.shapes import SHAPES
 from experiments.corpus import BLOCK, Corpus
 from experiments.ruled import WAYS
 from launch.command import option, parse_settings
 from launch.numbers import natural, positive
-from launch.processes import join_processes, run_script
-from llama import compile_layers
-from lora import LoRAConfig, adapter_tensors, apply_lora
+from launch.processes import join_processes, run_script, same_bits
 from models.hub import find_model, load_config, load_form
 from ops.packs import Tree, make_tree, pack_trees
 from prepare.dataset import load_dataset
 from state.settings import read_config
 from state.summaries import load_before, load_summaries
-from train import Passes, train_step
 
 
 @dataclass(frozen=True)
@@ -183,48 +180,41 @@ class Timer:
     """Times optimizer steps of a model with random weights, as train.py makes them."""
 
     def __init__(self, settings: Settings, device: torch.device):
-        self.settings, self.device = settings, device
-        shape = common.Settings(shape=settings.shape)
-        self.vocabulary = shape.vocabulary
+        shared = ("shape", "pack_tokens", "cuda_graphs", "repeats")
+        self.settings = train.Settings(**{name: getattr(settings, name) for name in shared})
+        self.device = device
+        same_bits(device.type == "cpu")  # as in train.py
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.model, _ = make_models(shape, device, dtype, peer=False)
-        apply_lora(self.model, LoRAConfig())
-        if device.type == "cuda":
-            compile_layers(self.model)
-        self.model.train()
+        self.model, _ = make_models(self.settings, device, dtype, peer=False)
+        train.make_trainable(self.settings, self.model, device)
 
     def examples_per_second(self, trees: list[Tree]) -> float:
         """Return how many examples of one step with all these trees are trained a second."""
-        batching = Batching.on(self.device, None, on_gpus=self.settings.pack_tokens)
-        step = make_step(list(map(self.wrapped, trees)), [*range(len(trees))], "prompt", batching)
-        passes = Passes(self.model, graphs=self.settings.cuda_graphs)
-        adapter = adapter_tensors(self.model).values()
-        optimizer = torch.optim.AdamW(adapter, lr=0.0, fused=passes.fused)
-
-        def work() -> None:
-            train_step(passes, optimizer, step)
-
-        work()
-        clock = seconds if self.device.type == "cuda" else cpu_seconds
-        took = clock(work, self.device, self.settings.repeats)
-        return sum(len(tree.leaves) for tree in trees) / took
+        ours = train.Ours(self.settings, self.model, list(map(self.wrapped, trees)), self.device)
+        if self.device.type == "cuda":
+            return ours.measure(self.settings.repeats)
+        step = ours.make()  # once, because in train.py a thread packs meanwhile
+        return len(ours.examples) / cpu_seconds(lambda: ours.update(step), self.settings.repeats)
 
     def wrapped(self, tree: Tree) -> Tree:
         """Return the tree with ids that the model has."""
         prefix, *branches = (
-            [i % self.vocabulary for i in ids] for ids in (tree.prefix, *tree.branches)
+            [i % self.settings.vocabulary for i in ids] for ids in (tree.prefix, *tree.branches)
         )
         return replace(tree, prefix=prefix, branches=branches)
 
 
-def cpu_seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Return the median CPU time of work in seconds, which hardly depends on other programs."""
+def cpu_seconds(work: Callable[[], object], repeats: int) -> float:
+    """Return the median CPU time of work in seconds, after one warm-up.
+
+    Unlike the time on a clock, it hardly depends on other programs.
+    """
     times = []
-    for _ in range(repeats):
+    for _ in range(repeats + 1):
         began = time.process_time()
         work()
         times.append(time.process_time() - began)
-    return statistics.median(times)
+    return statistics.median(times[1:])
 
 
 # ---- The table

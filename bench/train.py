@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from batches.prompts import Batching
-from batches.steps import make_step
+from batches.steps import Step, make_step
 from bench import common
 from bench.common import (
     Filling,
@@ -107,7 +107,11 @@ class Ours:
 
     def step(self) -> float:
         """Make the step; return its loss."""
-        return train_step(self.passes, self.optimizer, next(self.steps))[0]
+        return self.update(next(self.steps))
+
+    def update(self, step: Step) -> float:
+        """Update the model; return the step's loss."""
+        return train_step(self.passes, self.optimizer, step)[0]
 
     def filling(self) -> Filling:
         """Return how full all processes' packs are."""

@@ -11,9 +11,10 @@ from helpers import CPU, wait_until
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import all as every
-from bench import common, profile, score, train
+from bench import common, profile, score, targets, train
 from bench.peers import Peer, peft_model, why_no_liger
 from bench.shapes import SHAPES, config_of
+from launch.processes import same_bits
 from llama import Config, Llama
 from ops.packs import Tree, pack_trees
 from trsr import InputError
@@ -255,6 +256,34 @@ def test_a_step_is_profiled_on_a_cpu_too(monkeypatch, capsys, what):
     assert all(0 < float(v) < 100 for v in share.values())
     assert len(share) == 2
     assert re.search(r"^the floor +[\d.]+ +[\d.]+%$", out, re.MULTILINE)
+
+
+# ---- Every position a target
+
+
+def test_every_position_is_timed_with_the_same_bits_in_packs_as_large_as_asked_for(monkeypatch):
+    seen, update = [], train.Ours.update
+
+    def watched(ours, step):
+        seen.append(([p.tokens for p in step.packs], torch.are_deterministic_algorithms_enabled()))
+        return update(ours, step)
+
+    monkeypatch.setattr(train.Ours, "update", watched)
+    for pack_tokens, packs in ((30, [29, 18]), (32, [32])):  # 15 tokens begin both trees
+        same_bits(False)
+        settings = targets.Settings(shape="tiny", pack_tokens=pack_tokens, repeats=1)
+        assert targets.Timer(settings, CPU).examples_per_second(TREES) > 0
+        assert seen == [(packs, True)] * 2
+        seen.clear()
+
+
+def test_every_position_makes_a_table_with_times(monkeypatch, capsys, data_folder, model_folder):
+    flags = f"--data {data_folder} --model {model_folder} --history 3 --users 2 --shape tiny"
+    out = run(monkeypatch, capsys, targets, f"{flags} --timed-users 1 --repeats 1")
+    rows = re.findall(r"^(\S+), (last|all) .*x +([\d.]+) +([\d.]+) +([\d.]+)x$", out, re.MULTILINE)
+    assert len(rows) == 8  # four paradigms
+    for _, _, separate, together, ratio in rows:
+        assert float(together) / float(separate) == pytest.approx(float(ratio), rel=0.05)
 
 
 # ---- All of them
