@@ -26,8 +26,8 @@ from evaluate import make_recommender
 from launch import numbers
 from launch.bars import Bar
 from launch.command import option, parse_settings, run_main
-from llama import Llama
-from lora import LoRAConfig, adapter_tensors, apply_lora
+from llama import CheckpointError, Llama
+from lora import AdapterError, LoRAConfig, adapter_tensors, apply_lora
 from models.chat import Plain
 from models.hub import DTYPES, attention_names, load_config, load_model
 from models.tokenizer import Tokenizer
@@ -35,6 +35,7 @@ from ops.int8 import told
 from ops.packs import Pack, Tree
 from prepare.dataset import load_dataset
 from runfolder.scores import means_and_intervals, paired_differences
+from train import Passes, train_step
 
 KINDS = {"plain": None, "fp8": "training"}  # how the frozen matrices are held, when training
 
@@ -51,6 +52,9 @@ class Settings:
     max_length: int = option(2048, "longest prompt with its answer, in tokens", numbers.positive)
     dtype: str = option("auto", "auto: bf16 on GPUs, fp32 on CPUs", choices=("auto", *DTYPES))
     users: int | None = option(None, "only the first test users (unset: all)", numbers.positive)
+    pack_tokens: int | None = option(
+        None, "tokens per pass (unset: 8192, on CPUs 4096)", numbers.positive
+    )
     k: tuple = option((1, 3, 5), "cut-offs of Recall", numbers.positive, nargs="+")
 
     seeds: tuple = option(
@@ -87,11 +91,15 @@ class Task:
         form = Plain(Tokenizer(settings.model, load_config(settings.model).vocab_size))
         made = make_recommender(settings, settings.model, form, domain, items, train + test)
         recommender, answers = made
-        batching = Batching.on(device, None, on_gpus=8192)
+        batching = Batching.on(device, settings.pack_tokens, on_gpus=8192)
         prompts = Prompts.to_learn(recommender, train, answers)
         trees = list(tokenize(prompts, batching.workers, show=False))
         ranking = Ranking.of(recommender, test)
         packs = list(user_packs(ranking, range(len(test)), batching, show=False))
+        if split := next((pack for pack in packs if pack.shared_prefix), None):
+            user, _ = next(iter(split.leaves))
+            what = f"user {test[user].user!r} fills more than a pack of {batching.pack_tokens}"
+            raise trsr.InputError(f"test.jsonl: {what} tokens; raise --pack-tokens")
         return cls(settings, device, batching, trees, ranking, packs, answers)
 
     def load(self, fp8: str | None) -> Llama:
@@ -113,20 +121,15 @@ def train(task: Task, fp8: str | None, seed: int) -> tuple[list[float], dict[str
     model = task.load(fp8).train()
     adapter = adapter_tensors(model)
     optimizer = torch.optim.AdamW(adapter.values(), settings.lr, (0.9, 0.95), weight_decay=5e-4)
-    sizes = [len(tree.leaves) for tree in task.trees]
+    passes, sizes = Passes(model), [len(tree.leaves) for tree in task.trees]
     for epoch in range(settings.epochs):
         for users in step_batches(sizes, settings.batch_size, seed, epoch):
             step = make_step(task.trees, users, settings.loss, task.batching)
             torch.manual_seed(seed * 1_000_003 + len(losses))  # of dropout
-            total = 0.0
-            for pack in step.packs:
-                loss = model.loss(pack.to(task.device)) / step.targets
-                loss.backward()
-                total += loss.item()
-            torch.nn.utils.clip_grad_norm_(adapter.values(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(total)
+            try:
+                losses.append(train_step(passes, optimizer, step)[0])
+            except FloatingPointError as error:
+                raise trsr.InputError(f"step {len(losses) + 1}: {error}; lower --lr") from None
     return losses, {name: tensor.detach().clone() for name, tensor in adapter.items()}
 
 
@@ -137,7 +140,6 @@ def logits_of(task: Task, model: Llama, adapter: dict[str, Tensor] | None) -> di
         tensor.copy_(adapter[name] if adapter else torch.zeros_like(tensor))
     found = {}
     for pack in task.packs:
-        assert not pack.shared_prefix, "a user fills more than a pack"
         here, rows = pack.to(task.device), torch.tensor(list(pack.leaves.values()))
         select = (torch.zeros_like(rows).to(task.device), rows.to(task.device))
         logits = model(here.ids[None], here.positions[None], here.mask(), None, select)
@@ -269,4 +271,4 @@ def print_task(task: Task, model: Llama) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, CheckpointError, AdapterError)

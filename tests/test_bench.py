@@ -2,16 +2,17 @@
 
 import gc
 import re
+import runpy
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import CPU, wait_until
+from helpers import CPU, ROOT, wait_until
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import all as every
-from bench import common, profile, score, targets, train
+from bench import common, fp8, profile, score, targets, train
 from bench.peers import Peer, peft_model, why_no_liger
 from bench.shapes import SHAPES, config_of
 from launch.processes import same_bits
@@ -284,6 +285,28 @@ def test_every_position_makes_a_table_with_times(monkeypatch, capsys, data_folde
     assert len(rows) == 8  # four paradigms
     for _, _, separate, together, ratio in rows:
         assert float(together) / float(separate) == pytest.approx(float(ratio), rel=0.05)
+
+
+# ---- What fp8 changes
+
+
+def test_a_model_that_is_not_there_ends_the_comparison_of_fp8_in_one_line(
+    monkeypatch, capsys, data_folder
+):
+    monkeypatch.setattr("sys.argv", ["fp8.py", "--model", "nosuch", "--data", str(data_folder)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "bench" / "fp8.py"), run_name="__main__")
+    assert end.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith("fp8: ")
+    assert "nosuch" in err
+    assert err.count("\n") == 1
+
+
+def test_a_user_larger_than_a_pack_is_named_before_anything_is_trained(data_folder, model_folder):
+    settings = fp8.Settings(model=model_folder, data=str(data_folder), pack_tokens=64)
+    with pytest.raises(InputError, match=r"'.+' fills more than a pack of 64 tokens; raise --pack"):
+        fp8.Task.of(settings, CPU)
 
 
 # ---- All of them
