@@ -20,7 +20,7 @@ from batches.candidates import Choice as Candidates
 from batches.candidates import choice, name_of, with_candidates
 from experiments.common import Experiment, ranks_of, run_command
 from experiments.rows import Row, Run
-from experiments.runs import evaluation_flags
+from experiments.runs import evaluation
 from experiments.stages import make_stage
 from experiments.table2 import Settings as TableSettings
 from experiments.table2 import row_of
@@ -28,6 +28,7 @@ from experiments.tables import figure, measured_cell, table_line
 from launch.command import option, parse_settings
 from launch.numbers import positive
 from prepare.dataset import popularity
+from runfolder.results import Question
 from runfolder.scores import (
     chance_metrics,
     means_and_intervals,
@@ -86,11 +87,11 @@ class Rankings(Experiment):
         """Return the run that ends with the other candidates instead of the dataset's own."""
         settings, last = self.settings, run[-1]
         bare = "--untrained" in last.flags
-        parts = ["scores-test", *(["untrained"] if bare else []), *settings.names]
-        makes = ("-".join(parts) + ".jsonl",)
         if last.script != "evaluate.py":  # a baseline, which ranks both
+            makes = (Question(last.run, parts=settings.names).scores.name,)
             return [*run[:-1], replace(last, makes=makes)]
-        flags = [*evaluation_flags(settings), *(["--untrained"] if bare else []), *settings.flags]
+        flags, makes = evaluation(settings, *(["untrained"] if bare else []), *settings.names)
+        flags += [*(["--untrained"] if bare else []), *settings.flags]
         flags += ["--run-dir", last.run, "--k", *settings.among_k]
         own = {"settings_of": last.settings_of, "label": "-".join(settings.names)}
         stage = make_stage(last.run, last.script, flags, makes, None, run[-2].key, **own)

@@ -9,6 +9,7 @@ from experiments.stages import Stage, make_stage, slug, split_flags
 from experiments.tuning import DEFAULTS, Choice, combinations
 from launch.command import option
 from launch.numbers import natural, positive, positive_real, seed_number
+from runfolder.results import Question
 from trsr import PARADIGMS, SUMMARIZED, InputError
 
 RULE = "rule"  # in a summarizer's place: experiments.ruled writes the summaries
@@ -140,13 +141,21 @@ def language_model_run(
 
 def rank_stage(settings: Settings, train: Stage) -> Stage:
     """Return the stage that ranks the test users after a training."""
-    flags = [*evaluation_flags(settings), "--run-dir", train.run, "--k", *settings.k]
-    return make_stage(train.run, "evaluate.py", flags, ("scores-test.jsonl",), None, train.key)
+    own, makes = evaluation(settings)
+    flags = [*own, "--run-dir", train.run, "--k", *settings.k]
+    return make_stage(train.run, "evaluate.py", flags, makes, None, train.key)
 
 
-def evaluation_flags(settings: Settings) -> list[str]:
-    """Return the value of --evaluate as flags."""
-    return split_flags("evaluate", settings.evaluate, ("--k", "--split", "--users", "--scores"))
+def evaluation(settings: Settings, *parts: str) -> tuple[list[str], tuple[str]]:
+    """Return the value of --evaluate as flags, and the file of ranks that is written with them.
+
+    parts: what the experiment's own flags add to the file's name.
+    """
+    own = ("--k", "--split", "--users", "--scores", "--candidates")
+    flags = split_flags("evaluate", settings.evaluate, own)
+    # argparse takes abbreviations, and no other flag begins like this one.
+    more = ["fp8"] if any(f.startswith("--f") and "--fp8".startswith(f) for f in flags) else []
+    return flags, (Question(Path(), parts=[*parts, *more]).scores.name,)
 
 
 def untrained_run(
@@ -155,8 +164,8 @@ def untrained_run(
     """Return the stages to the ranks of the recommender as it is, with a training's settings."""
     train = language_model_run(settings, model, choice, seed)[-2]
     run = model.folder(settings, seed, "untrained")
-    flags = [*evaluation_flags(settings), "--run-dir", run, "--untrained", "--k", *settings.k]
-    makes = ("scores-test-untrained.jsonl",)
+    own, makes = evaluation(settings, "untrained")
+    flags = [*own, "--run-dir", run, "--untrained", "--k", *settings.k]
     ranks = make_stage(run, "evaluate.py", flags, makes, None, train.key, settings_of=train.run)
     return [train, ranks]
 
@@ -211,7 +220,7 @@ def baseline_run(
     if choice.label:
         own += ["--label", choice.label]
         name += f"-{choice.label}"
-    flags = split_flags("baselines", model.more, choice.names)
+    flags = split_flags("baselines", model.more, [*choice.names, "--encoder"])
     flags += [*choice.flags, *own, "--k", *settings.k]
     weights = encoder.removeprefix("llama:") if encoder.startswith("llama:") else None
     run = settings.out / "baselines" / f"{name}-{seed}"

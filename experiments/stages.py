@@ -107,8 +107,12 @@ def split_flags(name: str, text: str, own: Sequence[str] = ()) -> list[str]:
         flags = shlex.split(text)
     except ValueError as error:
         raise InputError(f"--{name}: {error}") from None
-    if taken := [flag for flag in flags if flag.split("=")[0] in (*OWN, *own)]:
-        raise InputError(f"--{name}: the experiment sets {taken[0]} itself; leave it out")
+    for flag in flags:
+        # argparse takes the beginning of a flag for it.
+        begin = flag.split("=")[0]
+        taken = [each for each in (*OWN, *own) if begin[:2] == "--" and each.startswith(begin)]
+        if taken:
+            raise InputError(f"--{name}: the experiment sets {taken[0]} itself; leave it out")
     return flags
 
 
