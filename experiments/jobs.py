@@ -21,6 +21,7 @@ from trsr import InputError
 NO_GPU = ""  # as CUDA_VISIBLE_DEVICES has it
 TRIMMED = "trimmed.json"  # in a run folder: what each script had to cut from prompts
 TOKENS = "tokens.json"  # in a run folder: what train.py learns in an epoch
+RANKING = ("evaluate.py", "baselines")  # begin anew each time, while others resume from their files
 
 # ---- The machine
 
@@ -48,9 +49,15 @@ class Machine:
         if self.jobs > 1 and self.processes > 1:
             what = f"--jobs {self.jobs} and --nproc {self.processes}"
             raise InputError(f"{what}: either several stages at once or several processes each")
-        echo, alone = self.jobs == 1 and sys.stderr.isatty(), self.processes == 1
-        workers = alone and not self.fresh
+        # The outputs of several would be mixed up.
+        echo = self.alone and sys.stderr.isatty()
+        workers = self.processes == 1 and not self.fresh
         self.children = Workers(echo) if workers else Fresh(self.processes, echo)
+
+    @property
+    def alone(self) -> bool:
+        """Whether only one stage runs at a time."""
+        return self.jobs + self.cpu_jobs == 1
 
     def on_cpu(self, stage: Stage) -> bool:
         """Return whether a stage is one of those beside the others."""
@@ -139,6 +146,10 @@ def execute(stage: Stage, machine: Machine, gpu: str | None = None) -> None:
     if stage.script == "train.py" and stage.mark in marks and not stage.made():
         # The training had finished, but its result is gone.
         shutil.rmtree(stage.run / "checkpoint", ignore_errors=True)
+    if stage.script in RANKING:
+        # Ranks of other flags are not to be taken for this stage's.
+        for name in stage.makes:
+            (stage.run / name).unlink(missing_ok=True)
 
     # The stages after this one lose their marks: they have to be run again.
     names = list(marks)
@@ -193,9 +204,9 @@ class Jobs:
     """Runs the stages that plan() says are left, each as soon as those before it are done.
 
     plan is asked again whenever a stage has finished, so it can name others by then. A stage that
-    fails stops only those that wait for it. One that does not fit() is passed over; at the moment
-    `until` of time.monotonic(), all that run are asked to save what they have and to end. note() is
-    called with each stage that has finished.
+    fails stops only those that wait for it. One that does not fit() is passed over. When
+    time.monotonic() reaches `until`, the running stages are asked to save their work and end.
+    note() is called with each stage that has finished.
     """
 
     def __init__(
@@ -225,9 +236,8 @@ class Jobs:
                 seconds = None if self.until == math.inf else self.until - time.monotonic()
                 done = wait(self.under_way, seconds, FIRST_COMPLETED).done
                 if not done:
-                    print(
-                        f"  the time is over: {len(self.under_way)} under way save what they have"
-                    )
+                    n = len(self.under_way)
+                    print(f"  time is up: stopping {n} stages, which save their work", flush=True)
                     break
                 for future in done:
                     self.conclude(future)
@@ -245,11 +255,6 @@ class Jobs:
             what = f"{first.script} is not done after it was run; is another process at work here?"
             raise InputError(f"{first.run}: {what}")
 
-    @property
-    def alone(self) -> bool:
-        """Whether only one stage runs at a time."""
-        return self.machine.jobs + self.machine.cpu_jobs == 1
-
     def start_due(self, pool: Executor) -> bool:
         """Start what can start now; return whether anything did."""
         before, began = [*self.failed, *(stage for stage, *_ in self.under_way.values())], False
@@ -265,7 +270,7 @@ class Jobs:
     def start(self, stage: Stage, pool: Executor) -> None:
         """Start a stage; alone, it is announced by a line that its end completes."""
         self.started.add(stage)
-        if self.alone:
+        if self.machine.alone:
             # On a terminal the stage's own output follows, on lines of its own.
             print(self.title(stage), end="\n" if sys.stderr.isatty() else "", flush=True)
         gpu, began = self.machine.take_gpu(stage), time.perf_counter()
@@ -285,7 +290,7 @@ class Jobs:
         if error is not None and not isinstance(error, InputError | OSError):
             raise error
         text = f"  {time.perf_counter() - began:.0f} s"
-        if not self.alone:
+        if not self.machine.alone:
             text = self.title(stage) + text
         self.ended += 1
         if error is None:

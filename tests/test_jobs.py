@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import ROOT, wait_until, write_dataset
@@ -150,6 +151,41 @@ def test_a_failing_stage_stops_only_those_that_wait_for_it(stage, monkeypatch, c
     assert again.error == ""
     assert not ran & set(again.spans)
     assert missing_of(runs) == []
+
+
+@pytest.mark.parametrize("script", ["evaluate.py", "baselines"])
+def test_ranks_of_an_earlier_command_are_not_taken_for_those_of_this_one(
+    stage, monkeypatch, tmp_path, script
+):
+    old = stage("a", script)
+    run_all([[old]], monkeypatch, n=1)
+    new = Stage(old.run, script, ("--other",), old.makes, "another key")
+    monkeypatch.setattr(jobs, "launch", lambda call, machine: (0, ""))
+    with pytest.raises(InputError, match=f"{script} failed: it made no {old.makes[0]}"):
+        jobs.execute(new, Machine(1, gpus=[], fresh=True))
+    assert missing([new]) == [new]
+
+
+def test_what_a_script_resumes_from_stays(stage, monkeypatch):
+    summaries = stage("summaries", "summarize.py")
+    summaries.run.mkdir()
+    (summaries.run / "made").write_text("half of the users")
+    seen = []
+
+    def launch(call, machine):
+        seen.append((summaries.run / "made").read_text())
+        call.log.write_text("")
+        return 0, ""
+
+    monkeypatch.setattr(jobs, "launch", launch)
+    jobs.execute(summaries, Machine(1, gpus=[], fresh=True))
+    assert seen == ["half of the users"]
+
+
+def test_a_terminal_shows_the_output_of_one_stage_at_a_time(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: True))
+    machines = [Machine(1), Machine(2), Machine(1, cpu_jobs=2), Machine(1, fresh=True, cpu_jobs=1)]
+    assert [machine.children.echo for machine in machines] == [True, False, False, False]
 
 
 def test_a_result_that_does_not_stay_done_is_named_instead_of_made_for_ever(stage, monkeypatch):
