@@ -8,10 +8,12 @@ extrapolated; of a small split all are. Summaries that are not there yet count w
 as they may have at most; those by rule are made.
 """
 
+import io
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -89,9 +91,15 @@ def command_line(script: str, flags: Sequence[str]) -> Iterator[None]:
 
 
 def settings_of(form: type, script: str, flags: Sequence[str]):
-    """Return a script's settings; ends with a line about a wrong flag, as the script would."""
-    with command_line(script, flags):
-        return parse_settings(form, "")
+    """Return a script's settings; InputError for a wrong flag."""
+    said = io.StringIO()
+    try:
+        with command_line(script, flags), redirect_stderr(said):
+            return parse_settings(form, "")
+    except SystemExit:
+        # The parser's line begins with the command of this process.
+        what = said.getvalue().partition(": ")[2].strip() or f"no settings: {shlex.join(flags)}"
+        raise InputError(f"{script}: {what}") from None
 
 
 @cache
@@ -394,8 +402,10 @@ def seconds_per_effort(script: str, stages: Sequence[Stage], forecast: Forecast)
     seconds = efforts = 0.0
     for stage in stages:
         path = stage.run / SECONDS
-        if stage.script == script and stage.finished() and path.is_file():
-            seconds += read_json(path).get(script, 0.0)
+        if stage.script != script or not stage.finished() or not path.is_file():
+            continue
+        if taken := read_json(path).get(stage.mark):
+            seconds += taken
             efforts += effort_of(stage, forecast.work(stage, stages))
     return seconds / efforts if seconds else None
 
@@ -413,7 +423,7 @@ def main() -> None:
         work = write_work(flags)
     else:
         raise InputError(f"expected train.py or summarize.py and its flags, not {script!r}")
-    print(f"tokens  {work}, foreseen from a sample of users")
+    print(f"tokens  {work}, estimated from a sample of users")
     if forecast.assumed:
         print("summaries are not there yet: each counts with as many tokens as it may have")
 

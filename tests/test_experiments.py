@@ -16,9 +16,9 @@ from helpers import flags, read_lines, run, scores, write_dataset
 import trsr
 from experiments import forecast, jobs, paper, runs
 from experiments.processes import Call, Fresh
-from experiments.stages import slug
+from experiments.stages import MARKS, SECONDS, Stage, slug
 from experiments.tuning import Choice
-from files.jsonl import read_json
+from files.jsonl import read_json, write_json
 from prepare.domains import DOMAINS
 
 ROWS = ("hierarchical", "whole-history", "core", "sasrec")
@@ -399,6 +399,23 @@ def test_the_untrained_recommender_and_summaries_alone_have_rows(world, launched
     assert launched == []
 
 
+def test_ranks_in_8_bit_are_not_those_without_it(world, launched, tmp_path):
+    settings = world.table | {"out": tmp_path, "seeds": 0, "rows": ["untrained", "recent-only"]}
+    experiment("table2", **settings)
+    experiment("rankings", **settings, users=3)
+    launched.clear()
+    settings["evaluate"] = "--fp8 --pack-tokens 1024"
+    experiment("table2", **settings)
+    experiment("rankings", **settings, users=3)
+    assert [script for _, script in launched] == ["evaluate.py"] * 4
+    names = {path.name.removeprefix("scores-test") for path in tmp_path.glob("*/scores-test*-fp8*")}
+    ends = ("-fp8", "-untrained-fp8", "-all-3-users-fp8", "-untrained-all-3-users-fp8")
+    assert names == {f"{end}.jsonl" for end in ends}
+    row = read_json(tmp_path / "results.json")["table2"]["rows"][3]
+    ranks = [line["rank"] for line in scores(Path(row["runs"][0]), "scores-test-fp8.jsonl")]
+    assert row["measured"]["Recall@3"]["mean"] == pytest.approx(np.mean(np.array(ranks) <= 3))
+
+
 SUMMARY_ONLY = "hierarchical summary only"
 
 
@@ -607,6 +624,19 @@ def test_a_dry_run_tells_minutes_by_the_stages_that_have_finished(world, launche
     assert float(re.search("minutes ([\\d.]+)", done.stdout)[1]) == pytest.approx(minutes, abs=0.06)
 
 
+def test_a_stage_with_a_label_counts_with_its_own_seconds(tmp_path):
+    plain = Stage(tmp_path, "evaluate.py", (), ("made",), "plain")
+    among = Stage(tmp_path, "evaluate.py", (), ("made",), "among", label="all")
+    write_json(tmp_path / MARKS, {stage.mark: stage.key for stage in (plain, among)})
+    write_json(tmp_path / SECONDS, {"evaluate.py": 10.0, "evaluate.py all": 200.0})
+    works = {plain: forecast.Work(learned=5.0), among: forecast.Work(learned=400.0)}
+    known = SimpleNamespace(work=lambda stage, stages: works[stage])
+    rate = forecast.seconds_per_effort("evaluate.py", [among], known)
+    assert rate == pytest.approx(0.5)
+    rate = forecast.seconds_per_effort("evaluate.py", [plain, among], known)
+    assert rate == pytest.approx(210 / 405)
+
+
 def test_a_sample_of_the_users_is_near_all_of_them(monkeypatch, model_folder, tmp_path):
     data = write_dataset(tmp_path, users=(200, 4, 4), history=(2, 20))
     asked = flags(data=data, model=model_folder, paradigm="whole-history", run=tmp_path / "none")
@@ -670,6 +700,8 @@ def test_a_dataset_of_another_domain_has_no_rows_of_the_paper(launched, model_fo
         ({"jobs": 2, "nproc": 2}, "--jobs 2 and --nproc 2: either several stages at once"),
         ({"train": "--lr 1", "lrs": 0.1}, "--train: the experiment sets --lr itself; leave it out"),
         ({"evaluate": "--users 3"}, "--evaluate: the experiment sets --users itself"),
+        ({"evaluate": "--candidates 9"}, "--evaluate: the experiment sets --candidates itself"),
+        ({"evaluate": "--cand=9 --csv"}, "--evaluate: the experiment sets --candidates itself"),
         ({"baselines": "--size 8 --every-position"}, "--baselines: the experiment sets --every"),
         ({"ranks": 0}, "expected a whole number from 1"),
     ],
