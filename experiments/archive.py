@@ -1,8 +1,10 @@
-"""What a study has made, in archives that another machine can go on from (experiments.study)."""
+"""What a study has made, in archives from which another machine resumes (experiments.study)."""
 
+import gzip
 import io
 import json
 import tarfile
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,8 +13,9 @@ from files.jsonl import read_json, read_jsonl
 from trsr import InputError
 
 RANKS, RESULTS, TEXTS = "scores-test*.jsonl", "results*.json", "summaries.jsonl"
+DATA = "data.json"  # in the folder of a dataset: which one its runs were made with
 SMALL = (
-    *("stages.json", "seconds.json", "tokens.json", "trimmed.json", "data.json", "config.json"),
+    *("stages.json", "seconds.json", "tokens.json", "trimmed.json", DATA, "config.json"),
     *("forecast.json", "metrics.jsonl", "*.md", "*.svg", "*.csv"),
 )
 
@@ -25,6 +28,7 @@ def pack_up(out: Path) -> list[Path]:
     small |= dict.fromkeys(out.rglob(RESULTS), without_example)
     small |= dict.fromkeys(out.rglob(RANKS), ranks_alone)
     texts = dict.fromkeys(out.glob(f"*/summaries-*/{TEXTS}"), Path.read_bytes)
+    texts |= dict.fromkeys(out.glob(f"*/{DATA}"), Path.read_bytes)
     wrote = []
     for name, files in (("study.tar.gz", small), ("texts.tar.gz", texts)):
         wrote.append(out / name)
@@ -57,15 +61,43 @@ def ranks_alone(path: Path) -> bytes:
 
 
 def unpack(archives: Sequence[Path], out: Path) -> None:
-    """Lay the files of archives into out; those that are there already stay as they are."""
-    for path in archives:
-        count = 0
-        try:
-            with tarfile.open(path) as archive:
-                for member in archive:
-                    if member.isfile() and not (out / member.name).exists():
-                        archive.extract(member, out, filter="data")
-                        count += 1
-        except (tarfile.TarError, EOFError) as error:
-            raise InputError(f"{path}: no archive of a study ({error})") from None
-        print(f"laid    {count} files of {path} into {out}")
+    """Write the files of archives into out; those that are there already stay as they are.
+
+    InputError, before anything is written, for an archive that is damaged or of another dataset.
+    """
+    found = [(path, contents(path, out)) for path in archives]
+    known: dict[Path, bytes] = {}
+    for path, files in found:
+        for target, content in files.items():
+            if target.name != DATA:
+                continue
+            if target not in known:
+                known[target] = target.read_bytes() if target.is_file() else content
+            if known[target] != content:
+                what = f"its runs are of another dataset than those in {target.parent}"
+                raise InputError(f"{path}: {what}; choose another --out")
+
+    for path, files in found:
+        new = {target: content for target, content in files.items() if not target.exists()}
+        for target, content in new.items():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(target, "wb") as file:
+                file.write(content)
+        print(f"unpacked {len(new)} files from {path} into {out}")
+
+
+def contents(path: Path, out: Path) -> dict[Path, bytes]:
+    """Return an archive's files by their paths in out; InputError if it is damaged."""
+    try:
+        # Read to its end, where gzip has the checksum: tarfile would stop before it.
+        with gzip.open(path) as file:
+            whole = io.BytesIO(file.read())
+        with tarfile.open(fileobj=whole, mode="r:") as archive:
+            # The filter refuses a path that leads out of the folder.
+            return {
+                out / tarfile.data_filter(member, str(out)).name: archive.extractfile(member).read()
+                for member in archive
+                if member.isfile()
+            }
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{path}: no archive of a study, or a damaged one ({error})") from None
