@@ -12,11 +12,11 @@ from pathlib import Path
 
 from experiments.above import MARK
 from experiments.tables import table_line
+from experiments.tuning import NAMES
 from files.jsonl import read_json
 from launch.command import option, parse_settings, run_main
 from trsr import InputError
 
-COLUMNS = ("Recall@3", "Recall@5", "Recall@10", "MRR@3", "NDCG@3")
 PRINTED = ("targets", "rankings", "figure9", "figure10", "figure11")  # as they are
 
 
@@ -45,37 +45,45 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join([table_line(head), "|---" * len(head) + "|", *map(table_line, lines)])
 
 
+def columns_of(found: dict) -> list[str]:
+    """Return the metrics that are shown of an experiment: Recall at each of its cut-offs first."""
+    ks = sorted(found["settings"]["k"])
+    return [*(f"Recall@{k}" for k in ks), f"MRR@{ks[0]}", f"NDCG@{ks[0]}"]
+
+
 def results(found: dict) -> list[str]:
     """Return the paragraphs of table 2: the metrics, the differences, and what was chosen."""
-    rows = [row for row in found["rows"] if row["measured"]]
-    best = {name: max(row["measured"][name]["mean"] for row in rows) for name in COLUMNS}
+    rows, columns = [row for row in found["rows"] if row["measured"]], columns_of(found)
+    best = {name: max(row["measured"][name]["mean"] for row in rows) for name in columns}
     lines = []
     for row in rows:
-        cells = [cell(row["measured"][name], name == COLUMNS[0], best[name]) for name in COLUMNS]
+        cells = [cell(row["measured"][name], name == columns[0], best[name]) for name in columns]
         seeds = str(len(row["runs"]) or "")
         mark = f" {MARK}" if row["above"].get("is") else ""
         lines.append([row["name"] + mark, *cells, seeds])
-    parts = [table(["", *COLUMNS, "seeds"], lines), *differences(rows)]
+    parts = [table(["", *columns, "seeds"], lines), *differences(rows, columns[0])]
     if above := next((row["above"] for row in rows if row["above"]), None):
         parts.append(f"{MARK} above {above['best']}, the best baseline, in {above['metric']}.")
-    chosen = [f"{row['name']} {row['chosen']['--lr']:g}" for row in rows if "chosen" in row]
-    if chosen:
-        parts.append(f"Learning rates: {', '.join(chosen)}.")
+    for flag, what in NAMES.items():
+        values = {row["name"]: row["chosen"].get(flag) for row in rows if "chosen" in row}
+        chosen = [f"{name} {value:g}" for name, value in values.items() if value is not None]
+        if chosen:
+            parts.append(f"{what.capitalize()}s: {', '.join(chosen)}.")
     return parts
 
 
-def differences(rows: Sequence[dict]) -> list[str]:
-    """Return a table of the rows' differences in the first column's metric, if there are any."""
+def differences(rows: Sequence[dict], name: str) -> list[str]:
+    """Return a table of the rows' differences in a metric, if there are any."""
     columns = list(dict.fromkeys(column for row in rows for column in row["differences"]))
     lines = []
     for row in rows:
         cells = []
         for column in columns:
-            metric = row["differences"].get(column, {}).get(COLUMNS[0])
+            metric = row["differences"].get(column, {}).get(name)
             cells.append(difference(metric) if metric else "")
         if any(cells):
             lines.append([row["name"], *cells])
-    head = ["", *(f"{COLUMNS[0]}, less that of {column}" for column in columns)]
+    head = ["", *(f"{name}, less that of {column}" for column in columns)]
     return [table(head, lines)] if lines else []
 
 
@@ -88,7 +96,7 @@ def difference(metric: dict) -> str:
 
 def budgets(found: dict) -> list[str]:
     """Return the paragraphs of the budgets: a column for each, with the difference below it."""
-    rows = [row for row in found["rows"] if row["measured"]]
+    rows, name = [row for row in found["rows"] if row["measured"]], columns_of(found)[0]
     by_place = {(row["series"], row["group"]): row for row in rows}
     groups = sorted({row["group"] for row in rows})
     lines = []
@@ -96,13 +104,13 @@ def budgets(found: dict) -> list[str]:
         cells = []
         for group in groups:
             row = by_place.get((series, group))
-            text = cell(row["measured"][COLUMNS[0]]) if row else ""
+            text = cell(row["measured"][name]) if row else ""
             for metrics in (row or {}).get("differences", {}).values():
-                text += f"; {difference(metrics[COLUMNS[0]])}"
+                text += f"; {difference(metrics[name])}"
             cells.append(text)
         lines.append([series, *cells])
     head = ["", *(f"{group} tokens" for group in groups)]
-    what = f"{COLUMNS[0]}, and the difference from the whole history within the same budget"
+    what = f"{name}, and the difference from the whole history within the same budget"
     return [table(head, lines), f"{what}. Bold: the interval is on one side of zero."]
 
 
@@ -124,13 +132,13 @@ def report(folder: Path, only: Sequence[str]) -> list[str]:
 
 def main() -> None:
     """Print the tables of every dataset."""
-    settings = parse_settings(Settings, __doc__)
-    # A run folder has stages, and results of another kind.
+    settings, known = parse_settings(Settings, __doc__), {"table2", "budgets", *PRINTED}
+    # Runs and baselines have a results.json of another kind.
     places = [settings.out, *sorted(settings.out.glob("*/"))]
     folders = [
         folder
         for folder in places
-        if (folder / "results.json").is_file() and not (folder / "stages.json").is_file()
+        if (path := folder / "results.json").is_file() and not known.isdisjoint(read_json(path))
     ]
     if not folders:
         raise InputError(f"{settings.out}: no results of experiments; run experiments.study first")
