@@ -1,22 +1,23 @@
-"""Run a plan of experiments within the minutes that there are, and pack up what came of it.
+"""Run a plan of experiments within a time limit, and archive its results.
 
     python -m experiments.study --plan smollm2 --out runs/study --minutes 9
     python -m experiments.study --plan smollm2 --out runs/study --dry-run
     python -m experiments.study --plan smollm2 --out runs/study --unpack study.tar.gz
 
 A plan is a file of experiments/plans/, or any such file: one experiment after the other, the most
-important first. Its stages run in this order, each once. Nothing is started that is not foreseen to
-end in time: what a stage takes comes from its tokens and the plan's speeds, corrected by what
-finished stages took. If the next stage is too long, a shorter one of those after it is run. Every
-call ends with the tables of what has finished so far, and with two archives:
+important first. Its stages run in this order, each once. A stage starts only if it is expected to
+end in time. The estimate comes from its tokens and the plan's speeds, corrected by the times of
+finished stages. If the next stage is too long, a shorter one of those after it is run. Every call
+ends with the tables of what has finished so far, and with two archives:
 
     OUT/study.tar.gz     tables, figures, settings, metrics, the users' ranks; no texts
     OUT/texts.tar.gz     the summaries, so that no other machine has to write them again
 
-The same command resumes. On another machine, --unpack lays archives into --out first. Baselines run
-on the CPU meanwhile, as many at a time as --cpu-jobs says.
+The same command resumes. On another machine, --unpack first unpacks archives into --out. With
+--cpu-jobs, so many baselines run at the same time on the CPU.
 """
 
+import math
 import shlex
 import statistics
 import time
@@ -61,7 +62,7 @@ class Settings:
     out: Path = option(Path("runs/study"), "folder for a folder per dataset", Path)
     minutes: float = option(60.0, "that this call may take", positive_real)
     reserve: float = option(0.5, "of these minutes for tables and archives", positive_real)
-    unpack: tuple[Path, ...] = option((), "archives to lay into --out first", Path, nargs="+")
+    unpack: tuple[Path, ...] = option((), "archives to unpack into --out first", Path, nargs="+")
     jobs: int = option(1, "stages that run at once on the GPUs", positive, "machine")
     cpu_jobs: int = option(0, "baselines that run at once on the CPU (0: on the GPUs)", natural)
     dry_run: bool = option(False, "report what is left, in tokens and minutes, and stop")
@@ -74,6 +75,7 @@ class Settings:
 class Plan:
     """Experiments in order, by their command lines, and the speeds to begin with."""
 
+    path: Path
     lines: list[list[str]]
     speeds: dict[str, float]
 
@@ -88,32 +90,53 @@ class Plan:
             found = tomllib.loads(path.read_text("utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"{path}: {error}") from None
-        speeds, flags, lines = found.get("speeds", {}), {}, []
+        for key, kind in (("speeds", dict), ("flags", dict), ("experiments", list)):
+            if not isinstance(found.setdefault(key, kind()), kind):
+                form = "a list of texts" if kind is list else f"a table, [{key}]"
+                raise InputError(f"{path}: {key}: expected {form}")
+        speeds, flags = found["speeds"], {}
         for key in SPEEDS:
-            if not isinstance(speeds.get(key), int | float) or speeds[key] <= 0:
+            if not is_speed(speeds.get(key)):
                 raise InputError(f"{path}: speeds.{key}: expected a number above 0")
-        for key, text in found.get("flags", {}).items():
+        for key, text in found["flags"].items():
             flags[key] = substituted(f"{path}: flags.{key}", text, flags)
-        for number, text in enumerate(found.get("experiments", []), 1):
-            where = f"{path}: experiment {number}"
-            words = shlex.split(substituted(where, text, flags))
-            if not words or words[0] not in COMMANDS:
-                raise InputError(f"{where}: expected one of {', '.join(COMMANDS)} at its beginning")
-            lines.append(words)
+        texts = enumerate(found["experiments"], 1)
+        lines = [words_of(f"{path}: experiment {number}", text, flags) for number, text in texts]
         if not lines:
             raise InputError(f"{path}: no experiments")
-        return cls(lines, speeds)
+        return cls(path, lines, speeds)
 
     def experiments(self, out: Path) -> list[Experiment]:
         """Return the experiments, each with a folder in out: --out, or named after its dataset."""
         made = []
-        for name, *flags in self.lines:
+        for number, (name, *flags) in enumerate(self.lines, 1):
             module = import_module(f"experiments.{name}")
-            settings = settings_of(module.Settings, f"experiments.{name}", flags)
-            folder = settings.out if "--out" in flags else Path(settings.data).name
-            settings = replace(settings, out=out / folder)
-            made.append(module.experiment_of(settings))
+            try:
+                settings = settings_of(module.Settings, name, flags)
+                given = settings.out != module.Settings.out
+                folder = settings.out if given else Path(settings.data).name
+                made.append(module.experiment_of(replace(settings, out=out / folder)))
+            except InputError as error:
+                raise InputError(f"{self.path}: experiment {number}: {error}") from None
         return made
+
+
+def is_speed(value: object) -> bool:
+    """Return whether a value of a plan is a finite number above 0."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and 0 < value < math.inf
+
+
+def words_of(where: str, text: object, flags: dict[str, str]) -> list[str]:
+    """Return the words of an experiment's line; InputError unless it begins with a command."""
+    line = substituted(where, text, flags)
+    try:
+        words = shlex.split(line)
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from None
+    if not words or words[0] not in COMMANDS:
+        raise InputError(f"{where}: expected one of {', '.join(COMMANDS)} at its beginning")
+    return words
 
 
 def substituted(where: str, text: object, flags: dict[str, str]) -> str:
@@ -129,7 +152,7 @@ def substituted(where: str, text: object, flags: dict[str, str]) -> str:
 
 
 class Pace:
-    """Foresees the seconds of stages: from their tokens, and from those that have finished.
+    """Estimates the seconds of stages: from their tokens, and from those that have finished.
 
     Tokens are kept in a file, since counting them takes seconds for each kind of prompt. Baselines
     have none: each counts like one that takes the plan's `stage` seconds.
@@ -141,7 +164,7 @@ class Pace:
         known = read_json(path) if path.is_file() else {}
         self.forecast = Forecast({key: Work(*parts) for key, parts in known.items()})
         self.works: dict[str, Work] = {}  # by the stages' keys
-        # Seconds and foreseen ones by kind, and by the stages' keys.
+        # Seconds and estimated ones by kind, and by the stages' keys.
         self.seen: dict[str, dict[str, tuple[float, float]]] = {}
 
     def work(self, stage: Stage) -> Work:
@@ -212,20 +235,21 @@ class Study:
         if not self.settings.cpu_jobs:
             return list(dict.fromkeys(left))
         # On the CPU, a baseline would take an hour to encode the items.
-        encoders = {}
-        for each in self.experiments:
-            if any(stage.script == "baselines" for stage in plan_of(each.planned)):
-                stage = encoding(each)
-                if not stage.made():
-                    encoders[stage.run] = stage
+        found = [
+            encoding(each, stage.flags[stage.flags.index("--encoder") + 1])
+            for each in self.experiments
+            for stage in plan_of(each.planned)
+            if stage.script == "baselines"
+        ]
+        encoders = [stage for stage in found if not stage.made()]
         waiting = [
             replace(stage, after=stage.run.parent) if stage.script == "baselines" else stage
             for stage in left
         ]
-        return list(dict.fromkeys([*encoders.values(), *waiting]))
+        return list(dict.fromkeys([*encoders, *waiting]))
 
     def foresee(self) -> None:
-        """Print what is left of each experiment, and the minutes that it will take."""
+        """Print what is left of each experiment, and an estimate of its minutes."""
         known: dict[Stage, None] = {}
         lane: dict[bool, float] = {True: 0.0, False: 0.0}  # on the CPU or not
         for each in self.experiments:
@@ -266,10 +290,9 @@ class Study:
 
 
 @cache
-def encoding(experiment: Experiment) -> Stage:
+def encoding(experiment: Experiment, encoder: str) -> Stage:
     """Return the stage that encodes the items' texts for an experiment's baselines."""
     settings = experiment.settings
-    encoder = settings.encoder or f"llama:{settings.recommender}"
     run = settings.out / "baselines"
     flags = ["--data", settings.data, "--run", settings.out, "--encoder", encoder]
     path = cache_path(encoder, experiment.items, run)
@@ -280,9 +303,12 @@ def encoding(experiment: Experiment) -> Stage:
 
 
 def main() -> None:
-    """Run what fits into the minutes, then write tables and archives."""
+    """Run what fits into the time, then write tables and archives."""
     began = time.monotonic()
     settings = parse_settings(Settings, __doc__)
+    if settings.minutes <= settings.reserve:
+        what = f"no time is left besides --reserve {settings.reserve:g}"
+        raise InputError(f"--minutes {settings.minutes:g}: {what}; give it more")
     plan = Plan.read(settings.plan)
     settings.out.mkdir(parents=True, exist_ok=True)
     with locked(settings.out):

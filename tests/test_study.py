@@ -1,8 +1,10 @@
 """experiments/study.py and archive.py: a plan within its minutes, stopped, carried, resumed."""
 
 import json
+import random
 import shutil
 import tarfile
+import threading
 import time
 from importlib import import_module
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 from helpers import run, write_dataset, write_lines
 
+from baselines.encode import cache_path
 from experiments import jobs, study
 from experiments.archive import pack_up, unpack
 from experiments.forecast import Work, settings_of
@@ -55,7 +58,7 @@ def scripts(monkeypatch):
 
 class Scripts:
     def __init__(self, seconds=0.0):
-        self.seconds, self.ran, self.gpus = seconds, [], {}
+        self.seconds, self.ran, self.gpus, self.encoders = seconds, [], {}, []
 
     def launch(self, call, machine):
         time.sleep(self.seconds)
@@ -63,8 +66,8 @@ class Scripts:
         self.ran.append((folder.name, call.log.stem))
         self.gpus[folder.name, call.log.stem] = call.gpu
         if call.script == "baselines.encode":
-            study_of = next(stage for stage in self.encodings if stage.run == folder)
-            (folder / study_of.makes[0]).write_text("")
+            self.encoders.append(flags[flags.index("--encoder") + 1])
+            cache_path(self.encoders[-1], self.items, folder).write_text("")
         data = Path(flags[flags.index("--data") + 1]) if "--data" in flags else self.data
         users = [json.loads(line)["user"] for line in (data / "test.jsonl").open()]
         self.data = data
@@ -95,7 +98,7 @@ class Scripts:
 def call(plan, out, scripts, seconds=60.0, cpu_jobs=0):
     """Run a study for so many seconds; return it."""
     made = Study(Settings(plan=str(plan), out=out, cpu_jobs=cpu_jobs), Plan.read(str(plan)))
-    scripts.encodings = [study.encoding(each) for each in made.experiments]
+    scripts.items = made.experiments[0].items
     for each in made.experiments:
         each.claim_data()
     made.run(time.monotonic() + seconds)
@@ -117,7 +120,7 @@ def test_stages_run_in_the_order_of_the_plan_and_each_once(plan, scripts, tmp_pa
     assert "Not all seeds" not in text
 
 
-def test_nothing_is_started_that_would_not_end_in_time_but_what_is_shorter(
+def test_a_stage_that_would_not_end_in_time_is_passed_over_for_a_shorter_one(
     plan, scripts, tmp_path, monkeypatch
 ):
     # Each takes 3 seconds by the plan, but training takes more.
@@ -136,17 +139,38 @@ def test_nothing_is_started_that_would_not_end_in_time_but_what_is_shorter(
     assert not (tmp_path / "none" / "data" / "baselines").exists()
 
 
-def test_at_the_end_of_the_time_what_runs_is_stopped(plan, scripts, tmp_path, monkeypatch):
-    scripts.seconds = 1.0
+class Children:
+    """Stands in for the processes of stages: `stopped` is set once they are told to stop."""
+
+    def __init__(self, echo):
+        self.stopped = threading.Event()
+
+    def stop(self):
+        self.stopped.set()
+
+    def close(self):
+        pass
+
+
+def test_when_time_is_up_the_running_stage_is_told_to_stop(
+    plan, scripts, tmp_path, monkeypatch, capsys
+):
+    told = []
+
+    def until_stopped(call, machine):
+        told.append(machine.children.stopped.wait(60))
+        return 143, ""
+
+    monkeypatch.setattr(jobs, "Workers", Children)
+    monkeypatch.setattr(jobs, "launch", until_stopped)
     monkeypatch.setattr(Pace, "seconds", lambda self, stage: 0.0)
-    began = time.monotonic()
-    made = call(plan, tmp_path / "out", scripts, seconds=1.5)
-    assert time.monotonic() - began < 8
-    assert 0 < len(scripts.ran) <= 3
-    assert made.plan()
+    made = call(plan, tmp_path / "out", scripts, seconds=2.0)
+    assert told == [True]
+    assert "time is up: stopping 1 stages, which save their work" in capsys.readouterr().out
+    assert len(made.plan()) > 1
 
 
-def test_archives_are_gone_on_from_in_another_folder(plan, scripts, tmp_path):
+def test_a_study_resumes_from_its_archives_in_another_folder(plan, scripts, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     made = call(plan, one, scripts)
     made.tables()
@@ -167,6 +191,9 @@ def test_archives_are_gone_on_from_in_another_folder(plan, scripts, tmp_path):
     for name in ("table2.md", "rankings.md"):
         assert (two / "data" / name).read_text() == (one / "data" / name).read_text()
     assert "seeds" in run("experiments.report.py", out=two).stdout
+    write_json(two / "data" / "baselines" / "results.json", {"users": 4, "table": {}})
+    report = run("experiments.report.py", out=two / "data").stdout
+    assert [line for line in report.splitlines() if line.startswith("## ")] == ["## data"]
 
     # What is missing is made again, and what is there already stays as it is.
     shutil.rmtree(next(two.glob("data/recent*seed1")))
@@ -179,6 +206,77 @@ def test_archives_are_gone_on_from_in_another_folder(plan, scripts, tmp_path):
     bad.write_text("nothing")
     with pytest.raises(InputError, match=r"bad\.tar\.gz: no archive of a study"):
         unpack([bad], two)
+
+
+def test_a_damaged_archive_is_refused_before_anything_is_written(tmp_path):
+    one, two, rng = tmp_path / "one", tmp_path / "two", random.Random(0)
+    (one / "data").mkdir(parents=True)
+    text = "".join(f"{rng.random()}\n" for _ in range(400))
+    (one / "data" / "table2.md").write_text(text)
+    path, _ = pack_up(one)
+    whole = path.read_bytes()
+    # Behind the header, where a name and a date do not matter.
+    places = range(64, len(whole), len(whole) // 40)
+    flipped = [whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :] for i in places]
+    for content in (*flipped, whole[:-1], whole[: len(whole) // 2], whole + b"more"):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"study\.tar\.gz: no archive of a study, or a dam"):
+            unpack([path], two)
+        assert not two.exists()
+    path.write_bytes(whole)
+    unpack([path], two)
+    assert (two / "data" / "table2.md").read_text() == text
+
+
+def test_an_archive_of_another_dataset_is_refused(tmp_path):
+    archives = {}
+    for name in ("one", "two"):
+        folder = tmp_path / name / "data"
+        folder.mkdir(parents=True)
+        write_json(folder / "data.json", {"data": "data/x", "sha256": name})
+        (folder / f"{name}.md").write_text("a table")
+        archives[name] = pack_up(tmp_path / name)
+    for path in archives["one"]:  # the one with texts too
+        with pytest.raises(InputError, match=r"of another dataset than those in .*two/data; cho"):
+            unpack([path], tmp_path / "two")
+    assert not (tmp_path / "two" / "data" / "one.md").exists()
+    three = tmp_path / "three"
+    with pytest.raises(InputError, match=r"two/study\.tar\.gz: its runs are of another dataset"):
+        unpack([archives["one"][0], archives["two"][0]], three)
+    assert not three.exists()
+    unpack(archives["one"], three)
+    assert (three / "data" / "one.md").read_text() == "a table"
+
+
+def test_a_path_that_leads_out_of_the_folder_is_refused(tmp_path):
+    path, own = tmp_path / "study.tar.gz", tmp_path / "own"
+    own.write_text("x")
+    with tarfile.open(path, "w:gz") as archive:
+        archive.add(own, "../other")
+    with pytest.raises(InputError, match="outside the destination"):
+        unpack([path], tmp_path / "out")
+    assert not (tmp_path / "other").exists()
+
+
+def test_an_encoder_of_each_seed_encodes_before_the_baselines(
+    plan, scripts, tmp_path, model_folder
+):
+    for seed in (0, 1):
+        shutil.copytree(model_folder, tmp_path / f"base-{seed}")
+    plan.write_text(plan.read_text().replace(str(model_folder), str(tmp_path / "base-{seed}")))
+    made = call(plan, tmp_path / "out", scripts, cpu_jobs=2)
+    assert sorted(scripts.encoders) == [f"llama:{tmp_path}/base-{seed}" for seed in (0, 1)]
+    marks = [mark for _, mark in scripts.ran]
+    assert marks.index("baselines") > max(i for i, m in enumerate(marks) if m == "baselines.encode")
+    assert made.plan() == []
+
+
+def test_a_report_has_the_cut_offs_and_choices_that_there_are(plan, scripts, tmp_path):
+    plan.write_text(plan.read_text().replace("$models", "$models --k 4 2 --ranks 4 8"))
+    call(plan, tmp_path / "out", scripts).tables()
+    report = run("experiments.report.py", out=tmp_path / "out").stdout
+    assert "| Recall@2 | Recall@4 | MRR@2 | NDCG@2 | seeds |" in report
+    assert "Ranks: recent items only 4, LLM-TRSR hierarchical 4." in report
 
 
 def test_baselines_run_beside_on_the_cpu_once_the_items_are_encoded(plan, scripts, tmp_path):
@@ -215,6 +313,13 @@ def test_every_line_of_the_plans_of_the_project_is_a_command():
         ("table2 $data", "tabel $data", "experiment 1: expected one of table2"),
         ("rankings $data", "rankings $dta", "experiment 2: no flags above have the name 'dta'"),
         ("stage = 2", "", "speeds.stage: expected a number above 0"),
+        ("stage = 2", "stage = nan", "speeds.stage: expected a number above 0"),
+        ("stage = 2", "stage = inf", "speeds.stage: expected a number above 0"),
+        ("stage = 2", "stage = true", "speeds.stage: expected a number above 0"),
+        ("rankings $data", "rankings '$data", "plan.toml: experiment 2: No closing quotation"),
+        ("experiments = [", "experiments = 3\nmore = [", "experiments: expected a list of texts"),
+        ("[speeds]", "[[speeds]]", "plan.toml: speeds: expected a table, [speeds]"),
+        ("[flags]", "[[flags]]", "plan.toml: flags: expected a table, [flags]"),
         ("written = 100", "written = -1", "speeds.written: expected a number"),
         ("$models", "$later", "flags.data: no flags above have the name 'later'"),
         ("[speeds]", "[speeds", "plan.toml: Expected"),
@@ -229,15 +334,36 @@ def test_a_wrong_plan_is_named(plan, old, new, message):
         Plan.read("nosuch")
 
 
+def test_a_wrong_flag_of_a_plan_is_named_with_its_line(plan, tmp_path):
+    text = plan.read_text()
+    plan.write_text(text.replace("--users 2 --rows", "--users x --rows"))
+    what = r"plan\.toml: experiment 2: rankings: argument --users: expected .* lists the flags"
+    with pytest.raises(InputError, match=what):
+        Plan.read(str(plan)).experiments(tmp_path)
+    plan.write_text(text.replace("--seeds 0 1", "--seeds 0 1 --train='--seed 3'"))
+    with pytest.raises(InputError, match=r"experiment 3: --train: the experiment sets --seed"):
+        Plan.read(str(plan)).experiments(tmp_path)
+
+
+def test_minutes_that_are_all_reserved_are_refused(plan, tmp_path):
+    out = tmp_path / "out"
+    done = run("experiments.study.py", plan=plan, out=out, minutes=0.5, check=False)
+    assert done.returncode == 2
+    assert "--minutes 0.5: no time is left besides --reserve 0.5; give it more" in done.stderr
+    assert not out.exists()
+
+
 def test_one_run_with_two_kinds_of_flags_is_refused_or_has_a_folder_of_its_own(plan, tmp_path):
     line = '"table2 $data --seeds 0 --rows recent-only --train=--chat",'
     plan.write_text(plan.read_text().replace("[\n", f"[\n{line}\n", 1))
     settings = Settings(plan=str(plan), out=tmp_path / "out")
     with pytest.raises(InputError, match=r"two experiments want train\.py here with different fl"):
         Study(settings, Plan.read(str(plan)))
-    plan.write_text(plan.read_text().replace("--train=--chat", "--train=--chat --out other"))
-    made = Study(settings, Plan.read(str(plan)))
-    assert made.folders == [tmp_path / "out" / "other", tmp_path / "out" / "data"]
+    text = plan.read_text()
+    for flag in ("--out other", "--out=other"):
+        plan.write_text(text.replace("--train=--chat", f"--train=--chat {flag}"))
+        made = Study(settings, Plan.read(str(plan)))
+        assert made.folders == [tmp_path / "out" / "other", tmp_path / "out" / "data"]
 
 
 def test_tokens_are_counted_once_for_all_calls(plan, tmp_path, monkeypatch):
