@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 import trsr
-from batches.candidates import Choice, about_candidates, choice, name_of, with_candidates
+from batches.candidates import Choice, about_candidates, choice, with_candidates
 from batches.catalogue import CatalogueRanking
 from batches.prompts import Batching, Ranking, shown_prompt
 from batches.stream import own_packs
@@ -43,7 +43,7 @@ from prepare.dataset import load_dataset
 from prepare.domains import wording
 from runfolder.compare import format_table
 from runfolder.page import write_report
-from runfolder.results import Question, tell, write_results
+from runfolder.results import Question, parts_of, tell, write_results
 from runfolder.scores import table_of
 from runfolder.systems import rank_by_file
 from runfolder.tally import BEST, Ranked, Tally
@@ -121,8 +121,7 @@ def resolve(flags: Settings, device: torch.device) -> Settings:
     parts = ["untrained" if flags.untrained else "interim" if unfinished else ""]
     parts += [] if trained else [f"{name}-{value}" for name, value in asked.items()]
     parts.append(Path(settings.data).name if settings.data != known["data"] else "")
-    parts += [name_of(flags.candidates, flags.seed), f"{flags.users}-users" if flags.users else ""]
-    parts.append("fp8" if flags.fp8 else "")
+    parts += parts_of(flags.candidates, flags.users, flags.seed, flags.fp8)
     question = Question(flags.run, flags.split, [part for part in parts if part])
     dtype = settings.dtype_on(device.type)
     return replace(settings, kind=kind, epochs=epochs, question=question, dtype=dtype)

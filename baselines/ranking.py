@@ -13,10 +13,10 @@ from torch import Tensor
 
 import trsr
 from baselines.models import Baseline
-from batches.candidates import Choice, about_candidates, name_of, with_candidates
+from batches.candidates import Choice, about_candidates, with_candidates
 from files.jsonl import write_json, write_jsonl
 from launch.bars import Bar
-from runfolder.results import Question
+from runfolder.results import Question, parts_of
 from runfolder.scores import table_of
 from runfolder.tally import BEST
 from trsr import Example, InputError
@@ -76,10 +76,7 @@ class Tests:
         kinds, names, chosen = {None: splits["test"]}, {None: []}, settings.candidates
         if chosen is not None:
             kinds[chosen] = with_candidates(chosen, splits["test"][: settings.users], items)
-            names[chosen] = [
-                name_of(chosen),
-                *([f"{settings.users}-users"] if settings.users else []),
-            ]
+            names[chosen] = parts_of(chosen, settings.users)
         elif settings.users:
             raise InputError(f"--users {settings.users}: it needs --candidates")
         return cls(str(settings.data), splits["train"], settings.k, kinds, names)

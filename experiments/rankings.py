@@ -28,7 +28,7 @@ from experiments.tables import figure, measured_cell, table_line
 from launch.command import option, parse_settings
 from launch.numbers import positive
 from prepare.dataset import popularity
-from runfolder.results import Question
+from runfolder.results import Question, parts_of
 from runfolder.scores import (
     chance_metrics,
     means_and_intervals,
@@ -65,7 +65,7 @@ class Settings(TableSettings):
     @property
     def names(self) -> list[str]:
         """What the names of its files say."""
-        return [name_of(self.candidates), *([f"{self.users}-users"] if self.users else [])]
+        return parts_of(self.candidates, self.users)
 
 
 class Rankings(Experiment):

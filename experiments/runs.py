@@ -9,7 +9,7 @@ from experiments.stages import Stage, make_stage, slug, split_flags
 from experiments.tuning import DEFAULTS, Choice, combinations
 from launch.command import option
 from launch.numbers import natural, positive, positive_real, seed_number
-from runfolder.results import Question
+from runfolder.results import Question, parts_of
 from trsr import PARADIGMS, SUMMARIZED, InputError
 
 RULE = "rule"  # in a summarizer's place: experiments.ruled writes the summaries
@@ -154,8 +154,8 @@ def evaluation(settings: Settings, *parts: str) -> tuple[list[str], tuple[str]]:
     own = ("--k", "--split", "--users", "--scores", "--candidates")
     flags = split_flags("evaluate", settings.evaluate, own)
     # argparse takes abbreviations, and no other flag begins like this one.
-    more = ["fp8"] if any(f.startswith("--f") and "--fp8".startswith(f) for f in flags) else []
-    return flags, (Question(Path(), parts=[*parts, *more]).scores.name,)
+    fp8 = any(flag.startswith("--f") and "--fp8".startswith(flag) for flag in flags)
+    return flags, (Question(Path(), parts=[*parts, *parts_of(None, fp8=fp8)]).scores.name,)
 
 
 def untrained_run(

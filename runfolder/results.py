@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from batches.candidates import Choice, name_of
 from files.jsonl import read_jsonl, write_json, write_jsonl
 from files.sheet import TABLE, table_rows, write_csv
 from runfolder.tally import Ranked, answer_mass
@@ -48,6 +49,14 @@ class Question:
     def report(self) -> Path:
         """The path of the page."""
         return self._path("report", ".html")
+
+
+def parts_of(
+    candidates: Choice, users: int | None = None, seed: int = 0, fp8: bool = False
+) -> list[str]:
+    """Return what the flags of an evaluation add to the names of its files, in order."""
+    parts = [name_of(candidates, seed), f"{users}-users" if users else "", "fp8" if fp8 else ""]
+    return [part for part in parts if part]
 
 
 # ---- What they hold
