@@ -237,7 +237,8 @@ class Jobs:
                 done = wait(self.under_way, seconds, FIRST_COMPLETED).done
                 if not done:
                     n = len(self.under_way)
-                    print(f"  time is up: stopping {n} stages, which save their work", flush=True)
+                    what = f"{n} stages, which save their" if n > 1 else "1 stage, which saves its"
+                    print(f"  time is up: stopping {what} work", flush=True)
                     break
                 for future in done:
                     self.conclude(future)

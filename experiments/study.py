@@ -262,8 +262,8 @@ class Study:
             tokens = sum((self.pace.work(stage) for stage in new), Work())
             what = f"{each.settings.out.name}: {each.name}"
             print(f"{what:<24}{len(new)} of {len(stages)} stages  {tokens or ''}")
-            minutes = f"{lane[False] / 60:.1f} minutes"
-            print(f"{'':<24}by then {minutes}; baselines meanwhile {lane[True] / 60:.1f}")
+            minutes = f"{lane[False] / 60:.1f} minutes up to here"
+            print(f"{'':<24}{minutes}; on the CPU at the same time {lane[True] / 60:.1f}")
 
     def run(self, until: float) -> None:
         """Run stages up to a moment of time.monotonic(); InputError for those that failed."""

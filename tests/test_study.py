@@ -166,7 +166,7 @@ def test_when_time_is_up_the_running_stage_is_told_to_stop(
     monkeypatch.setattr(Pace, "seconds", lambda self, stage: 0.0)
     made = call(plan, tmp_path / "out", scripts, seconds=2.0)
     assert told == [True]
-    assert "time is up: stopping 1 stages, which save their work" in capsys.readouterr().out
+    assert "time is up: stopping 1 stage, which saves its work" in capsys.readouterr().out
     assert len(made.plan()) > 1
 
 
@@ -296,7 +296,7 @@ def test_a_dry_run_tells_what_is_left(plan, scripts, tmp_path, capsys):
     made.foresee()
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("data: table2            6 of 6 stages  6,000 to learn")
-    assert "by then 0.3 minutes" in lines[1]
+    assert "0.3 minutes up to here" in lines[1]
     assert len(lines) == 6
     assert scripts.ran == []
 
