@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from emulated_graph import Cuda
+from emulated_graph import Cuda, Graph, Recorder
 from helpers import CPU, random_trees, run, write_model
 
 import ops.graph
@@ -14,7 +14,7 @@ from evaluate import score_packs
 from llama import compile_layers, load_model
 from lora import LoRAConfig, adapter_tensors, apply_lora
 from ops.graph import Graphs
-from ops.masks import tree_rule
+from ops.masks import block_mask, tree_rule
 from ops.packs import Pack, pack_trees
 from train import Passes, train_step
 
@@ -203,6 +203,22 @@ def named(pack, i):
     if pack.shared_prefix:
         return {(999, branch): row for (_, branch), row in pack.leaves.items()}
     return {(100 * i + tree, branch): row for (tree, branch), row in pack.leaves.items()}
+
+
+def test_a_captured_block_mask_follows_its_ends():
+    first, second = (pack.ends for pack in packs_of_one_length(2))
+    ends, recorder, graph = first.clone(), Recorder(), Graph()
+    with recorder:
+        mask = block_mask(ends)
+    graph.calls = recorder.calls
+    ends.copy_(second)
+    graph.replay()
+    expected = block_mask(second)
+    names = [name for name in vars(expected) if name.endswith(("num_blocks", "indices"))]
+    assert len(names) == 8
+    assert any((block_mask(first).kv_indices != expected.kv_indices).flatten().tolist())
+    for name in names:
+        assert torch.equal(getattr(mask, name), getattr(expected, name)), name
 
 
 # ---- On a GPU
