@@ -5,13 +5,13 @@ records the launches once, with the memory that they read and write; a replay re
 that memory holds by then.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, cuda
 
-from ops.transfer import on_device
+from ops.transfer import on_device, pinned
 
 
 class StepGraph:
@@ -47,10 +47,10 @@ class Captured:
     inputs: list[Tensor]
     output: Tensor
 
-    def __call__(self, tensors: list[Tensor]) -> Tensor:
+    def __call__(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return the function's result for these tensors."""
         for place, tensor in zip(self.inputs, tensors, strict=True):
-            place.copy_(tensor, non_blocking=True)
+            place.copy_(pinned(tensor, place.device), non_blocking=True)
         self.graph.replay()
         return self.output.clone()  # the next replay overwrites it
 
@@ -75,18 +75,19 @@ class Graphs:
 
     def run(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         """Return function(*tensors), always the same function; tensors may be on the host."""
+        shapes = tuple(tensor.shape for tensor in tensors)
+        if graph := self.captured.get(shapes):
+            return graph(tensors)
         here = [on_device(tensor, self.device) for tensor in tensors]
-        shapes = tuple(tensor.shape for tensor in here)
         if not self.enabled:
             return function(*here)
         if shapes not in self.captured:
             self.captured[shapes] = None
             return self.run_once(function, shapes, here)
-        if self.captured[shapes] is None:
-            if not self.room_for(shapes):
-                return self.give_up(function, here)
-            self.captured[shapes] = self.capture(function, here)
-        return self.captured[shapes](here)
+        if not self.room_for(shapes):
+            return self.give_up(function, here)
+        graph = self.captured[shapes] = self.capture(function, here)
+        return graph(here)
 
     def give_up(self, function: Callable[..., Tensor], tensors: list[Tensor]) -> Tensor:
         """Return the function's result; from now on nothing is a graph."""

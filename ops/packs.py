@@ -343,8 +343,10 @@ def build_pack(
         leaves |= {(t, b): last[b] for b in group if not shape.tokens[b]}
     # One number of targets for all packs of a length, so that they fit one CUDA graph; of the
     # last tokens alone there are few, so that a multiple of BLOCK is enough.
-    n = len(columns.rows)
-    columns.pad(length, n if pad_to == 1 else n + -n % BLOCK if last_only else max(n, length))
+    targets = len(columns.rows)
+    if pad_to > 1:
+        targets = -(-targets // BLOCK) * BLOCK if last_only else length
+    columns.pad(length, targets)
     return Pack(**columns.tensors(), leaves=leaves, tokens=tokens)
 
 

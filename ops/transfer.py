@@ -4,11 +4,16 @@ import torch
 from torch import Tensor
 
 
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return tensor where a copy to device does not wait for the device's queue of work."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        return tensor.pin_memory()  # from pageable memory the driver would copy synchronously
+    return tensor
+
+
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Return tensor on device without waiting for the device's queue of work."""
-    if device.type == "cuda" and not tensor.is_cuda:
-        tensor = tensor.pin_memory()  # from pageable memory the driver would copy synchronously
-    return tensor.to(device, non_blocking=True)
+    return pinned(tensor, device).to(device, non_blocking=True)
 
 
 class HostCopy:
