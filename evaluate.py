@@ -251,6 +251,7 @@ class Validation:
     ranking: Ranking
     packs: list[Pack]  # of all users, on every process
     answers: Sequence[int]
+    graphs: bool = False
 
     def recall(self, model: Llama, ks: Sequence[int]) -> dict[str, float]:
         """Return the recall at each k; the processes share the packs."""
@@ -259,7 +260,7 @@ class Validation:
         mine = (self.packs[rank::world] + self.packs[:1])[: -(-len(self.packs) // world)]
         logits = {}
         with Bar(total=len(mine), desc="score", unit="pack", leave=False, disable=rank > 0) as bar:
-            for pack, found in scored(model, mine, self.answers):
+            for pack, found in scored(model, mine, self.answers, graphs=self.graphs):
                 logits.update(zip(pack.leaves, found, strict=True))
                 bar.update()
 

@@ -124,6 +124,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | QueryBloc
     if isinstance(mask, BlockMask):
         flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
         q, k = q.to(v.dtype), k.to(v.dtype)  # autocast leaves them in fp32 after the rotation
+        if grouped and torch.is_grad_enabled():
+            # The backward kernel visits all queries of a group one after the other.
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+            grouped = False
         tiles = kernel_tiles(mask, v)
         return flex(q, k, v, block_mask=mask, enable_gqa=grouped, kernel_options=tiles)
 

@@ -435,7 +435,7 @@ def main() -> None:
         trees = list(tokenize(prompts, batching.workers, show=rank == 0))
         ranking = Ranking.of(recommender, val)
         packs = user_packs(ranking, range(len(val)), batching, show=rank == 0)
-        validation = Validation(ranking, list(packs), answers)
+        validation = Validation(ranking, list(packs), answers, settings.cuda_graphs)
         if rank == 0:
             announce.cost_of_training(settings, model, trees, recommender.budget, device)
         if settings.dry_run:  # after the estimate, before anything is written

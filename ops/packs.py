@@ -227,6 +227,8 @@ def split_branches(tree: Tree, max_tokens: int) -> list[list[int]]:
 
     A group has all branches on the way to its leaves, so groups may have some in common.
     """
+    if tree.size <= max_tokens:
+        return [[*range(len(tree.branches))]]
     groups, size = [{}], len(tree.prefix)  # dictionaries without values: sets that keep the order
 
     def tokens(branches: list[int]) -> int:
@@ -244,59 +246,66 @@ def split_branches(tree: Tree, max_tokens: int) -> list[list[int]]:
 
 
 class _Columns:
-    """A pack's columns while they are filled, segment by segment."""
+    """A pack's tokens while they are appended, segment by segment, and its columns at the end.
 
-    def __init__(self, last_only: bool):
-        self.last_only = last_only
-        self.ids, self.positions, self.ends = [], [], []  # an entry per token
-        self.rows, self.next_ids, self.weights = [], [], []  # an entry per target
+    The columns are made of all segments at once: token by token, Python would take longer than a
+    GPU takes to compute them.
+    """
 
-    def append(self, segment: list[int], parent: int | None, continued_by: int, weight: int):
-        """Append tokens that continue row `parent`; return the row of the last one.
+    def __init__(self):
+        self.ids: list[int] = []
+        self.segments: list[tuple[int, ...]] = []  # what `append` knows of each
+        self.depths = {ROOT: -1}  # the position of each segment's last token, by its row
+
+    def append(self, segment: list[int], parent: int, continued_by: int, weight: int) -> int:
+        """Append tokens that continue row `parent`, or ROOT; return the row of the last one.
 
         continued_by: how many of the following tokens continue the segment. weight: how many
         sequences share it.
         """
         if not segment:
             return parent
-        first, n = len(self.ids), len(segment)
-        start = 0 if parent is None else self.positions[parent] + 1
+        first, n, start = len(self.ids), len(segment), self.depths[parent] + 1
         self.ids += segment
-        self.positions += range(start, start + n)
-        self.ends += [first + n + continued_by] * n
-
-        # A token is due at the row before it: the segment's first one at the parent's row.
-        before = [*range(first, first + n - 1)]
-        if parent is not None:
-            before.insert(0, parent)
-        if self.last_only:
-            before = [] if continued_by else before[-1:]
-        self.rows += before
-        self.next_ids += segment[n - len(before) :]
-        self.weights += [weight] * len(before)
+        self.segments.append((first, n, parent, start, first + n + continued_by, weight))
+        self.depths[first + n - 1] = start + n - 1
         return first + n - 1
 
-    def pad(self, length: int, targets: int) -> None:
-        """Append tokens up to length that nothing sees but what follows them.
+    def tensors(self, length: int, last_only: bool, pad_targets: bool) -> dict[str, Tensor]:
+        """Return the columns by name, padded to length with tokens that only later ones see.
 
-        Targets of no weight follow up to a number, each at a row of its own.
+        pad_targets: to one number of targets for all packs of a length, so that they fit one CUDA
+        graph; of the last tokens alone there are few, so that a multiple of BLOCK is enough.
         """
-        more = length - len(self.ids)
-        self.ids += [0] * more
-        self.positions += [0] * more
-        self.ends += [length] * more
-        more = targets - len(self.rows)
-        self.rows += (row % length for row in range(more))
-        self.next_ids += [0] * more
-        self.weights += [0] * more
+        first, sizes, parents, starts, ends, weights = np.array(self.segments).T
+        rows, segment = np.arange(len(self.ids)), np.arange(len(first)).repeat(sizes)
+        ids = np.fromiter(self.ids, np.int64, len(rows))
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the columns by name."""
-        types = dict.fromkeys(("ids", "positions", "rows", "next_ids"), np.int64)
-        types |= {"ends": np.int32, "weights": np.float32}
-        # NumPy reads a list several times as fast as torch.tensor, which looks at each type.
-        columns = {name: np.array(getattr(self, name), dtype) for name, dtype in types.items()}
+        # A token is due at the row before it: a segment's first one at the parent's row.
+        due_at = rows - 1
+        due_at[first] = parents
+        due = due_at != ROOT
+        if last_only:
+            due &= rows == ends[segment] - 1
+        n = targets = int(due.sum())
+        if pad_targets:
+            targets = -(-n // BLOCK) * BLOCK if last_only else length
+        spare = np.arange(targets - n) % length  # for targets of no weight, each at its own row
+
+        columns = {
+            "ids": padded(ids, length),
+            "positions": padded(rows + (starts - first)[segment], length),
+            "ends": padded(ends[segment].astype(np.int32), length, length),
+            "rows": np.concatenate((due_at[due], spare)),
+            "next_ids": padded(ids[due], targets),
+            "weights": padded(weights[segment][due].astype(np.float32), targets),
+        }
         return {name: torch.from_numpy(column) for name, column in columns.items()}
+
+
+def padded(column: np.ndarray, length: int, value: int = 0) -> np.ndarray:
+    """Return the column with a value appended up to length."""
+    return np.pad(column, (0, length - len(column)), constant_values=value)
 
 
 @dataclass
@@ -323,7 +332,7 @@ def build_pack(
     trees: list[Tree], trunk: int, held: list[tuple[int, list[int]]], pad_to: int, last_only: bool
 ) -> Pack:
     """Return the pack of the held (tree, its branches): the trunk, then prefixes and branches."""
-    columns, leaves = _Columns(last_only), {}
+    columns, leaves = _Columns(), {}
     shapes = [_Shape.of(trees[t], group) for t, group in held]
     below = sum(shape.tokens[ROOT] for shape in shapes)
     tokens = trunk + sum(len(trees[t].prefix) - trunk for t, _ in held) + below
@@ -332,7 +341,7 @@ def build_pack(
     sequences = sum(shape.leaves[ROOT] for shape in shapes)
     beginning = trees[held[0][0]].prefix[:trunk]
     # All that follows continues the trunk, padding included.
-    root = columns.append(beginning, None, continued_by=length - trunk, weight=sequences)
+    root = columns.append(beginning, ROOT, continued_by=length - trunk, weight=sequences)
     for (t, group), shape in zip(held, shapes, strict=True):
         tree, above = trees[t], trees[t].above
         stem = tree.prefix[trunk:]
@@ -341,13 +350,8 @@ def build_pack(
             branch, parent = tree.branches[b], last[above[b]]
             last[b] = columns.append(branch, parent, shape.tokens[b], shape.leaves[b])
         leaves |= {(t, b): last[b] for b in group if not shape.tokens[b]}
-    # One number of targets for all packs of a length, so that they fit one CUDA graph; of the
-    # last tokens alone there are few, so that a multiple of BLOCK is enough.
-    targets = len(columns.rows)
-    if pad_to > 1:
-        targets = -(-targets // BLOCK) * BLOCK if last_only else length
-    columns.pad(length, targets)
-    return Pack(**columns.tensors(), leaves=leaves, tokens=tokens)
+    tensors = columns.tensors(length, last_only, pad_targets=pad_to > 1)
+    return Pack(**tensors, leaves=leaves, tokens=tokens)
 
 
 # ---- Filling packs

@@ -308,5 +308,5 @@ def test_the_chain_in_fp8(tmp_path, data_folder, wide):
     run("train.py", run=tmp_path, epochs=2, batch_size=8, pack_tokens=1024, fp8=True)
     for fp8 in (True, False):  # the adapter works on either
         run("evaluate.py", run=tmp_path, fp8=fp8)
-        results = read_json(tmp_path / "results.json")
+        results = read_json(tmp_path / ("results-fp8.json" if fp8 else "results.json"))
         assert results["table"]["trained"]["Recall@10"]["mean"] == 1.0
