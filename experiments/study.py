@@ -160,12 +160,17 @@ class Pace:
 
     def __init__(self, speeds: dict[str, float], path: Path, experiments: Sequence[Experiment]):
         self.speeds, self.path = speeds, path
-        self.stages = [s for each in experiments for s in stages_of(each.planned)[0]]
+        self.experiments = experiments
+        self.look_up()
         known = read_json(path) if path.is_file() else {}
         self.forecast = Forecast({key: Work(*parts) for key, parts in known.items()})
         self.works: dict[str, Work] = {}  # by the stages' keys
         # Seconds and estimated ones by kind, and by the stages' keys.
         self.seen: dict[str, dict[str, tuple[float, float]]] = {}
+
+    def look_up(self) -> None:
+        """Find out which stages there are by now: finished ones choose the settings of others."""
+        self.stages = [s for each in self.experiments for s in stages_of(each.planned)[0]]
 
     def work(self, stage: Stage) -> Work:
         """Return the tokens of a stage."""
@@ -231,6 +236,7 @@ class Study:
 
     def plan(self) -> list[Stage]:
         """Return the stages that are left, as far as they are known, the most important first."""
+        self.pace.look_up()
         left = [stage for each in self.experiments for stage in plan_of(each.planned)]
         if not self.settings.cpu_jobs:
             return list(dict.fromkeys(left))
