@@ -34,7 +34,7 @@ from ops.config import config_from
 from ops.fp8 import use_fp8
 from ops.int8 import Int8Linear, bitsandbytes_linear, replace_linears
 from ops.loss import CrossEntropy
-from ops.masks import QueryBlocks, as_additive, kernel_tiles
+from ops.masks import QueryBlocks, as_additive, kernel_tiles, with_copies
 from ops.packs import Pack
 
 # ---- Configuration
@@ -124,10 +124,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | QueryBloc
     if isinstance(mask, BlockMask):
         flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
         q, k = q.to(v.dtype), k.to(v.dtype)  # autocast leaves them in fp32 after the rotation
-        if grouped and torch.is_grad_enabled():
-            # The backward kernel visits all queries of a group one after the other.
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-            grouped = False
+        k, v = with_copies(k, mask), with_copies(v, mask)
         tiles = kernel_tiles(mask, v)
         return flex(q, k, v, block_mask=mask, enable_gqa=grouped, kernel_options=tiles)
 

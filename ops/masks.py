@@ -19,6 +19,9 @@ from torch.nn.attention.flex_attention import BlockMask
 BLOCK = 128  # queries and keys per block, FlexAttention's default
 SMALL_BLOCK = 64  # without gradients: fits the rule more tightly; some backward kernels refuse it
 
+# With gradients, the first keys are there once for every so many queries (split_spans).
+FIRST_KEYS, QUERIES_A_COPY = 2 * BLOCK, 1024
+
 
 def tree_rule(ends: Tensor) -> Callable:
     """Return a pack's attention rule: (batch, head, query, key) -> whether the query sees the key.
@@ -37,33 +40,70 @@ def block_mask(ends: Tensor, first: int = 0) -> BlockMask:
     """Return tree_rule for the queries from row `first` on, as a BlockMask.
 
     For each block of queries it lists the blocks of keys that are visible in part and as a whole.
-    Comparing the blocks' least and greatest ends is enough to decide that; evaluating the rule for
-    every pair of tokens would take a tenth of the time of scoring. Under no_grad the mask has
-    smaller blocks, which cannot be used where gradients are needed.
+    Comparing the blocks' least and greatest starts and ends is enough to decide that; evaluating
+    the rule for every pair of tokens would take a tenth of the time of scoring. Under no_grad the
+    mask has smaller blocks, which cannot be used where gradients are needed. With gradients, there
+    can be more keys than tokens: `with_copies` makes them.
     """
-    size = BLOCK if torch.is_grad_enabled() else SMALL_BLOCK
-    rows = torch.arange(len(ends), device=ends.device)
-    first_query, first_key = rows[first::size, None], rows[::size]
-    last_query = (first_query + size - 1).clamp(max=len(ends) - 1)
-    last_key = first_key + size - 1
-    least_end, greatest_end = F.pad(ends, (0, -len(ends) % size)).view(-1, size).aminmax(dim=1)
+    learn = torch.is_grad_enabled()
+    size = BLOCK if learn else SMALL_BLOCK
+    rows = torch.arange(len(ends), dtype=ends.dtype, device=ends.device)
+    rule, spans = tree_rule(ends), (rows, ends)
+    first_query = rows[first::size, None]
+    last_query = (first_query + size - 1).clamp(max=len(rows) - 1)
+    if learn and not first and len(rows) > QUERIES_A_COPY:
+        spans = split_spans(ends)
+        rule = span_rule(*spans)
+    blocks = (F.pad(span, (0, -len(span) % size)).view(-1, size).aminmax(dim=1) for span in spans)
+    (least_start, greatest_start), (least_end, greatest_end) = blocks
 
-    # Some pair is visible unless all keys come later, or all have ended before the first query.
-    some = (first_key <= last_query) & (greatest_end > first_query)
-    # All pairs are, if all keys come before the first query and none ends before the last.
-    whole = (last_key <= first_query) & (least_end > last_query)
+    # Some pair is visible unless all keys start later, or all have ended before the first query.
+    some = (least_start <= last_query) & (greatest_end > first_query)
+    # All pairs are, if all keys have started by the first query and none ends before the last.
+    whole = (greatest_start <= first_query) & (least_end > last_query)
 
     columns = []
     for blocks in (some & ~whole, whole):
         columns.append(blocks.sum(1, dtype=torch.int32))
         columns.append(blocks.int().argsort(dim=1, descending=True, stable=True).int())
-    rule = tree_rule(ends)
     return BlockMask.from_kv_blocks(
         *(column[None, None] for column in columns),  # one batch, one head
         BLOCK_SIZE=size,
         mask_mod=(lambda b, h, query, key: rule(b, h, query + first, key)) if first else rule,
-        seq_lengths=(len(ends) - first, len(ends)),
+        seq_lengths=(len(rows) - first, len(spans[0])),
     )
+
+
+def split_spans(ends: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each key's first query and the first one that no longer sees it, with copies.
+
+    A pack's first keys are the trunk's, which all queries see. The backward kernel visits the
+    queries of a block of keys one after the other, and everything would wait for these blocks. So
+    copies of the first keys follow the last one, each for its own QUERIES_A_COPY queries; gradients
+    of a key and its copies add up.
+    """
+    rows = torch.arange(len(ends), dtype=ends.dtype, device=ends.device)
+    starts = rows[QUERIES_A_COPY::QUERIES_A_COPY, None].expand(-1, FIRST_KEYS)
+    first_ends = ends[:FIRST_KEYS]
+    copies = first_ends.clamp(max=starts + QUERIES_A_COPY)
+    originals = first_ends.clamp(max=QUERIES_A_COPY)
+    return (
+        torch.cat((rows, starts.flatten())),
+        torch.cat((originals, ends[FIRST_KEYS:], copies.flatten())),
+    )
+
+
+def span_rule(starts: Tensor, ends: Tensor) -> Callable:
+    """Return the attention rule by which a key is seen from its start up to its end."""
+    return lambda _batch, _head, query, key: (starts[key] <= query) & (query < ends[key])
+
+
+def with_copies(x: Tensor, mask: BlockMask) -> Tensor:
+    """Return keys or values (B, K, T, D) followed by those copies of the first that a mask has."""
+    copies = (mask.seq_lengths[1] - x.shape[2]) // FIRST_KEYS
+    if copies <= 0:
+        return x
+    return torch.cat((x, x[:, :, :FIRST_KEYS].repeat(1, 1, copies, 1)), dim=2)
 
 
 def length_mask(positions: Tensor, slots: int) -> BlockMask:

@@ -11,12 +11,15 @@ from torch.nn.attention.flex_attention import flex_attention
 from llama import load_model
 from ops.masks import (
     BLOCK,
+    FIRST_KEYS,
+    QUERIES_A_COPY,
     SMALL_BLOCK,
     block_mask,
     kernel_tiles,
     length_mask,
     query_blocks,
     tree_rule,
+    with_copies,
 )
 from ops.packs import Tree, pack_trees
 from summarize import decode
@@ -70,15 +73,22 @@ def test_the_block_mask_covers_the_rule_and_asks_it_where_it_must(
 ):
     (pack,) = pack_trees(long_trees(n, branches, trunk), 99999, pad_to=256)
     rows = torch.arange(len(pack.ids))
-    seen = tree_rule(pack.ends)(None, None, rows[first:, None], rows[None])
     with torch.set_grad_enabled(training):
         mask = block_mask(pack.ends, first)
     assert set(mask.BLOCK_SIZE) == {size}
 
+    # The rule that it asks is the tree's, once the copies of keys are added to the keys.
+    keys = torch.arange(mask.seq_lengths[1])
+    seen = mask.mask_mod(None, None, rows[: len(rows) - first, None], keys[None])
+    times, copies = seen[:, : len(rows)].int(), seen[:, len(rows) :].int()
+    times[:, :FIRST_KEYS] += copies.view(len(seen), -1, FIRST_KEYS).sum(1)
+    expected = tree_rule(pack.ends)(None, None, rows[first:, None], rows[None])
+    assert torch.equal(times, expected.int())  # each pair once
+
     def blocks(dense):
         """Return a mask as (blocks of queries, blocks of keys, size, size)."""
         padded = F.pad(dense, (0, 0, 0, -len(dense) % size))
-        return padded.view(-1, size, len(rows) // size, size).transpose(1, 2)
+        return padded.view(-1, size, len(keys) // size, size).transpose(1, 2)
 
     tiles, real = blocks(seen), blocks(torch.ones_like(seen))
     asked, whole = torch.zeros(2, *tiles.shape[:2], dtype=torch.bool)
@@ -102,9 +112,45 @@ def test_flex_attention_with_the_block_mask_equals_the_dense_mask(training):
     seen = tree_rule(pack.ends)(None, None, rows[:, None], rows[None])
     q, k, v = torch.randn(3, 1, 2, len(rows), 16, generator=torch.Generator().manual_seed(0))
     with torch.set_grad_enabled(training):
-        found = flex_attention(q, k, v, block_mask=block_mask(pack.ends))
+        mask = block_mask(pack.ends)
+        assert (mask.seq_lengths[1] > len(rows)) == training
+        found = flex_attention(q, with_copies(k, mask), with_copies(v, mask), block_mask=mask)
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
     assert (found - expected).abs().max() < 1e-5
+
+
+def test_no_block_of_the_trunk_is_visited_by_more_queries_than_a_copy_s():
+    (pack,) = pack_trees(long_trees(40, 3, 200), 99999, pad_to=256)
+    mask = block_mask(pack.ends)
+    assert len(pack.ids) > 4 * QUERIES_A_COPY
+    visits = torch.zeros(mask.seq_lengths[1] // BLOCK, dtype=torch.int32)
+    for counts, order in (
+        (mask.kv_num_blocks, mask.kv_indices),
+        (mask.full_kv_num_blocks, mask.full_kv_indices),
+    ):
+        for n, blocks in zip(counts[0, 0], order[0, 0], strict=True):
+            visits[blocks[:n].long()] += 1
+    assert visits.max() == QUERIES_A_COPY // BLOCK
+
+
+def test_the_copies_gradients_add_up():
+    (pack,) = pack_trees(long_trees(12, 3, 150), 99999, pad_to=256)
+    rows = torch.arange(len(pack.ids))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, len(rows), 16, generator=generator) for _ in range(3))
+    mask, results = block_mask(pack.ends), []
+    keys = torch.arange(mask.seq_lengths[1])
+    for seen, copied in (
+        (tree_rule(pack.ends)(None, None, rows[:, None], rows[None]), False),
+        (mask.mask_mod(None, None, rows[:, None], keys[None]), True),
+    ):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        others = [with_copies(x, mask) if copied else x for x in leaves[1:]]
+        out = F.scaled_dot_product_attention(leaves[0], *others, attn_mask=seen)
+        out.square().sum().backward()
+        results.append([out.detach(), *(x.grad for x in leaves)])
+    for a, b in zip(*results, strict=True):
+        assert (a - b).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize(
