@@ -35,7 +35,7 @@ from models.chat import Form
 from models.hub import DTYPES, find_model, load_config, load_form, load_model
 from ops.cache import PrefixCache
 from ops.checkpoint import fingerprint
-from ops.graph import Graphs
+from ops.graph import Graphs, wanted
 from ops.masks import tree_mask
 from ops.packs import Pack, padded_rows
 from ops.transfer import HostCopy, on_device
@@ -74,7 +74,7 @@ class Settings(Shared):
         None, "tokens per pass (unset: 16384, on CPUs 4096)", numbers.positive
     )
     fp8: bool = option(False, "matrices in 8-bit floating point; GPUs from Ada on")
-    cuda_graphs: bool = option(False, "on a GPU, launch passes whole: for small models")
+    cuda_graphs: bool | None = option(None, "on a GPU, launch passes whole (unset: if it pays)")
     seed: int = option(0, "of intervals, popularity's ties, candidates", numbers.seed_number)
     scores: Path | None = option(None, "rank by a file's scores, like scores-test.jsonl", Path)
     report: bool = option(False, "write RUN/report.html too, for a browser")
@@ -180,17 +180,17 @@ class Scorer:
 
 @torch.no_grad()
 def scored(
-    model: Llama, packs: Iterable[Pack], vocabulary: Sequence[int], total=False, graphs=False
+    model: Llama, packs: Iterable[Pack], vocabulary: Sequence[int], total=False, graphs=None
 ) -> Iterator[tuple[Pack, list]]:
     """Yield (pack, fp32 logits of vocabulary after each leaf's last token), pack by pack.
 
     total: followed by the log of the sum of exp(logit) over the whole vocabulary. graphs: launch
-    passes as CUDA graphs (ops/graph.py).
+    passes as CUDA graphs (ops/graph.py); None: where it pays.
     """
     device = next(model.parameters()).device
     # The answers' columns are chosen on the device: a list as index would make the host wait.
     scorer = Scorer(model, on_device(torch.tensor(vocabulary), device), total)
-    passes = Graphs(device, graphs and not model.syncs_host)
+    passes = Graphs(device, wanted(graphs, model))
     split_tree, prefix = None, None  # the tree that spans packs, and its prefix in every layer
     running: deque[tuple[Pack, HostCopy]] = deque()
     for pack in packs:
@@ -215,7 +215,7 @@ def scored(
 
 
 def score_packs(
-    model: Llama, packs: Iterable[Pack], vocabulary: Sequence[int], graphs=False
+    model: Llama, packs: Iterable[Pack], vocabulary: Sequence[int], graphs=None
 ) -> dict:
     """Return {(tree, branch): fp32 logits of vocabulary after its last token} of all packs."""
     scores = {}
@@ -225,7 +225,7 @@ def score_packs(
 
 
 def score_users(
-    model: Llama, packs: Iterator[Pack], answers: Sequence[int], ranking: Ranking, graphs=False
+    model: Llama, packs: Iterator[Pack], answers: Sequence[int], ranking: Ranking, graphs=None
 ) -> tuple[list[Ranked], Counter]:
     """Score and rank this process's users; every process gets all users, and what was trimmed."""
     best = BEST if isinstance(ranking, CatalogueRanking) else None
@@ -251,7 +251,7 @@ class Validation:
     ranking: Ranking
     packs: list[Pack]  # of all users, on every process
     answers: Sequence[int]
-    graphs: bool = False
+    graphs: bool | None = None
 
     def recall(self, model: Llama, ks: Sequence[int]) -> dict[str, float]:
         """Return the recall at each k; the processes share the packs."""

@@ -52,7 +52,7 @@ from lora import LoRAConfig, apply_lora
 from models.chat import Form
 from models.hub import DTYPES, attention_names, find_model, load_form, load_model
 from ops.checkpoint import fingerprint
-from ops.graph import Graphs
+from ops.graph import Graphs, wanted
 from ops.packs import Pack, Tree
 from prepare.dataset import default_model, load_dataset
 from prepare.domains import wording
@@ -112,7 +112,7 @@ class Settings(Shared):
     fp8: bool = option(False, "frozen matrices in 8-bit floating point; GPUs from Ada on")
     shard: str = option("zero2", "gradients, zero3: weights too; or nothing", choices=SHARDS)
     activation_checkpointing: bool = option(False, "less memory, a third more time")
-    cuda_graphs: bool = option(False, "on a GPU, launch passes whole: for small models")
+    cuda_graphs: bool | None = option(None, "on a GPU, launch passes whole (unset: if it pays)")
     deterministic: bool = option(False, "on a GPU, the same bits each time; slower")
     dry_run: bool = option(False, "report what the run will take, and stop")
     save_every: int = option(50, "steps between checkpoints within an epoch", numbers.positive)
@@ -187,15 +187,15 @@ def shard(model: Llama, device: torch.device, mode: str) -> None:
 class Passes:
     """A model's passes over packs: forward, and backward into the gradients."""
 
-    def __init__(self, model: Llama, mode: str = "zero2", autocast=False, graphs=False):
+    def __init__(self, model: Llama, mode: str = "zero2", autocast=False, graphs=None):
         self.model, self.mode, self.autocast = model, mode, autocast
         self.device, (_, self.world) = next(model.parameters()).device, ranks()
         self.sharded = isinstance(model, FSDPModule)
         fuses = self.device.type == "cuda" and not self.sharded
         self.fused = True if fuses else None  # the optimizer's kernels; None: its own choice
         # Recomputed layers restore the state of random numbers, which no graph can.
-        graphs = graphs and not (self.sharded or model.model.checkpointing)
-        self.graphs = Graphs(self.device, graphs)
+        possible = not model.model.checkpointing
+        self.graphs = Graphs(self.device, possible and wanted(graphs, model))
         if self.graphs.enabled:  # graphs add to gradients where they were
             for parameter in trainable(model).values():
                 parameter.grad = torch.zeros_like(parameter)
@@ -349,8 +349,8 @@ class Trainer:
         except torch.OutOfMemoryError:
             n, length, batch = len(step.packs), len(step.packs[0].ids), settings.batch_size
             what = f"a pack of {length} tokens, {n} of them in a batch of {batch}"
-            graphs = settings.cuda_graphs
-            less = "leave --cuda-graphs out" if graphs else "add --activation-checkpointing"
+            graphs = self.passes.graphs.enabled
+            less = f"add --{'no-cuda-graphs' if graphs else 'activation-checkpointing'}"
             way = f"lower --pack-tokens, or {less}"
             raise InputError(f"out of memory with {what}; {way}") from None
         except FloatingPointError as error:

@@ -60,17 +60,17 @@ train             150  train llama-2-7b --batches 1 12 --repeats 1
 score             100  score llama-2-7b --users 400 --repeats 1
 train-fp8         100  train llama-2-7b --fp8 --no-peer --repeats 2
 score-fp8          75  score llama-2-7b --fp8 --users 400 --repeats 1
-train-100m         75  train 100m --cuda-graphs --batches 1 32 --repeats 2
-score-100m         60  score 100m --cuda-graphs --users 1000
-train-smollm2      75  train smollm2-135m --cuda-graphs --batches 1 32 --repeats 2
-score-smollm2      65  score smollm2-135m --cuda-graphs --users 1000
+train-100m         75  train 100m --batches 1 32 --repeats 2
+score-100m         60  score 100m --users 1000
+train-smollm2      75  train smollm2-135m --batches 1 32 --repeats 2
+score-smollm2      65  score smollm2-135m --users 1000
 summarize         105  summarize llama-2-7b 700-TO-128 --prompts 256 --batches 64 --repeats 1
 train-amazon      100  train llama-2-7b --work amazon --batches 1 6 8 --users 24 --repeats 1
 score-amazon       70  score llama-2-7b --work amazon --users 128 --repeats 1
 train-fp8-amazon   65  train llama-2-7b --work amazon --fp8 --no-peer --users 24 --repeats 1
 score-fp8-amazon   60  score llama-2-7b --work amazon --fp8 --no-peer --users 128 --repeats 1
-train-launched     45  train 100m --no-peer
-score-launched     40  score 100m --no-peer --users 1000
+train-launched     45  train 100m --no-cuda-graphs --no-peer
+score-launched     40  score 100m --no-cuda-graphs --no-peer --users 1000
 negatives         180  train llama-2-7b --negatives 1 3 7 15 31 --users 16 --repeats 1
 deterministic      75  train llama-2-7b --deterministic --no-peer --repeats 2
 summarize-30b     120  summarize llama-30b 700-TO-128 --int8 --prompts 64 --batches 16 \

@@ -65,7 +65,9 @@ class PackSettings(Settings):
     pack_tokens: int | None = option(
         None, "tokens in a forward pass (unset: as in the script)", positive
     )
-    cuda_graphs: bool = option(False, "on a GPU, launch passes whole, as in the script")
+    cuda_graphs: bool | None = option(
+        None, "on a GPU, launch passes whole, as in the script (unset: if it pays)"
+    )
     no_compile: bool = option(False, "on a GPU, do not compile the layers")
 
 

@@ -1,7 +1,7 @@
 """Where the time of a step goes: the GPU's by kind of kernel, and the host's.
 
     python -m bench.profile --shape 100m --what train
-    python -m bench.profile --shape 100m --what train --cuda-graphs
+    python -m bench.profile --shape 100m --what train --no-cuda-graphs
     python -m bench.profile --shape llama-2-7b --layers 8 --what score --kernels 10
 
 A step is an optimizer step of bench.train, or the scoring of some users of bench.score. Its time is

@@ -90,7 +90,7 @@ class Ours:
     batching: Batching
     weights: int  # of the layers
     tail: int  # of these, those of the last layer's second half
-    graphs: bool
+    graphs: bool | None
 
     @classmethod
     def of(cls, settings: Settings, model: Llama, device: torch.device) -> "Ours":

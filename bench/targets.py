@@ -69,7 +69,9 @@ class Settings:
         None, "shape of the model to time", choices=tuple(SHAPES), group="time"
     )
     timed_users: int = option(4, "users of a timed step", positive)
-    cuda_graphs: bool = option(False, "on a GPU, launch passes whole, as in train.py")
+    cuda_graphs: bool | None = option(
+        None, "on a GPU, launch passes whole, as in train.py (unset: if it pays)"
+    )
     repeats: int = option(3, "timings; the median counts", positive)
 
 

@@ -57,8 +57,9 @@ def typed() -> str:
 def option(default: object, help: str, type: Callable | None = None, group: str = "", **more):
     """Return a dataclass field that is a flag of that default, help and type.
 
-    A False default makes a switch. group: the heading in --help, for this field and those after
-    it. more: as for argparse's add_argument.
+    A False default makes a switch; a field that can be on, off or unset (`bool | None`) has a --no-
+    form too. group: the heading in --help, for this field and those after it. more: as for
+    argparse's add_argument.
     """
     flag = more | {"help": help} | ({"type": type} if type else {})
     return field(default=default, metadata={"flag": flag, "group": group})
@@ -150,6 +151,8 @@ def parse_settings(form: type[Settings], description: str) -> Settings:
             # torchrun reads --run as an abbreviation of its own --run-path.
             names.append("--run-dir")
         switch = {"action": "store_true"} if setting.default is False else {}
+        if setting.type == bool | None:
+            switch = {"action": argparse.BooleanOptionalAction}
         group.add_argument(*names, default=setting.default, **name_of_value(flag), **flag, **switch)
     asked = vars(parser.parse_args())
     if issubclass(form, Shared):

@@ -9,9 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, cuda
+from torch import Tensor, cuda, nn
+from torch.distributed.fsdp import FSDPModule
 
 from ops.transfer import on_device, pinned
+
+SMALL = 1e9  # weights up to which the host takes longer to launch a kernel than a GPU to run it
 
 
 class StepGraph:
@@ -32,6 +35,16 @@ class StepGraph:
         """Run the step and return its output, which the next replay overwrites."""
         self.graph.replay()
         return self.output
+
+
+def wanted(asked: bool | None, model: nn.Module) -> bool:
+    """Return whether to launch a model's passes as graphs: as asked, else if it is small.
+
+    Never if its layers wait for the GPU, or exchange weights with other processes.
+    """
+    if asked is None:
+        asked = sum(p.numel() for p in model.parameters()) < SMALL
+    return asked and not (model.syncs_host or isinstance(model, FSDPModule))
 
 
 def is_gpu(device: torch.device) -> bool:

@@ -11,12 +11,13 @@ import ops.graph
 import ops.masks
 from batches.steps import Step
 from evaluate import score_packs
+from launch.command import parse_settings
 from llama import compile_layers, load_model
 from lora import LoRAConfig, adapter_tensors, apply_lora
-from ops.graph import Graphs
+from ops.graph import Graphs, wanted
 from ops.masks import block_mask, tree_rule
 from ops.packs import Pack, pack_trees
-from train import Passes, train_step
+from train import Passes, Settings, train_step
 
 
 @pytest.fixture
@@ -115,6 +116,20 @@ def test_later_shapes_share_the_memory_of_earlier_ones(cuda):
         graphed(torch.zeros(n))
         cuda.free = min(cuda.free, 0.3 * cuda.needed if cuda.graphs else cuda.free)
     assert len(cuda.graphs) == 2
+
+
+def test_small_models_have_graphs_unless_asked_not_to(tiny, monkeypatch):
+    assert [wanted(asked, tiny) for asked in (None, True, False)] == [True, True, False]
+    monkeypatch.setattr("ops.graph.SMALL", 1000)
+    assert [wanted(asked, tiny) for asked in (None, True, False)] == [False, True, False]
+    monkeypatch.setattr(tiny, "syncs_host", True)
+    assert not wanted(True, tiny)
+
+
+@pytest.mark.parametrize(("flags", "asked"), [((), None), (("",), True), (("no-",), False)])
+def test_the_flag_can_be_on_off_or_unset(monkeypatch, flags, asked):
+    monkeypatch.setattr("sys.argv", ["train.py", *(f"--{no}cuda-graphs" for no in flags)])
+    assert parse_settings(Settings, "").cuda_graphs is asked
 
 
 def test_the_emulation_refuses_what_makes_the_host_wait(cuda):
@@ -272,7 +287,8 @@ def test_real_graphs_score_as_separate_launches_do(wide, compiled):
 @pytest.mark.parametrize("graphs", [False, True])
 def test_deterministic_runs_are_equal_to_the_bit(tmp_path, data_folder, wide, graphs):
     common = {"data": data_folder, "model": wide, "paradigm": "recent-only", "lr": 0.01}
-    common |= {"epochs": 2, "batch_size": 8, "pack_tokens": 1024, "cuda_graphs": graphs}
+    common |= {"epochs": 2, "batch_size": 8, "pack_tokens": 1024}
+    common |= {"cuda_graphs" if graphs else "no_cuda_graphs": True}
     adapters = []
     for name in ("one", "two"):
         run("train.py", run=tmp_path / name, deterministic=True, **common)
