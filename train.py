@@ -14,8 +14,7 @@ RUN/checkpoint/.
 import launch.waiting  # noqa: F401  # before torch
 import math
 import signal
-import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +29,6 @@ from batches.prompts import Batching, Ranking, tokenize
 from batches.steps import Step, check_batch_size, make_step, step_batches
 from batches.stream import user_packs
 from evaluate import Validation, make_recommender
-from files.jsonl import append_jsonl
 from launch import announce, numbers
 from launch.command import Shared, option, parse_settings, tell_next
 from launch.embedded import DATA, MODEL, make_missing
@@ -45,7 +43,7 @@ from launch.processes import (
     same_bits,
     sum_gradients,
 )
-from launch.progress import StepBar
+from launch.progress import StepBar, StepLog
 from launch.together import check_together
 from llama import Llama, compile_layers
 from lora import LoRAConfig, apply_lora
@@ -54,9 +52,11 @@ from models.hub import DTYPES, attention_names, find_model, load_form, load_mode
 from ops.checkpoint import fingerprint
 from ops.graph import Graphs, wanted
 from ops.packs import Pack, Tree
+from ops.transfer import HostCopy
 from prepare.dataset import default_model, load_dataset
 from prepare.domains import wording
 from state.checkpoint import (
+    Progress,
     epochs_done,
     gather_full,
     load_checkpoint,
@@ -227,47 +227,46 @@ class Passes:
         return loss
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """Loss and gradient norm of a step of all processes, on their way from the device."""
+
+    values: HostCopy
+
+    def read(self) -> tuple[float, float]:
+        """Wait for them and return them; FloatingPointError if one is not finite."""
+        loss, norm = self.values.tolist()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
+        return loss, norm
+
+
 def train_step(
     passes: Passes, optimizer: torch.optim.Optimizer, step: Step, max_grad_norm: float = 1.0
-) -> tuple[float, float]:
-    """Update the model; return (loss, gradient norm) of the whole step on all processes.
-
-    Raises FloatingPointError, before the update, for a loss or a gradient that is not finite.
-    """
+) -> Outcome:
+    """Update the model, unless loss or gradient are not finite; return both."""
     # Gradients of this process's packs, then of all processes'; FSDP adds them up by itself.
     loss, parameters = passes.over(step), trainable(passes.model).values()
-    if dist.is_initialized() and not passes.sharded:
-        sum_gradients(list(parameters))
+    if dist.is_initialized():
+        dist.all_reduce(loss)
+        if not passes.sharded:
+            sum_gradients(list(parameters))
 
-    # Clip, and refuse to update on what is not finite. A fused update checks that by itself, so
-    # that the GPU has it to do while the host waits for the loss.
+    # A fused update looks by itself whether all is finite, so that the host need not wait.
     limit = max_grad_norm or math.inf
     norm = gather_full(torch.nn.utils.clip_grad_norm_(parameters, limit))
-    both, fused = torch.stack((loss, norm)), optimizer.defaults["fused"]
-    if fused:
+    both = torch.stack((loss, norm))
+    outcome = Outcome(HostCopy(both))
+    if optimizer.defaults["fused"]:
         optimizer.found_inf = 1.0 - both.isfinite().all().float()
-        optimizer.step()
-    loss, norm = both.tolist()
-    loss = all_reduce(loss, passes.device)
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
-    if not fused:
-        optimizer.step()
+    else:
+        outcome.read()
+    optimizer.step()
     optimizer.zero_grad(set_to_none=not passes.graphs.enabled)  # frees their memory
-    return loss, norm
+    return outcome
 
 
 # ---- The loop
-
-
-@dataclass
-class Progress:
-    """How far a run is; a checkpoint keeps it."""
-
-    step: int = 0  # optimizer steps done
-    epoch: int = 0  # epochs done
-    batch: int = 0  # steps done of the epoch that is under way
-    best: float = -1.0  # the best sum of validation recalls
 
 
 class Trainer:
@@ -293,9 +292,8 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(trainable(model).values(), **options)
         show = self.rank == 0
         found = load_checkpoint(settings.run, model, self.optimizer, self.device, show)
-        self.progress = Progress(**found or {})
+        self.progress = found or Progress()
         self.signals: list[int] = []  # received: SIGTERM and Ctrl-C
-        self.bar: StepBar | None = None  # of the first process
 
     def fit(self) -> None:
         """Train, with a line in metrics.jsonl per step and per epoch."""
@@ -308,10 +306,11 @@ class Trainer:
         settings, sizes = self.settings, [len(tree.leaves) for tree in self.trees]
         shape = sizes, settings.batch_size, settings.seed
         epochs = [step_batches(*shape, epoch) for epoch in range(settings.epochs)]
+        bar = None
         if self.rank == 0:
             tokens = sum(tree.size for tree in self.trees)
-            total = sum(map(len, epochs))
-            self.bar = StepBar(total, self.progress.step, tokens, self.device)
+            bar = StepBar(sum(map(len, epochs)), self.progress.step, tokens, self.device)
+        self.log = StepLog(settings, self.users, bar)
         for batches in epochs[self.progress.epoch :]:
             self.train_epoch(batches[self.progress.batch :])  # what is left of it
             self.end_epoch()
@@ -319,51 +318,36 @@ class Trainer:
     def train_epoch(self, batches: list[list[int]]) -> None:
         """Make the epoch's remaining steps; stop between two if a signal came."""
         settings, progress = self.settings, self.progress
+        self.log.begin()
         steps = (make_step(self.trees, b, settings.loss, self.batching) for b in batches)
         for step in prefetch(steps):  # packs are filled while the GPU works on the last ones
-            began = time.perf_counter()
-            loss, norm = self.update(step)
+            self.log.launch(progress.step + 1, progress.epoch + 1, step, partial(self.update, step))
             progress.step += 1
             progress.batch += 1  # where a resumed epoch begins
-            speed = step.tokens / (time.perf_counter() - began)
-            self.log(loss=loss, grad_norm=norm, lr=settings.lr, tokens_per_second=speed)
-            if self.bar:  # the first process shows it
-                self.bar.step(progress.epoch + 1, loss, settings.lr, speed)
 
             # Checkpoint now and then, and before stopping.
             stop = all_reduce(len(self.signals), self.device, dist.ReduceOp.MAX)
             if stop or progress.step % settings.save_every == 0:
+                self.log.settle()
                 self.save()
             if stop:
                 what = f"stopped after step {progress.step}"
                 raise InputError(f"{what}; the same command resumes from there")
+        self.log.settle()
 
-    def update(self, step: Step) -> tuple[float, float]:
-        """Make one optimizer step; InputError if memory runs out or the loss is not finite."""
-        settings = self.settings
+    def update(self, step: Step) -> Outcome:
+        """Make one optimizer step."""
         # Dropout depends on the step alone, so that a resumed run has the same.
-        seed = (settings.seed * 1_000_003 + self.progress.step) * 4096 + self.rank
+        seed = (self.settings.seed * 1_000_003 + self.progress.step) * 4096 + self.rank
         torch.manual_seed(seed % 2**64)
-        try:
-            return train_step(self.passes, self.optimizer, step, settings.max_grad_norm)
-        except torch.OutOfMemoryError:
-            n, length, batch = len(step.packs), len(step.packs[0].ids), settings.batch_size
-            what = f"a pack of {length} tokens, {n} of them in a batch of {batch}"
-            graphs = self.passes.graphs.enabled
-            less = f"add --{'no-cuda-graphs' if graphs else 'activation-checkpointing'}"
-            way = f"lower --pack-tokens, or {less}"
-            raise InputError(f"out of memory with {what}; {way}") from None
-        except FloatingPointError as error:
-            who = ", ".join(self.users[u].user for u in step.users)
-            way = f"lower --lr, or look at the data of its users: {who}"
-            raise InputError(f"step {self.progress.step + 1}: {error}; {way}") from None
+        return train_step(self.passes, self.optimizer, step, self.settings.max_grad_norm)
 
     def end_epoch(self) -> None:
         """Validate, and keep the model if it is the best so far."""
         progress, recall = self.progress, self.validate()
         total = sum(recall.values())
         best = total > progress.best  # a tie keeps the earlier epoch
-        self.log(validation=recall)
+        self.log.validated(progress.step, progress.epoch + 1, recall, best)
         # The checkpoint comes last, so that a run killed here validates again.
         progress.epoch, progress.batch = progress.epoch + 1, 0
         progress.best = max(progress.best, total)
@@ -373,10 +357,6 @@ class Trainer:
             adapter = settings.lora if settings.lora_r else None
             save_best(settings.run, self.model, adapter, settings.model, base, settings.dtype)
         self.save()
-        if self.bar:
-            values = ", ".join(f"{name} {value:.4f}" for name, value in recall.items())
-            note = ", best so far" if best else ""
-            self.bar.write(f"epoch {progress.epoch}: validation {values}{note}")
 
     def validate(self) -> dict[str, float]:
         """Return the validation recall at each k."""
@@ -390,16 +370,9 @@ class Trainer:
                 module.reshard()
         return recall
 
-    def log(self, **record) -> None:
-        """Append a line to metrics.jsonl."""
-        if self.rank == 0:
-            place = {"step": self.progress.step, "epoch": self.progress.epoch + 1}
-            append_jsonl(self.settings.run / "metrics.jsonl", place | record)
-
     def save(self) -> None:
         """Write a checkpoint."""
-        progress = asdict(self.progress)
-        save_checkpoint(self.settings.run, self.model, self.optimizer, progress, self.rank)
+        save_checkpoint(self.settings.run, self.model, self.optimizer, self.progress, self.rank)
 
 
 # ---- The command

@@ -127,7 +127,7 @@ def train(task: Task, fp8: str | None, seed: int) -> tuple[list[float], dict[str
             step = make_step(task.trees, users, settings.loss, task.batching)
             torch.manual_seed(seed * 1_000_003 + len(losses))  # of dropout
             try:
-                losses.append(train_step(passes, optimizer, step)[0])
+                losses.append(train_step(passes, optimizer, step).read()[0])
             except FloatingPointError as error:
                 raise trsr.InputError(f"step {len(losses) + 1}: {error}; lower --lr") from None
     return losses, {name: tensor.detach().clone() for name, tensor in adapter.items()}

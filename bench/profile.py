@@ -71,7 +71,7 @@ class Settings(common.PackSettings):
 
     what: str = option("train", "what a step does", choices=("train", "score"))
     users: int | None = option(None, "users in a step (unset: 32 on GPUs, 4 on CPUs)", positive)
-    steps: int = option(3, "steps to profile", positive)
+    steps: int = option(4, "steps to time and to profile together", positive)
     kernels: int = option(0, "longest kernels to list by name", natural)
 
 
@@ -79,9 +79,9 @@ class Settings(common.PackSettings):
 
 
 class Work(NamedTuple):
-    """A step, to be repeated, and its packs."""
+    """What makes so many steps, and the packs of one."""
 
-    step: Callable[[], object]
+    steps: Callable[[int], object]
     packs: list[Pack]
     examples: int
 
@@ -94,7 +94,12 @@ def make_work(settings: Settings, device: torch.device, dtype: torch.dtype) -> W
     if settings.what == "score":
         made = score.Settings(**shared, users=users)
         scorer, trees = score.Ours.of(made, model, device), random_trees(made, users, CANDIDATES)
-        return Work(lambda: scorer.score(trees), list(scorer.packs(trees)), users * CANDIDATES)
+
+        def score_often(times: int) -> None:
+            for _ in range(times):
+                scorer.score(trees)
+
+        return Work(score_often, list(scorer.packs(trees)), users * CANDIDATES)
 
     made = train.Settings(**shared, users=users)
     train.make_trainable(made, model, device)
@@ -167,13 +172,12 @@ class Event(NamedTuple):
     on_gpu: bool
 
 
-def observed(step: Callable[[], object], steps: int, device: torch.device) -> list[Event]:
+def observed(make: Callable[[int], object], steps: int, device: torch.device) -> list[Event]:
     """Return the profiler's events of some steps."""
     gpu = device.type == "cuda"
     activities = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[activities.CUDA if gpu else activities.CPU]) as profile:
-        for _ in range(steps):
-            step()
+        make(steps)
         if gpu:
             torch.cuda.synchronize()
 
@@ -252,10 +256,10 @@ def main() -> None:
     dtype = torch.bfloat16 if gpu else torch.float32
     work = make_work(settings, device, dtype)
     cost = Cost.of(Config(**settings.fields), work.packs, settings.what, dtype.itemsize)
-    for _ in range(3):  # compiles, captures and lets the allocator settle
-        work.step()
-    wall = seconds(work.step, device, settings.repeats)
-    seen = Seen.of(observed(work.step, settings.steps, device), settings.steps, wall, gpu)
+    work.steps(3)  # compiles, captures and lets the allocator settle
+    n = settings.steps
+    wall = seconds(partial(work.steps, n), device, settings.repeats) / n
+    seen = Seen.of(observed(work.steps, n, device), n, wall, gpu)
     rates = ceiling(device, dtype), copy_rate(device)
 
     where = f"{settings.precision(dtype)} on {device_name(device, 1)}, torch {torch.__version__}"

@@ -196,7 +196,8 @@ class Timer:
         if self.device.type == "cuda":
             return ours.measure(self.settings.repeats)
         step = ours.make()  # once, because in train.py a thread packs meanwhile
-        return len(ours.examples) / cpu_seconds(lambda: ours.update(step), self.settings.repeats)
+        took = cpu_seconds(lambda: ours.update(step).read(), self.settings.repeats)
+        return len(ours.examples) / took
 
     def wrapped(self, tree: Tree) -> Tree:
         """Return the tree with ids that the model has."""

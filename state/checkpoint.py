@@ -5,6 +5,7 @@ header, the progress.
 """
 
 import json
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -19,7 +20,15 @@ from lora import LoRAConfig, save_adapter
 from state.origin import write_origin
 from trsr import InputError
 
-PROGRESS = ("step", "epoch", "batch", "best")  # the fields of a checkpoint's progress
+
+@dataclass
+class Progress:
+    """How far a run is; a checkpoint keeps it."""
+
+    step: int = 0  # optimizer steps done
+    epoch: int = 0  # epochs done
+    batch: int = 0  # steps done of the epoch that is under way
+    best: float = -1.0  # the best sum of validation recalls
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -46,8 +55,8 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
 # ---- The checkpoint
 
 
-def save_checkpoint(run: Path, model: nn.Module, optimizer, progress: dict, rank: int) -> None:
-    """Write the state after progress["step"] steps, then remove older ones."""
+def save_checkpoint(run: Path, model: nn.Module, optimizer, progress: Progress, rank: int) -> None:
+    """Write the state after progress.step steps, then remove older ones."""
     tensors = {}
     for name, parameter in trainable(model).items():
         assert parameter in optimizer.state, f"{name} has no optimizer state"
@@ -57,15 +66,15 @@ def save_checkpoint(run: Path, model: nn.Module, optimizer, progress: dict, rank
 
     if rank == 0:
         (run / "checkpoint").mkdir(exist_ok=True)
-        path = run / "checkpoint" / f"step-{progress['step']:08d}.safetensors"
-        write_tensors(tensors, path, {"progress": json.dumps(progress)})
+        path = run / "checkpoint" / f"step-{progress.step:08d}.safetensors"
+        write_tensors(tensors, path, {"progress": json.dumps(asdict(progress))})
         for old in set(path.parent.iterdir()) - {path}:
             old.unlink()
 
 
 def load_checkpoint(
     run: Path, model: nn.Module, optimizer, device: torch.device, show: bool = True
-) -> dict | None:
+) -> Progress | None:
     """Restore model and optimizer from the newest intact checkpoint.
 
     Returns its progress, None if there is no checkpoint. show: name the files that are skipped.
@@ -95,7 +104,9 @@ def epochs_done(run: Path) -> int | None:
     return None
 
 
-def read_checkpoint(path: Path, trained: dict[str, nn.Parameter]) -> tuple[dict, dict[str, Tensor]]:
+def read_checkpoint(
+    path: Path, trained: dict[str, nn.Parameter]
+) -> tuple[Progress, dict[str, Tensor]]:
     """Return (progress, tensors) of a checkpoint; raise if it is broken or of another model."""
     with safe_open(path, framework="pt") as file:
         progress = dict(json.loads(file.metadata()["progress"]))
@@ -107,7 +118,7 @@ def read_checkpoint(path: Path, trained: dict[str, nn.Parameter]) -> tuple[dict,
     shapes = {key: t.shape for key, t in tensors.items() if t.is_floating_point()}
     if shapes != expected:
         raise KeyError("of another model")
-    return {name: progress[name] for name in PROGRESS}, tensors
+    return Progress(**{field.name: progress[field.name] for field in fields(Progress)}), tensors
 
 
 def restore(

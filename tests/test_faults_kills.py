@@ -21,7 +21,7 @@ from helpers import (
 
 from llama import load_model
 from lora import AdapterError, LoRAConfig, adapter_tensors, apply_lora, load_adapter, save_adapter
-from state.checkpoint import load_checkpoint, save_checkpoint, write_tensors
+from state.checkpoint import Progress, load_checkpoint, save_checkpoint, write_tensors
 
 # ---- Kills while a file is written
 
@@ -82,7 +82,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
 
         def work(n, begun=begun):
             mark.fill_(begun + n)
-            progress = {"step": begun + n, "epoch": 0, "batch": 0, "best": 0.0}
+            progress = Progress(step=begun + n, best=0.0)
             save_checkpoint(tmp_path, model, optimizer, progress, 0)
 
         # Every other time, once the next checkpoint has been begun: most likely within it.
@@ -90,12 +90,12 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
         killed_at_work(work, lambda n: n >= enough and (not within or unfinished()))  # noqa: B023
         left = unfinished()
         found = load_checkpoint(tmp_path, model, optimizer, CPU)
-        assert found["step"] >= begun + enough
-        assert (mark == found["step"]).all()  # what is loaded was written as a whole
+        assert found.step >= begun + enough
+        assert (mark == found.step).all()  # what is loaded was written as a whole
         shown = capsys.readouterr().out
         for path in left:
             assert f"{path}: ignored, its writing was interrupted" in shown
-        kills, begun, torn = kills + 1, found["step"], torn + bool(left)
+        kills, begun, torn = kills + 1, found.step, torn + bool(left)
     assert begun > kills
     print(f"of {kills} kills, {torn} were in the middle of writing a checkpoint")
 

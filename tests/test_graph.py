@@ -157,7 +157,7 @@ def test_training_with_graphs_equals_training_without(
         for i in range(6):  # of two packs each, as different steps have different ones
             torch.manual_seed(i)
             step = step_of([packs[i], packs[(i + 1) % 6]])
-            values.append(train_step(passes, optimizer, step, 0.5))
+            values.append(train_step(passes, optimizer, step, 0.5).read())
         found.append((values, [p.detach().clone() for p in adapter_tensors(model).values()]))
     (plain, expected), (graphed, adapter) = found
     assert len({loss for loss, _ in plain}) == 6
@@ -174,7 +174,7 @@ def test_full_training_in_autocast_reads_the_weights_of_the_last_update(model_fo
         model = load_model(model_folder, CPU, torch.float32).train().requires_grad_(True)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         passes = Passes(model, autocast=True, graphs=graphs)
-        found.append([train_step(passes, optimizer, step_of([pack])) for pack in packs * 2])
+        found.append([train_step(passes, optimizer, step_of([p])).read() for p in packs * 2])
     plain, graphed = map(torch.tensor, found)
     assert plain[0, 0] - plain[3, 0] > 1e-2  # it learns
     assert (plain - graphed).abs().max() < 1e-4
@@ -190,7 +190,7 @@ def test_a_step_that_is_not_finite_changes_nothing(model_folder, fused):
     step = step_of([pack])
     pack.weights[5] = torch.nan
     with pytest.raises(FloatingPointError, match="loss nan"):
-        train_step(passes, optimizer, step)
+        train_step(passes, optimizer, step).read()
     for p, q in zip(before, adapter_tensors(model).values(), strict=True):
         assert torch.equal(p, q)
 
@@ -262,7 +262,7 @@ def test_real_graphs_train_as_their_emulation_does(wide, compiled, dropout):
         for i in range(6):
             torch.manual_seed(i)
             step = step_of([packs[i], packs[(i + 1) % 6]])
-            values.append(train_step(passes, optimizer, step, 0.5))
+            values.append(train_step(passes, optimizer, step, 0.5).read())
         found.append(torch.tensor(values))
         assert len(passes.graphs.captured) == graphs
     plain, graphed = found

@@ -6,7 +6,7 @@ from helpers import CPU, random_ids
 
 from llama import load_model
 from lora import LoRAConfig, adapter_tensors, apply_lora
-from state.checkpoint import load_checkpoint, save_checkpoint, save_model, trainable
+from state.checkpoint import Progress, load_checkpoint, save_checkpoint, save_model, trainable
 from trsr import InputError
 
 
@@ -28,7 +28,7 @@ def step(model, optimizer):
 
 
 def progress(number):
-    return {"step": number, "epoch": 0, "batch": number, "best": -1.0}
+    return Progress(step=number, batch=number)
 
 
 @pytest.mark.parametrize("fused", [None, True])
