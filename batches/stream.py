@@ -17,6 +17,7 @@ from launch.processes import ranks, share_out
 from ops.packs import Pack, Tree, pack_trees, stream_length
 
 USERS_PACKED = 64  # users whose prompts are packed together
+FULL = 0.95  # of a pack's length: it waits for no more users
 
 
 def stream_packs(trees: Iterable[tuple[int, Tree]], n: int, batching: Batching) -> Iterator[Pack]:
@@ -36,8 +37,11 @@ def stream_packs(trees: Iterable[tuple[int, Tree]], n: int, batching: Batching) 
         packs = pack_trees(ready, length, min(length, batching.pad_to))
 
         # The last two packs are the emptiest: their users wait for others to fill them.
-        waiting = [] if count == n else [p for p in packs[-2:] if not p.shared_prefix]
-        for pack in packs[: len(packs) - len(waiting)]:
+        last, waiting = len(packs) - 2 if count < n else len(packs), []
+        for i, pack in enumerate(packs):
+            if i >= last and not pack.shared_prefix and pack.tokens < FULL * length:
+                waiting.append(pack)
+                continue
             leaves = {(held[t][0], branch): row for (t, branch), row in pack.leaves.items()}
             yield replace(pack, leaves=leaves)
         left = dict.fromkeys(t for pack in waiting for t, _ in pack.leaves)

@@ -60,9 +60,9 @@ train             150  train llama-2-7b --batches 1 12 --repeats 1
 score             100  score llama-2-7b --users 400 --repeats 1
 train-fp8         100  train llama-2-7b --fp8 --no-peer --repeats 2
 score-fp8          75  score llama-2-7b --fp8 --users 400 --repeats 1
-train-100m         75  train 100m --batches 1 32 --repeats 2
+train-100m         75  train 100m --pack-tokens 16384 --batches 1 32 --repeats 2
 score-100m         60  score 100m --users 1000
-train-smollm2      75  train smollm2-135m --batches 1 32 --repeats 2
+train-smollm2      75  train smollm2-135m --pack-tokens 16384 --batches 1 32 --repeats 2
 score-smollm2      65  score smollm2-135m --users 1000
 summarize         105  summarize llama-2-7b 700-TO-128 --prompts 256 --batches 64 --repeats 1
 train-amazon      100  train llama-2-7b --work amazon --batches 1 6 8 --users 24 --repeats 1

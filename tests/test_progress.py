@@ -61,7 +61,7 @@ def test_what_is_not_finite_is_told_of_with_its_own_step_and_users(tmp_path):
     _, launch = steplog(tmp_path)
     launch(1, 0.5, 1.0)
     launch(2, math.nan, 1.0)
-    with pytest.raises(InputError, match="step 2: loss nan.*its users: u2$"):
+    with pytest.raises(InputError, match=r"step 2: loss nan.*its users: u2$"):
         launch(3, 0.5, 1.0)
     assert told(tmp_path) == [1]
 
