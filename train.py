@@ -90,6 +90,7 @@ class Settings(Shared):
     targets: int = option(
         1, "of a user: last, all positions, or so many", partial(numbers.count_or, last=1, all=ALL)
     )
+    negatives: int | None = option(None, "of a target (unset: the dataset's)", numbers.positive)
     negatives_past: bool = option(False, "negatives of a position may come later in the history")
 
     epochs: int = option(8, "passes over the training users", numbers.positive, "optimization")
@@ -121,7 +122,7 @@ class Settings(Shared):
     @property
     def which(self) -> Targets:
         """The positions to learn from."""
-        return Targets(self.targets, self.negatives_past)
+        return Targets(self.targets, self.negatives_past, self.negatives)
 
     @property
     def autocast(self) -> bool:
@@ -135,8 +136,9 @@ class Settings(Shared):
 
     def recorded(self) -> dict:
         """Return what determines the result: a run resumes only with the same."""
-        unsaid = MAY_CHANGE if self.fp8 else (*MAY_CHANGE, "fp8")  # which older runs do not know
-        return {name: value for name, value in vars(self).items() if name not in unsaid}
+        unset = {"fp8": False, "negatives": None}  # which older runs do not know
+        said = {name: value for name, value in vars(self).items() if name not in MAY_CHANGE}
+        return {n: value for n, value in said.items() if n not in unset or value != unset[n]}
 
 
 # These say how to compute, not what.
@@ -388,7 +390,7 @@ def main() -> None:
 
     # The users, the model with a new adapter, and what makes the prompts.
     domain, items, splits = load_dataset(settings.data, ("train", "val"))
-    train, val = splits["train"], splits["val"]
+    train, val = settings.which.limited(splits["train"]), splits["val"]
     check_batch_size(settings.batch_size, train, settings.targets)
     folder = find_model(settings.model, settings.revision)
     form = load_form(folder, settings.chat)

@@ -36,14 +36,25 @@ ALL = 2**31 - 1  # as many positions as there are
 
 @dataclass(frozen=True)
 class Targets:
-    """Which positions are targets, and from what their negatives are drawn.
+    """Which positions are targets, how many negatives they have, and from what these are drawn.
 
     most: how many of a user's last positions. past_only: negatives are never the target or an item
     before it, but may come later in the history; otherwise they are no item of the whole history.
+    negatives: so many for each target, None for as many as the dataset has for the last one.
     """
 
     most: int = 1
     past_only: bool = False
+    negatives: int | None = None
+
+    def limited(self, examples: list[Example]) -> list[Example]:
+        """Return the examples with their first so many negatives; InputError if one has fewer."""
+        if (n := self.negatives) is None:
+            return examples
+        if few := [example for example in examples if len(example.negatives) < n]:
+            what = f"user {few[0].user!r} has {len(few[0].negatives)} negatives"
+            raise InputError(f"train.jsonl: {what}, which is fewer than --negatives {n}")
+        return [replace(example, negatives=example.negatives[:n]) for example in examples]
 
 
 @dataclass(frozen=True)

@@ -248,7 +248,8 @@ class Forecast:
         key = prompt_key(asked, source)
 
         def learned() -> Work:
-            return Work(learned=self.tokens(asked, source, splits["train"], learn=True))
+            users = asked.which.limited(splits["train"])
+            return Work(learned=self.tokens(asked, source, users, learn=True))
 
         def validated() -> Work:
             return Work(scored=self.tokens(asked, source, splits["val"], learn=False))

@@ -79,7 +79,7 @@ class Row:
 
     def tried(self) -> list[dict]:
         """Return each choice's values and its sum of validation recalls, if there are several."""
-        if len(self.choices) < 2 or self.reused or self.is_untrained:
+        if self.chosen is None or len(self.choices) < 2 or self.reused or self.is_untrained:
             return []
         pairs = zip(self.choices, self.trials, strict=True)
         return [dict(choice.values) | {"validation": recall_of(t[-1])} for choice, t in pairs]

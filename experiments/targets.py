@@ -17,6 +17,7 @@ from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from batches.positions import Targets as Positions
 from experiments.common import MODEL, SUMMARIZER, Experiment, run_command
 from experiments.jobs import TOKENS
 from experiments.rows import Row
@@ -101,6 +102,7 @@ class Targets(Experiment):
         """Return a training's examples, tokens, tokens/s, and seconds of its steps and in all."""
         config = read_json(train.run / "config.json")["train"]
         users, epochs = self.splits["train"], config["epochs"]
+        users = Positions(negatives=config.get("negatives")).limited(users)
         examples = epochs * sum(examples_of(user, config["targets"]) for user in users)
         tokens = epochs * read_json(train.run / TOKENS)[train.mark]
         steps = [line for _, line in read_jsonl(train.run / "metrics.jsonl", {})]

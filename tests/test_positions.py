@@ -80,6 +80,17 @@ def test_an_item_had_before_is_no_target():
     assert [t for t, _ in positions(example, list(ITEMS), Targets(ALL))] == [1, 3, 4]
 
 
+def test_fewer_negatives_are_the_first_ones_at_every_position():
+    (fewer,) = Targets(negatives=1).limited([EXAMPLE])
+    assert fewer == replace(EXAMPLE, negatives=["i30"])
+    assert Targets(negatives=2).limited([EXAMPLE]) == Targets().limited([EXAMPLE]) == [EXAMPLE]
+    for t, past in positions(fewer, list(ITEMS), Targets(ALL)):
+        assert past.positive == f"i{t}"
+        assert len(past.negatives) == 1
+    with pytest.raises(InputError, match=r"user 'u' has 2 negatives.*fewer than --negatives 3"):
+        Targets(negatives=3).limited([EXAMPLE])
+
+
 def test_too_few_items_for_negatives_are_told():
     with pytest.raises(InputError, match="14 items are too few for 2 negatives"):
         draw([f"i{n}" for n in range(14)], {f"i{n}" for n in range(13)}, 2, "seed")

@@ -1,7 +1,9 @@
 """launch/together.py: flags that contradict each other; --fp8 in the scripts."""
 
+import re
+
 import pytest
-from helpers import run
+from helpers import run, write_dataset
 
 from files.jsonl import read_json
 from launch.together import check_together
@@ -51,3 +53,17 @@ def test_fp8_in_training_and_evaluation(tmp_path, fit):
     assert tables[0].keys() == tables[1].keys()
     scores = [(tmp_path / f"scores-test{end}.jsonl").read_text() for end in ("", "-fp8")]
     assert scores[0] != scores[1]
+
+
+def test_fewer_negatives_make_fewer_examples(tmp_path, fit):
+    data, told = tmp_path / "data", []
+    write_dataset(data, negatives=(3, 5, 5))
+    for flags in ({}, {"negatives": 1}):
+        done = fit(tmp_path / str(len(told)), data=data, **flags, dry_run=True)
+        told.append(int(re.search(r"(\d+) tokens an epoch", done.stdout)[1]))
+    assert told[1] < told[0]
+
+    done = fit(tmp_path / "more", data=data, negatives=4, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "fewer than --negatives 4" in done.stderr

@@ -55,6 +55,7 @@ def test_first_all_are_trained_with_the_first_seed_then_the_best_with_all(tuned)
     finish(first[1], [(1, 0.2), (2, 0.7)])  # the best of its epochs counts
     finish(first[2], [(1, 0.7), (2, 0.6)])  # a tie: the first in the grid is taken
     assert plan_of([row]) == [first[3]]
+    assert row.tried() == []  # nothing is chosen yet
     finish(first[3], [(1, 0.3)], made=False)  # of the others nothing but their recalls is needed
     left = plan_of([row])
     assert row.chosen.label == "lr0.001-r4"
