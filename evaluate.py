@@ -115,9 +115,9 @@ def resolve(flags: Settings, device: torch.device) -> Settings:
     known = trained or untrained_settings(flags.run, flags.data, flags.model)
     names = INHERITED + (() if flags.dtype != "auto" else ("dtype",))
     settings = flags.inherit({name: known[name] for name in names if name in known})
-    done, wanted = epochs_done(flags.run), trained.get("epochs")  # None if unknown
-    unfinished = not flags.untrained and None not in (done, wanted) and done < wanted
-    epochs = f"{done} of {wanted} epochs" if unfinished else ""
+    done, whole = epochs_done(flags.run), trained.get("epochs")  # None if unknown
+    unfinished = not flags.untrained and None not in (done, whole) and done < whole
+    epochs = f"{done} of {whole} epochs" if unfinished else ""
     parts = ["untrained" if flags.untrained else "interim" if unfinished else ""]
     parts += [] if trained else [f"{name}-{value}" for name, value in asked.items()]
     parts.append(Path(settings.data).name if settings.data != known["data"] else "")

@@ -117,8 +117,8 @@ def _compiled_flex_attention() -> Callable:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | QueryBlocks | None):
     """Return softmax(q k^T / sqrt(D)) v (B, H, T, D) for q (B, H, T, D) and k, v (B, K, S, D).
 
-    mask: a BlockMask (FlexAttention), a pack's QueryBlocks, a tensor with 0 where a query sees a
-    key and -inf elsewhere, or None for causal.
+    mask: a BlockMask (FlexAttention; it may want copies of keys), a pack's QueryBlocks, a tensor
+    with 0 where a query sees a key and -inf elsewhere, or None for causal.
     """
     grouped = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):

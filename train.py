@@ -141,6 +141,8 @@ class Settings(Shared):
         return {n: value for n, value in said.items() if n not in unset or value != unset[n]}
 
 
+CPU = torch.device("cpu")  # where processes agree without waiting for a GPU
+
 # These say how to compute, not what.
 MAY_CHANGE = ("run", "shard", "activation_checkpointing", "save_every", "no_compile", "dry_run")
 MAY_CHANGE += ("timeout", "given", "summaries", "cuda_graphs", "deterministic")
@@ -216,7 +218,7 @@ class Passes:
         """Add up the gradients of the step's mean loss; return this process's share of it."""
         n = len(step.packs)  # of this process
         # FSDP's processes must run equally often: those with fewer packs repeat one with weight 0.
-        rounds = int(all_reduce(n, self.device, dist.ReduceOp.MAX)) if self.sharded else n
+        rounds = int(all_reduce(n, CPU, dist.ReduceOp.MAX)) if self.sharded else n
         loss = torch.zeros((), device=self.device)  # stays there, so that no pack waits
         for i in range(rounds):
             weight = 1 / step.targets if step.targets and i < n else 0.0
@@ -246,7 +248,11 @@ class Outcome:
 def train_step(
     passes: Passes, optimizer: torch.optim.Optimizer, step: Step, max_grad_norm: float = 1.0
 ) -> Outcome:
-    """Update the model, unless loss or gradient are not finite; return both."""
+    """Update the model, unless the loss or the gradient is not finite; return their outcome.
+
+    On a GPU it is still on its way. Without a fused optimizer it is read here, which raises
+    FloatingPointError.
+    """
     # Gradients of this process's packs, then of all processes'; FSDP adds them up by itself.
     loss, parameters = passes.over(step), trainable(passes.model).values()
     if dist.is_initialized():
@@ -328,10 +334,11 @@ class Trainer:
             progress.batch += 1  # where a resumed epoch begins
 
             # Checkpoint now and then, and before stopping.
-            stop = all_reduce(len(self.signals), self.device, dist.ReduceOp.MAX)
+            stop = all_reduce(len(self.signals), CPU, dist.ReduceOp.MAX)
             if stop or progress.step % settings.save_every == 0:
                 self.log.settle()
                 self.save()
+                self.log.begin()
             if stop:
                 what = f"stopped after step {progress.step}"
                 raise InputError(f"{what}; the same command resumes from there")

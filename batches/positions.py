@@ -40,7 +40,7 @@ class Targets:
 
     most: how many of a user's last positions. past_only: negatives are never the target or an item
     before it, but may come later in the history; otherwise they are no item of the whole history.
-    negatives: so many for each target, None for as many as the dataset has for the last one.
+    negatives: the number for each target, None for as many as the dataset has for the last one.
     """
 
     most: int = 1
@@ -48,7 +48,7 @@ class Targets:
     negatives: int | None = None
 
     def limited(self, examples: list[Example]) -> list[Example]:
-        """Return the examples with their first so many negatives; InputError if one has fewer."""
+        """Return the examples with the first `negatives` of each; InputError if one has fewer."""
         if (n := self.negatives) is None:
             return examples
         if few := [example for example in examples if len(example.negatives) < n]:

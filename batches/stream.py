@@ -36,7 +36,7 @@ def stream_packs(trees: Iterable[tuple[int, Tree]], n: int, batching: Batching) 
             length = stream_length(ready, batching.pack_tokens) if padded else batching.pack_tokens
         packs = pack_trees(ready, length, min(length, batching.pad_to))
 
-        # The last two packs are the emptiest: their users wait for others to fill them.
+        # The last two packs are the emptiest: unless they are full, their users wait for others.
         last, waiting = len(packs) - 2 if count < n else len(packs), []
         for i, pack in enumerate(packs):
             if i >= last and not pack.shared_prefix and pack.tokens < FULL * length:

@@ -79,7 +79,7 @@ class Settings(common.PackSettings):
 
 
 class Work(NamedTuple):
-    """What makes so many steps, and the packs of one."""
+    """A function that makes a given number of steps, and the packs of one."""
 
     steps: Callable[[int], object]
     packs: list[Pack]

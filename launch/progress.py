@@ -37,10 +37,10 @@ class StepBar:
 
 
 class StepLog:
-    """Tells of an optimizer step once the GPU has the next one to do: so none waits for the host.
+    """Tells of each optimizer step, on a GPU once the next one is launched, so that it never waits.
 
-    It writes a line per step and per epoch to metrics.jsonl and shows a bar. bar: None for all
-    processes but the first one, which does not tell.
+    It writes a line per step and per epoch to metrics.jsonl and shows a bar. bar: of the first
+    process; the others have None and tell nothing.
     """
 
     def __init__(self, settings, users: Sequence[Example], bar: StepBar | None):
@@ -49,7 +49,7 @@ class StepLog:
         self.ended = 0.0  # when the last step had ended
 
     def begin(self) -> None:
-        """Take the time from which the next step counts."""
+        """Take the time from which the next step counts, with the wait for its packs."""
         self.ended = time.perf_counter()
 
     def launch(self, number: int, epoch: int, step, make: Callable) -> None:
@@ -63,6 +63,8 @@ class StepLog:
             finally:  # also if that failed
                 self.settle()
         self.running = number, epoch, step, outcome
+        if outcome.values.ready:
+            self.settle()
 
     def settle(self) -> None:
         """Wait for what was launched, and tell of it."""
@@ -99,7 +101,7 @@ class StepLog:
         except torch.OutOfMemoryError:
             n, length, batch = len(step.packs), len(step.packs[0].ids), self.settings.batch_size
             what = f"a pack of {length} tokens, {n} of them in a batch of {batch}"
-            way = "lower --pack-tokens, or add --activation-checkpointing"
+            way = "lower --pack-tokens, add --no-cuda-graphs, or add --activation-checkpointing"
             raise InputError(f"out of memory with {what}; {way}") from None
         except FloatingPointError as error:
             who = ", ".join(self.users[user].user for user in step.users)

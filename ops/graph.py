@@ -99,7 +99,10 @@ class Graphs:
             return self.run_once(function, shapes, here)
         if not self.room_for(shapes):
             return self.give_up(function, here)
-        graph = self.captured[shapes] = self.capture(function, here)
+        try:
+            graph = self.captured[shapes] = self.capture(function, here)
+        except torch.OutOfMemoryError:  # another process was faster
+            return self.give_up(function, here)
         return graph(here)
 
     def give_up(self, function: Callable[..., Tensor], tensors: list[Tensor]) -> Tensor:

@@ -19,7 +19,7 @@ from torch.nn.attention.flex_attention import BlockMask
 BLOCK = 128  # queries and keys per block, FlexAttention's default
 SMALL_BLOCK = 64  # without gradients: fits the rule more tightly; some backward kernels refuse it
 
-# With gradients, the first keys are there once for every so many queries (split_spans).
+# With gradients, the first keys are repeated for every so many queries (split_spans).
 FIRST_KEYS, QUERIES_A_COPY = 2 * BLOCK, 1024
 
 
@@ -100,8 +100,8 @@ def span_rule(starts: Tensor, ends: Tensor) -> Callable:
 
 def with_copies(x: Tensor, mask: BlockMask) -> Tensor:
     """Return keys or values (B, K, T, D) followed by those copies of the first that a mask has."""
-    copies = (mask.seq_lengths[1] - x.shape[2]) // FIRST_KEYS
-    if copies <= 0:
+    copies = (x.shape[2] - 1) // QUERIES_A_COPY
+    if mask.seq_lengths[1] == x.shape[2] or mask.seq_lengths[1] != x.shape[2] + copies * FIRST_KEYS:
         return x
     return torch.cat((x, x[:, :, :FIRST_KEYS].repeat(1, 1, copies, 1)), dim=2)
 

@@ -26,6 +26,11 @@ class HostCopy:
             self.arrived = torch.cuda.Event()
             self.arrived.record()
 
+    @property
+    def ready(self) -> bool:
+        """Whether nothing has to be waited for."""
+        return self.arrived is None or self.arrived.query()
+
     def tolist(self) -> list:
         """Wait for the copy and return it as lists."""
         if self.arrived:

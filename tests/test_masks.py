@@ -119,6 +119,25 @@ def test_flex_attention_with_the_block_mask_equals_the_dense_mask(training):
     assert (found - expected).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("n", [1025, 1281, 2100])
+def test_each_pair_is_seen_once_in_packs_of_any_length(n):
+    (pack,) = pack_trees(long_trees(40, 3, 200), 99999)
+    ends = pack.ends[:n].clamp(max=n)
+    rows, mask = torch.arange(n), block_mask(ends)
+    keys = torch.arange(mask.seq_lengths[1])
+    seen = mask.mask_mod(None, None, rows[:, None], keys[None]).int()
+    times = seen[:, :n]
+    times[:, :FIRST_KEYS] += seen[:, n:].view(n, -1, FIRST_KEYS).sum(1)
+    assert torch.equal(times, tree_rule(ends)(None, None, rows[:, None], rows[None]).int())
+
+
+def test_keys_that_a_mask_has_no_copies_of_stay_as_they_are():
+    mask = length_mask(torch.tensor([900]), 1024)
+    for slots in (512, 1024):
+        keys = torch.zeros(1, 1, slots, 4)
+        assert with_copies(keys, mask) is keys
+
+
 def test_no_block_of_the_trunk_is_visited_by_more_queries_than_a_copy_s():
     (pack,) = pack_trees(long_trees(40, 3, 200), 99999, pad_to=256)
     mask = block_mask(pack.ends)

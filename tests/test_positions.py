@@ -84,9 +84,12 @@ def test_fewer_negatives_are_the_first_ones_at_every_position():
     (fewer,) = Targets(negatives=1).limited([EXAMPLE])
     assert fewer == replace(EXAMPLE, negatives=["i30"])
     assert Targets(negatives=2).limited([EXAMPLE]) == Targets().limited([EXAMPLE]) == [EXAMPLE]
-    for t, past in positions(fewer, list(ITEMS), Targets(ALL)):
+    whole = positions(EXAMPLE, list(ITEMS), Targets(ALL))
+    for (t, past), (_, full) in zip(
+        positions(fewer, list(ITEMS), Targets(ALL)), whole, strict=True
+    ):
         assert past.positive == f"i{t}"
-        assert len(past.negatives) == 1
+        assert past.negatives == full.negatives[:1]
     with pytest.raises(InputError, match=r"user 'u' has 2 negatives.*fewer than --negatives 3"):
         Targets(negatives=3).limited([EXAMPLE])
 

@@ -1,6 +1,7 @@
 """launch/progress.py: what a training tells, when, and the forecast after ten steps."""
 
 import math
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -27,7 +28,7 @@ def test_after_ten_steps_the_bar_foresees_an_epoch(capsys):
     assert "after ten steps" not in capsys.readouterr().out
 
 
-def steplog(tmp_path):
+def steplog(tmp_path, on_its_way=True):
     """A log whose bar keeps quiet, and what launches a step with an outcome."""
     settings = Settings(run=tmp_path)
     users = [Example(f"u{i}", [], "", []) for i in range(4)]
@@ -37,6 +38,8 @@ def steplog(tmp_path):
     def launch(number, *outcome):
         step = SimpleNamespace(users=[number], tokens=10, packs=[])
         made = Outcome(HostCopy(torch.tensor(outcome)))
+        if on_its_way:
+            made.values.arrived = SimpleNamespace(query=lambda: False, synchronize=lambda: None)
         log.launch(number, 1, step, lambda: made)
 
     return log, launch
@@ -77,3 +80,17 @@ def test_a_step_that_cannot_be_launched_does_not_hide_the_one_before(tmp_path):
     with pytest.raises(InputError, match="a pack of 512 tokens, 3 of them in a batch of 64; lower"):
         log.launch(2, 1, step, fail)
     assert told(tmp_path) == [1]
+
+
+def test_what_is_known_is_told_of_at_once_with_its_own_time(tmp_path):
+    log, launch = steplog(tmp_path, on_its_way=False)
+    for number in (1, 2):
+        time.sleep(0.05)
+        launch(number, 0.5, 1.0)
+        assert told(tmp_path) == [*range(1, number + 1)]
+    time.sleep(0.3)  # a checkpoint
+    log.begin()
+    time.sleep(0.05)
+    launch(3, 0.5, 1.0)
+    speeds = [line["tokens_per_second"] for _, line in read_jsonl(tmp_path / "metrics.jsonl", {})]
+    assert all(10 / 0.3 < speed <= 10 / 0.05 for speed in speeds)

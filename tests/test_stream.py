@@ -37,5 +37,19 @@ def test_packs_that_come_as_users_do_hold_every_prompt_once(seed):
     assert len(list(itertools.groupby(split))) == len(set(split))
 
 
+def test_full_packs_wait_for_no_more_users():
+    trees = [Tree([3, 4], [[5] * 10, [6] * 8]) for _ in range(400)]  # ten fill a pack
+    came = []
+
+    def counted():
+        for i, tree in enumerate(trees):
+            came.append(i)
+            yield i, tree
+
+    found = [len(came) for _ in stream_packs(counted(), 400, Batching(182, 182, 0))]
+    assert len(found) == 40
+    assert found[:3] == [32] * 3  # and two users wait
+
+
 def test_a_process_without_users_has_no_packs():
     assert list(stream_packs(iter(()), 0, Batching(256, 256, 0))) == []
