@@ -15,7 +15,6 @@ compared without dropout, and where they differ nothing is reported.
 """
 
 import json
-from collections import deque
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice, repeat
@@ -109,12 +108,11 @@ class Ours:
 
     def step(self, times: int = 1) -> float:
         """Make the step so many times; return its loss."""
-        outcomes: deque[Outcome] = deque()
-        for step in islice(self.steps, times):
-            outcomes.append(self.update(step))
-            if len(outcomes) > 1:  # as in train.py, it is read while the next one runs
-                outcomes.popleft().read()
-        return outcomes.popleft().read()[0]
+        outcome = self.update(next(self.steps))
+        for step in islice(self.steps, times - 1):
+            last, outcome = outcome, self.update(step)
+            last.read()  # while the next one runs, as in train.py
+        return outcome.read()[0]
 
     def update(self, step: Step) -> Outcome:
         """Update the model; return the step's outcome."""

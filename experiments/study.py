@@ -175,6 +175,8 @@ class Pace:
     def work(self, stage: Stage) -> Work:
         """Return the tokens of a stage."""
         if stage.key not in self.works:
+            if stage not in self.stages:
+                self.look_up()
             known = len(self.forecast.known)
             self.works[stage.key] = self.forecast.work(stage, self.stages)
             if len(self.forecast.known) > known:
@@ -236,7 +238,6 @@ class Study:
 
     def plan(self) -> list[Stage]:
         """Return the stages that are left, as far as they are known, the most important first."""
-        self.pace.look_up()
         left = [stage for each in self.experiments for stage in plan_of(each.planned)]
         if not self.settings.cpu_jobs:
             return list(dict.fromkeys(left))

@@ -101,7 +101,7 @@ def span_rule(starts: Tensor, ends: Tensor) -> Callable:
 def with_copies(x: Tensor, mask: BlockMask) -> Tensor:
     """Return keys or values (B, K, T, D) followed by those copies of the first that a mask has."""
     copies = (x.shape[2] - 1) // QUERIES_A_COPY
-    if mask.seq_lengths[1] == x.shape[2] or mask.seq_lengths[1] != x.shape[2] + copies * FIRST_KEYS:
+    if not copies or mask.seq_lengths[1] - x.shape[2] != copies * FIRST_KEYS:
         return x
     return torch.cat((x, x[:, :, :FIRST_KEYS].repeat(1, 1, copies, 1)), dim=2)
 

@@ -375,3 +375,12 @@ def test_tokens_are_counted_once_for_all_calls(plan, tmp_path, monkeypatch):
     again = Pace(made.pace.speeds, made.pace.path, made.experiments)
     monkeypatch.setattr(again.forecast, "tokens", None)
     assert again.work(stage) == work
+
+
+def test_a_stage_that_was_not_known_at_first_has_its_tokens_too(plan, tmp_path):
+    made = Study(Settings(plan=str(plan), out=tmp_path / "out"), Plan.read(str(plan)))
+    ranks = next(stage for stage in made.plan() if stage.script == "evaluate.py")
+    pace = Pace(made.pace.speeds, tmp_path / "forecast.json", made.experiments)
+    pace.stages = []  # as if the choice among finished trainings had only now led to it
+    assert pace.work(ranks) == made.pace.work(ranks)
+    assert pace.work(ranks)
