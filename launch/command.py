@@ -183,6 +183,20 @@ def tell_next(command: str) -> None:
         print(f"next    {command}")
 
 
+def interrupted(error: BaseException | None) -> bool:
+    """Return whether error is an interrupt, or what Python or a library has made of one.
+
+    Python 3.11 turns one that comes inside of a descriptor's __set_name__ into a RuntimeError.
+    """
+    seen = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def run_main(
     main: Callable[[], None], *errors: type[Exception], reports: Callable[[], bool] = lambda: True
 ) -> None:
@@ -198,7 +212,9 @@ def run_main(
         if reports():
             print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (Exception, KeyboardInterrupt) as error:
+        if not interrupted(error):
+            raise
         if reports():
             what = "interrupted; finished work is kept, the same command resumes"
             print(f"{name}: {what}", file=sys.stderr)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import command, own_lines, wait_until
 
+from launch.command import run_main
 from launch.processes import all_reduce, gather, join_processes, prefetch, ranks, share_out
 from trsr import InputError
 
@@ -48,6 +49,16 @@ def test_items_are_made_ahead_in_another_thread_and_come_in_order():
     assert threading.main_thread() not in made
 
 
+INTERRUPTED = "script: interrupted; finished work is kept, the same command resumes\n"
+
+
+def made_of(cause):
+    """Return the error that Python 3.11 makes of one that comes while it builds a class."""
+    error = RuntimeError("Error calling __set_name__ on 'Field' instance")
+    error.__cause__ = cause
+    return error
+
+
 def test_an_error_of_what_is_made_ahead_arrives_in_its_place():
     def items():
         yield 1
@@ -70,13 +81,10 @@ def test_an_error_of_what_is_made_ahead_arrives_in_its_place():
             "script: out of memory on the device; lower --pack-tokens or --batch-size, "
             "or free the memory that others use\n",
         ),
-        (
-            KeyboardInterrupt(),
-            130,
-            "script: interrupted; finished work is kept, the same command resumes\n",
-        ),
+        (KeyboardInterrupt(), 130, INTERRUPTED),
+        (made_of(KeyboardInterrupt()), 130, INTERRUPTED),
     ],
-    ids=["input", "disk", "memory", "interrupt"],
+    ids=["input", "disk", "memory", "interrupt", "wrapped"],
 )
 def test_a_script_ends_with_one_line(monkeypatch, capsys, run_script_here, error, status, line):
     def main():
@@ -84,6 +92,15 @@ def test_a_script_ends_with_one_line(monkeypatch, capsys, run_script_here, error
 
     monkeypatch.setattr("sys.argv", ["script.py"])
     assert (run_script_here(main), capsys.readouterr().err) == (status, line)
+
+
+@pytest.mark.parametrize("cause", [None, ValueError("wrong")])
+def test_an_error_of_the_program_is_no_interrupt(cause):
+    def main():
+        raise made_of(cause)
+
+    with pytest.raises(RuntimeError, match="__set_name__"):
+        run_main(main)
 
 
 # ---- torchrun's environment, whole or not at all
