@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import trsr
-from baselines.encode import embeddings
+from baselines.encode import ENCODER, default_encoder, embeddings
 from baselines.models import MODELS, Baseline
 from baselines.ranking import Tests, rank_among
 from batches.candidates import Choice, choice
@@ -52,9 +52,7 @@ class Settings:
 
     data: Path = option(Path("data/demo"), "dataset folder made by prepare", Path, "files")
     run: Path = option(Path("runs/demo"), "run folder", Path)
-    encoder: str = option(
-        "llama:models/tiny", "of the items' texts: llama:FOLDER, or a model that transformers loads"
-    )
+    encoder: str | None = option(None, f"of the items' texts: {ENCODER}")
     models: tuple[str, ...] = option(
         tuple(MODELS), "which models to train", choices=MODELS, nargs="+", group="models"
     )
@@ -245,6 +243,8 @@ class Training:
 def main() -> None:
     """Train every model with every seed and print the table."""
     settings = parse_settings(Settings, __doc__)
+    encoder = settings.encoder or default_encoder(settings.data)
+    settings = replace(settings, encoder=encoder)
     out = settings.run / "baselines"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     _, items, splits = load_dataset(settings.data, ("train", "val", "test"))

@@ -19,11 +19,12 @@ from torch import Tensor
 from files.atomic import atomic_write
 from launch.bars import Bar
 from launch.command import option, parse_settings, run_main
+from launch.embedded import MODEL
 from llama import CheckpointError
 from models.hub import find_model, load_model
 from models.tokenizer import Tokenizer
 from ops.packs import Tree, pack_trees
-from prepare.dataset import load_dataset
+from prepare.dataset import default_model, load_dataset
 from trsr import InputError, content_hash
 
 LONGEST = 256  # tokens of a text; the rest is not read
@@ -107,7 +108,14 @@ def embeddings(encoder: str, items: dict[str, str], cache: Path, device: torch.d
     return found
 
 
+def default_encoder(data: Path) -> str:
+    """Return the embedded model as an encoder; InputError for data that it does not know."""
+    return f"llama:{default_model(data, MODEL, '--encoder')}"
+
+
 # ---- The command
+
+ENCODER = "llama:FOLDER, or a model that transformers loads (unset: llama:models/tiny, on the demo)"
 
 
 @dataclass(frozen=True)
@@ -116,17 +124,18 @@ class Settings:
 
     data: Path = option(Path("data/demo"), "dataset folder made by prepare", Path, "files")
     run: Path = option(Path("runs/demo"), "run folder", Path)
-    encoder: str = option("llama:models/tiny", "llama:FOLDER, or a model that transformers loads")
+    encoder: str | None = option(None, ENCODER)
 
 
 def main() -> None:
     """Encode the items' texts, unless that was done before."""
     settings = parse_settings(Settings, __doc__)
+    encoder = settings.encoder or default_encoder(settings.data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     _, items, _ = load_dataset(settings.data, ("train",))
     out = settings.run / "baselines"
-    embeddings(settings.encoder, items, out, device)
-    print(f"wrote   {cache_path(settings.encoder, items, out)}")
+    embeddings(encoder, items, out, device)
+    print(f"wrote   {cache_path(encoder, items, out)}")
 
 
 if __name__ == "__main__":

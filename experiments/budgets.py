@@ -10,7 +10,7 @@ same. Below the table is each row's difference from the whole history within the
 by user. Writes OUT/budgets.md, OUT/budgets.svg and OUT/results.json.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from experiments.common import MODEL, SUMMARIZER, Experiment, run_command
 from experiments.rows import Row
@@ -38,20 +38,21 @@ class Settings(TunedSettings):
         (256, 512, 1024, 2048), "tokens of the longest prompt", positive, "rows", nargs="+"
     )
     rows: tuple[str, ...] = option(tuple(ROWS), "kinds of prompts", choices=ROWS, nargs="+")
-    summarizer: str = option("models/tiny", SUMMARIZER)
-    recommender: str = option("models/tiny", MODEL)
+    summarizer: str | None = option(None, SUMMARIZER)
+    recommender: str | None = option(None, MODEL)
 
 
 def rows_of(experiment: Experiment, settings: Settings, key: str) -> list[Row]:
     """Return a kind of prompt's rows, one for each budget from the smallest."""
     paradigm = "hierarchical" if key == "rule" else key
-    summarizer = RULE if key == "rule" else settings.summarizer
+    if key == "rule":
+        settings = replace(settings, summarizer=RULE)
     rows: list[Row] = []
     for budget in sorted(set(settings.budgets)):
         # The trainer's own limit needs no flag, so such runs are shared with other experiments.
         limit = None if budget == Training.max_length else budget
-        values = paradigm, summarizer, settings.recommender, settings.history_items, limit
-        found = experiment.runs(language_model_run, LanguageModel(*values))
+        model = LanguageModel.of(settings, paradigm, settings.history_items, budget=limit)
+        found = experiment.runs(language_model_run, model)
         column = f"{ROWS[WHOLE]} within the same budget"
         against = {column: f"{ROWS[WHOLE]}, {budget} tokens"}
         smaller = rows[-1] if rows else None

@@ -21,8 +21,9 @@ from files.atomic import atomic_write
 from files.jsonl import read_json, read_jsonl, write_json
 from files.sheet import TABLE, table_rows, write_csv
 from launch.command import option, run_main
+from launch.embedded import MODEL as EMBEDDED
 from llama import CheckpointError
-from prepare.dataset import popularity
+from prepare.dataset import SHOP, made_by, popularity
 from runfolder.scores import (
     chance_metrics,
     means_and_intervals,
@@ -32,7 +33,7 @@ from runfolder.scores import (
 from state.settings import locked
 from trsr import SUMMARIZED, Example, InputError
 
-MODEL = "model folder or hub id; `{seed}` in it is replaced by the run's seed"
+MODEL = "model folder or hub id, with the run's seed for `{seed}` (unset: models/tiny, on the demo)"
 SUMMARIZER = f"{MODEL}; `rule`: summaries by experiments.rule"
 MODEL_FLAGS = ("summarizer", "summarizers", "recommender", "recommenders", "encoder")
 
@@ -159,6 +160,8 @@ class Experiment:
         for flag in MODEL_FLAGS:
             if value := getattr(settings, flag, None):
                 print(f"models  {flag}: {value if isinstance(value, str) else ', '.join(value)}")
+        if made_by(settings.data) == SHOP:
+            print(f"models  {EMBEDDED} where none is named")
         print(f"runs    {n_runs} in {settings.out}, seeds {listed(settings.seeds)}")
         left = f"{n_stages - n_pending} done before, {n_pending or 'nothing'} to run"
         print(f"stages  {n_stages}: {left}")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from experiments import paper
 from experiments.common import MODEL, SUMMARIZER, Experiment, FigureSettings, run_command
 from experiments.rows import Row
-from experiments.runs import LanguageModel, language_model_run
+from experiments.runs import LanguageModel, language_model_run, model_of
 from launch.command import option, parse_settings
 
 
@@ -18,16 +18,18 @@ from launch.command import option, parse_settings
 class Settings(FigureSettings):
     """The flags."""
 
-    summarizer: str = option("models/tiny", SUMMARIZER)
-    recommenders: tuple[str, ...] = option(("models/tiny",), MODEL, nargs="+")
+    summarizer: str | None = option(None, SUMMARIZER)
+    recommenders: tuple[str, ...] = option((), MODEL, nargs="+")
 
 
 def experiment_of(settings: Settings) -> Experiment:
     """Return the experiment with its rows."""
     experiment = Experiment("figure10", settings)
+    summarizer = model_of(settings, "summarizer")
+    names = settings.recommenders or (model_of(settings, "recommenders"),)
     for paradigm in settings.paradigms:
-        for name in dict.fromkeys(settings.recommenders):
-            model = LanguageModel(paradigm, settings.summarizer, name, settings.history_items)
+        for name in dict.fromkeys(names):
+            model = LanguageModel(paradigm, summarizer, name, settings.history_items)
             runs = experiment.runs(language_model_run, model)
             experiment.rows.append(Row(f"{paradigm}, {name}", name, paradigm, runs))
 

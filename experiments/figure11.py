@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from experiments.common import MODEL, SUMMARIZER, Experiment, FigureSettings, run_command
 from experiments.rows import Row
-from experiments.runs import LanguageModel, language_model_run
+from experiments.runs import LanguageModel, language_model_run, model_of
 from launch.command import option, parse_settings
 from launch.numbers import natural
 
@@ -19,16 +19,18 @@ class Settings(FigureSettings):
     """The flags."""
 
     history_items: int = option(0, "recent items in the prompt", natural)
-    summarizers: tuple[str, ...] = option(("models/tiny",), SUMMARIZER, nargs="+")
-    recommender: str = option("models/tiny", MODEL)
+    summarizers: tuple[str, ...] = option((), SUMMARIZER, nargs="+")
+    recommender: str | None = option(None, MODEL)
 
 
 def experiment_of(settings: Settings) -> Experiment:
     """Return the experiment with its rows."""
     experiment = Experiment("figure11", settings)
+    recommender = model_of(settings, "recommender")
+    names = settings.summarizers or (model_of(settings, "summarizers"),)
     for paradigm in settings.paradigms:
-        for name in dict.fromkeys(settings.summarizers):
-            model = LanguageModel(paradigm, name, settings.recommender, settings.history_items)
+        for name in dict.fromkeys(names):
+            model = LanguageModel(paradigm, name, recommender, settings.history_items)
             runs = experiment.runs(language_model_run, model)
             experiment.rows.append(Row(f"{paradigm}, {name}", name, paradigm, runs))
     return experiment

@@ -31,8 +31,8 @@ class Settings(FigureSettings):
     history_items: tuple[int, ...] = option(
         tuple(range(11)), "recent items in the prompt", natural, nargs="+"
     )
-    summarizer: str = option("models/tiny", SUMMARIZER)
-    recommender: str = option("models/tiny", MODEL)
+    summarizer: str | None = option(None, SUMMARIZER)
+    recommender: str | None = option(None, MODEL)
 
 
 def experiment_of(settings: Settings) -> Experiment:
@@ -44,7 +44,7 @@ def experiment_of(settings: Settings) -> Experiment:
         for items in sorted({*settings.history_items, *of_paper}):
             runs, theirs = {}, known if items in of_paper else {}
             if items in settings.history_items:
-                model = LanguageModel(paradigm, settings.summarizer, settings.recommender, items)
+                model = LanguageModel.of(settings, paradigm, items)
                 runs = experiment.runs(language_model_run, model)
             row = Row(f"{paradigm}, {items} items", items, paradigm, runs, **theirs)
             experiment.rows.append(row)

@@ -8,7 +8,9 @@ from experiments import paper
 from experiments.stages import Stage, make_stage, slug, split_flags
 from experiments.tuning import DEFAULTS, Choice, combinations
 from launch.command import option
+from launch.embedded import MODEL
 from launch.numbers import natural, positive, positive_real, seed_number
+from prepare.dataset import default_model
 from runfolder.results import Question, parts_of
 from trsr import PARADIGMS, SUMMARIZED, InputError
 
@@ -76,6 +78,11 @@ class TunedSettings(Settings):
 # ---- Language models
 
 
+def model_of(settings: Settings, flag: str) -> str:
+    """Return the model that a flag names; unset, the embedded one, for the data that it knows."""
+    return getattr(settings, flag) or default_model(settings.data, MODEL, f"--{flag}")
+
+
 @dataclass(frozen=True)
 class LanguageModel:
     """What a row's prompts show, and which models make and read them.
@@ -84,12 +91,18 @@ class LanguageModel:
     """
 
     paradigm: str
-    summarizer: str
+    summarizer: str | None  # None without summaries
     recommender: str
     items: int  # recent ones in the prompt
     budget: int | None = None  # tokens of a prompt; None: train.py's default
     targets: str = LAST  # of a user
     more: str = ""  # flags for train.py that come after those of --train, so that they win
+
+    @classmethod
+    def of(cls, settings: Settings, paradigm: str, items: int, **more) -> "LanguageModel":
+        """Return what the flags --summarizer and --recommender say, the former if it is needed."""
+        summarizer = model_of(settings, "summarizer") if paradigm in SUMMARIZED else None
+        return cls(paradigm, summarizer, model_of(settings, "recommender"), items, **more)
 
     def of_seed(self, model: str, seed: int) -> str:
         """Return the name of the model for a seed."""

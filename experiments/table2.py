@@ -25,6 +25,7 @@ from experiments.runs import (
     TunedSettings,
     baseline_run,
     language_model_run,
+    model_of,
     untrained_run,
 )
 from experiments.tuning import Choice, combinations
@@ -73,8 +74,8 @@ class Settings(TunedSettings):
         positive_real,
         nargs="+",
     )
-    summarizer: str = option("models/tiny", SUMMARIZER, group="rows")
-    recommender: str = option("models/tiny", MODEL)
+    summarizer: str | None = option(None, SUMMARIZER, group="rows")
+    recommender: str | None = option(None, MODEL)
     rows: tuple[str, ...] = option(
         tuple(key for key in BASELINES | NAMES if key != "none"),
         "besides random and popularity",
@@ -103,7 +104,7 @@ class Settings(TunedSettings):
 def baseline_row(experiment: Experiment, settings: Settings, key: str) -> Row:
     """Return the row of a baseline."""
     name = key.removesuffix(POSITIONS)
-    encoder = settings.encoder or f"llama:{settings.recommender}"
+    encoder = settings.encoder or f"llama:{model_of(settings, 'recommender')}"
     model = BaselineModel(name, encoder, name != key, settings.baselines)
     found = experiment.runs(baseline_run, model, settings.baseline_grid())
     known = experiment.paper_row(key)  # the paper's learn from the last position
@@ -116,11 +117,11 @@ def language_model_row(experiment: Experiment, settings: Settings, key: str) -> 
     items = 0 if shown.endswith(ALONE) else settings.history_items
     paradigm = "recent-only" if key == UNTRAINED else shown.removesuffix(ALONE)
     every = {"targets": ALL, "more": settings.positions} if shown != key else {}
-    model = LanguageModel(paradigm, settings.summarizer, settings.recommender, items, **every)
+    model = LanguageModel.of(settings, paradigm, items, **every)
     against = AGAINST | ({ONCE: TITLES[shown]} if shown != key else {})
     if key == UNTRAINED:
         # It is the same for all seeds, unless each has a model of its own.
-        seeds = None if "{seed}" in settings.recommender else experiment.settings.seeds[:1]
+        seeds = None if "{seed}" in model.recommender else experiment.settings.seeds[:1]
         found = experiment.runs(untrained_run, model, seeds=seeds)
     else:
         grid = settings.positions_grid() if every else settings.grid()

@@ -75,8 +75,8 @@ class Settings(TunedSettings):
         nargs="+",
     )
     rows: tuple[str, ...] = option(ROWS, "kinds of prompts", choices=ROWS, nargs="+")
-    summarizer: str = option("models/tiny", SUMMARIZER)
-    recommender: str = option("models/tiny", MODEL)
+    summarizer: str | None = option(None, SUMMARIZER)
+    recommender: str | None = option(None, MODEL)
 
 
 class Targets(Experiment):
@@ -129,14 +129,9 @@ def experiment_of(settings: Settings) -> Targets:
     trainings = list(dict.fromkeys(settings.trainings))
     for key in dict.fromkeys(settings.rows):
         for each in trainings:
-            model = LanguageModel(
-                key,
-                settings.summarizer,
-                settings.recommender,
-                settings.history_items,
-                targets=each.targets,
-                more=f"--epochs {each.epochs}" if each.epochs else "",
-            )
+            more = f"--epochs {each.epochs}" if each.epochs else ""
+            every = {"targets": each.targets, "more": more}
+            model = LanguageModel.of(settings, key, settings.history_items, **every)
             found = experiment.runs(language_model_run, model)
             first = trainings[0].title
             against = {f"{first}, with the same kind of prompt": f"{NAMES[key]}: {first}"}

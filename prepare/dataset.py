@@ -27,11 +27,14 @@ def made_by(folder: Path) -> str | None:
     return read_json(path).get("made_by") if path.is_file() else None
 
 
-def default_model(data: str, model: str) -> str:
-    """Return model, the embedded one; InputError for data other than the shop that it knows."""
+def default_model(data: Path | str, model: str, flag: str = "--model") -> str:
+    """Return model, the embedded one; InputError for data other than the shop that it knows.
+
+    flag: what names another one.
+    """
     if Path(data, "meta.json").is_file() and made_by(data) != SHOP:
         what = f"{model}, the default, knows only the synthetic shop, not {data}"
-        raise InputError(f"--model is needed: {what}")
+        raise InputError(f"{flag} is needed: {what}")
     return model
 
 

@@ -23,3 +23,8 @@ def test_embeddings_are_the_mean_of_transformers_states(architecture, folder):
 def test_an_encoder_that_is_nowhere_is_named(tmp_path, data_folder, run_baselines, encoder):
     with pytest.raises(ValueError, match="/nowhere/at-all"):
         run_baselines(data=data_folder, run=tmp_path, encoder=encoder)
+
+
+def test_the_embedded_model_encodes_the_demo_alone(tmp_path, data_folder, run_baselines):
+    with pytest.raises(ValueError, match="^--encoder is needed: models/tiny, the default, knows"):
+        run_baselines(data=data_folder, run=tmp_path)

@@ -19,6 +19,7 @@ from experiments.processes import Call, Fresh
 from experiments.stages import MARKS, SECONDS, Stage, slug
 from experiments.tuning import Choice
 from files.jsonl import read_json, write_json
+from launch.embedded import MODEL
 from prepare.domains import DOMAINS
 
 ROWS = ("hierarchical", "whole-history", "core", "sasrec")
@@ -693,6 +694,8 @@ def test_a_dataset_of_another_domain_has_no_rows_of_the_paper(launched, model_fo
             "/nowhere: no dataset (no meta.json); docs/data.md says how to make one",
         ),
         ({"recommender": "/nowhere"}, "/nowhere: no such model folder"),
+        ({"recommender": None}, "--recommender is needed: models/tiny, the default, knows only"),
+        ({"summarizer": None}, "--summarizer is needed: models/tiny, the default, knows only"),
         ({"train": "--seed 5"}, "--train: the experiment sets --seed itself; leave it out"),
         ({"summarize": "--int8 'x"}, "--summarize: No closing quotation"),
         ({"rows": "nonsense"}, "invalid choice: 'nonsense'"),
@@ -710,6 +713,14 @@ def test_bad_input_is_one_line_before_anything_is_run(world, launched, setting, 
     done = experiment("table2", **world.table | setting, check=False)
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1]
+    assert launched == []
+
+
+def test_rows_without_summaries_need_no_summarizer(world, launched, tmp_path):
+    rows = {"rows": ["recent-only", "whole-history"], "summarizer": None, "out": tmp_path}
+    done = experiment("table2", **world.table | rows, dry_run=True)
+    assert "models  recommender:" in done.stdout
+    assert "summarizer" not in done.stdout and MODEL not in done.stdout
     assert launched == []
 
 
