@@ -26,5 +26,5 @@ def test_an_encoder_that_is_nowhere_is_named(tmp_path, data_folder, run_baseline
 
 
 def test_the_embedded_model_encodes_the_demo_alone(tmp_path, data_folder, run_baselines):
-    with pytest.raises(ValueError, match="^--encoder is needed: models/tiny, the default, knows"):
+    with pytest.raises(ValueError, match=r"^--encoder is needed: models/tiny, the default, knows"):
         run_baselines(data=data_folder, run=tmp_path)

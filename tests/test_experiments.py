@@ -720,7 +720,8 @@ def test_rows_without_summaries_need_no_summarizer(world, launched, tmp_path):
     rows = {"rows": ["recent-only", "whole-history"], "summarizer": None, "out": tmp_path}
     done = experiment("table2", **world.table | rows, dry_run=True)
     assert "models  recommender:" in done.stdout
-    assert "summarizer" not in done.stdout and MODEL not in done.stdout
+    assert "summarizer" not in done.stdout
+    assert MODEL not in done.stdout
     assert launched == []
 
 
