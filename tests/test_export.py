@@ -299,19 +299,19 @@ def test_the_code_of_the_page_finds_the_scores_of_evaluate(
     tmp_path, copied, data_folder, monkeypatch
 ):
     run_script("evaluate.py", run=copied)
-    exported(copied, tmp_path / "models/mind")
+    exported(copied, tmp_path / "data/models/mind")
     (code,) = re.findall(r"^```python\n(.*?)^```$", SERVING, re.DOTALL | re.MULTILINE)
     monkeypatch.chdir(tmp_path)
     page = {}
     exec(code, page)
-    page["urlopen"] = stand_in = StandIn("models/mind")
+    page["urlopen"] = stand_in = StandIn("data/models/mind")
 
     _, items, splits = load_dataset(data_folder, ("test",))
     for example, line in zip(splits["test"], scores(copied), strict=True):
         recent = [items[i] for i in example.history[-page["TRSR"]["items"] :]]
         for item, expected in zip(line["candidates"], line["scores"], strict=True):
             ids = page["prompt_ids"](items[item], recent)
-            assert abs(page["ask_vllm"](ids, "models/mind") - expected) < 1e-5
+            assert abs(page["ask_vllm"](ids, "data/models/mind") - expected) < 1e-5
             assert abs(page["ask_sglang"](ids, "mind") - expected) < 1e-5
     assert {url for url, _ in stand_in.asked} == {
         "http://localhost:8000/v1/completions",
