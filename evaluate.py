@@ -39,17 +39,17 @@ from ops.graph import Graphs, wanted
 from ops.masks import tree_mask
 from ops.packs import Pack, padded_rows
 from ops.transfer import HostCopy, on_device
-from prepare.dataset import load_dataset
+from prepare.dataset import load_dataset, warn_of_cut_histories
 from prepare.domains import wording
 from runfolder.compare import format_table
 from runfolder.page import write_report
-from runfolder.results import Question, parts_of, tell, write_results
+from runfolder.results import Question, check_replaced, parts_of, tell, write_results
 from runfolder.scores import table_of
 from runfolder.systems import rank_by_file
 from runfolder.tally import BEST, Ranked, Tally
 from state.checkpoint import epochs_done
 from state.lending import lender_of
-from state.origin import check_trained_on, differences
+from state.origin import check_learned, check_trained_on, differences
 from state.settings import read_config
 from state.summaries import load_summaries
 from state.zeroshot import PROMPT, check_prompt_flags, untrained_settings
@@ -293,10 +293,13 @@ def main() -> None:
     words = wording(settings.paradigm, domain, form.show)["recommend"]
     if settings.kind:
         check_trained_on(settings.run, settings.model, fingerprint(folder), words)
+        check_learned(settings.run, settings.data, splits["train"])
+    check_replaced(settings.question, settings.data, settings.model, settings.candidates)
     recommender, answers = make_recommender(settings, folder, form, domain, items, shown)
     if rank == 0:
         tokens = recommender.budget.tokens
         announce.evaluation(settings, examples, tokens, f"{world} x {device.type}")
+        warn_of_cut_histories(settings.data, drawn=bool(settings.candidates))
     ranking = Ranking.of(recommender, examples)
     if settings.candidates:
         ranking = CatalogueRanking.among(recommender, shown, examples, show=rank == 0)

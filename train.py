@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 
 import trsr
 from batches.positions import ALL, Targets, prompts_to_learn
-from batches.prompts import Batching, Ranking, tokenize
+from batches.prompts import Batching, Prompts, Ranking, tokenize
 from batches.steps import Step, check_batch_size, make_step, step_batches
 from batches.stream import user_packs
 from evaluate import Validation, make_recommender
@@ -53,7 +53,12 @@ from ops.checkpoint import fingerprint
 from ops.graph import Graphs, wanted
 from ops.packs import Pack, Tree
 from ops.transfer import HostCopy
-from prepare.dataset import default_model, load_dataset
+from prepare.dataset import (
+    default_model,
+    drawn_in_training,
+    load_dataset,
+    warn_of_cut_histories,
+)
 from prepare.domains import wording
 from state.checkpoint import (
     Progress,
@@ -66,6 +71,7 @@ from state.checkpoint import (
 )
 from state.lending import lender_of, summarized
 from state.metrics import drop_lines_after
+from state.origin import learned_from
 from state.settings import claim_config, locked, read_config
 from state.summaries import share_summaries
 from trsr import Example, InputError, Recommender
@@ -406,14 +412,14 @@ def main() -> None:
 
     with locked(settings.run, hold=rank == 0):
         if rank == 0:
-            claim(settings, folder, form, recommender, train + val)
+            claim(settings, folder, form, recommender, train, val)
         if (epochs_done(settings.run) or 0) >= settings.epochs:
             return conclude(settings, f"done    {settings.run}: all epochs were trained before")
         if rank == 0:
             announce.training(settings, model, len(train), len(val), recommender.budget.tokens)
 
         # Every prompt as token ids: trees to learn from, packs to validate on.
-        prompts = prompts_to_learn(recommender, train, answers, settings.which, lender_of(settings))
+        prompts = training_prompts(settings, recommender, train, answers)
         trees = list(tokenize(prompts, batching.workers, show=rank == 0))
         ranking = Ranking.of(recommender, val)
         packs = user_packs(ranking, range(len(val)), batching, show=rank == 0)
@@ -429,6 +435,15 @@ def main() -> None:
         conclude(settings, f"wrote   {wrote}; peak {peak_memory(device)}")
 
 
+def training_prompts(
+    settings: Settings, recommender: Recommender, train: list[Example], answers: tuple[int, int]
+) -> Prompts:
+    """Return what makes the prompts to learn from, for each of the users' targets."""
+    warn_of_cut_histories(settings.data, drawn=settings.targets > 1 and ranks()[0] == 0)
+    pool = drawn_in_training(settings.data, recommender.items, train)
+    return prompts_to_learn(recommender, train, answers, settings.which, lender_of(settings), pool)
+
+
 def load_base(settings: Settings, folder: Path) -> Llama:
     """Return the model to train, on the CPU, with a new adapter unless --lora-r is 0."""
     if not settings.lora_r and folder.resolve() == (settings.run / "model").resolve():
@@ -442,12 +457,13 @@ def load_base(settings: Settings, folder: Path) -> Llama:
 
 
 def claim(
-    settings: Settings, folder: Path, form: Form, recommender: Recommender, examples: list[Example]
+    settings: Settings, folder: Path, form: Form, recommender: Recommender, train: list, val: list
 ) -> None:
     """Record the settings and hashes of all that is used; InputError if the run has others."""
     run, texts = settings.run, [recommender.items, recommender.summaries]
-    content = trsr.content_hash([*texts, [vars(example) for example in examples]])
+    content = trsr.content_hash([*texts, [vars(example) for example in train + val]])
     recorded = settings.recorded() | {"fingerprint": fingerprint(folder), "content": content}
+    recorded["learned"] = learned_from(train)
     words = wording(settings.paradigm, recommender.domain, form.show)
     recorded["prompt"] = words["recommend"]
     started = any((run / kind).is_dir() for kind in ("checkpoint", "adapter", "model"))

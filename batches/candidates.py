@@ -5,6 +5,7 @@ so the metrics, popularity and chance need not know where they come from.
 """
 
 import argparse
+import hashlib
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from files.jsonl import check_fields, parse_line
 from launch.numbers import positive
-from trsr import Example, InputError
+from trsr import Example, InputError, content_hash
 
 ALL = "all"
 Choice = str | int | Path | None  # ALL, how many to draw, a file, or None for the dataset's own
@@ -46,7 +47,24 @@ def about_candidates(chosen: Choice, examples: Sequence[Example], seed: int = 0)
     if chosen is None:
         return {}
     mean = sum(1 + len(example.negatives) for example in examples) / len(examples)
-    return {"candidates": name_of(chosen, seed), "mean_candidates": mean}
+    file = {"candidates_file": str(chosen)} if isinstance(chosen, Path) else {}
+    return {"candidates": name_of(chosen, seed), "mean_candidates": mean} | file
+
+
+def ranked_hash(examples: Sequence[Example]) -> str:
+    """Return a hash of who is ranked: each user's positive, and what it is ranked among."""
+    lists: dict[int, str] = {}  # of the lists that users share
+    digest = hashlib.sha256()
+    for example in examples:
+        others = example.negatives
+        if isinstance(others, Others):
+            if id(others.items) not in lists:
+                lists[id(others.items)] = content_hash(sorted(others.items))
+            among = [lists[id(others.items)], sorted(others.without)]
+        else:
+            among = sorted(others)
+        digest.update(content_hash([example.user, example.positive, among]).encode())
+    return digest.hexdigest()[:32]
 
 
 def with_candidates(

@@ -126,6 +126,7 @@ class EveryPosition(Prompts):
     """Each user's prompts of all positions, as one tree; every prompt ends with its answer.
 
     before: (items, summary) of the blocks before each user's last one, if there are summaries.
+    catalogue: what negatives are drawn from, None for all items.
     """
 
     def __init__(
@@ -135,10 +136,11 @@ class EveryPosition(Prompts):
         answers: tuple[int, int],
         targets: Targets,
         before: dict[str, list[tuple[int, str]]],
+        catalogue: list[str] | None = None,
     ):
         super().__init__(recommender, examples, answers)
         self.targets, self.before = targets, before
-        self.catalogue = list(recommender.items)
+        self.catalogue = catalogue or list(recommender.items)
 
     def make(self, user: Example, recommender: Recommender) -> Tree:
         """Return the tree of a user's prompts."""
@@ -181,13 +183,15 @@ def prompts_to_learn(
     answers: tuple[int, int],
     targets: Targets,
     run: Path,
+    catalogue: list[str] | None = None,
 ) -> Prompts:
     """Return what makes the examples' prompts with their answers, for each of their targets.
 
-    run: the folder of the summaries. InputError if it lacks those of earlier blocks.
+    run: the folder of the summaries. catalogue: what negatives of earlier positions are drawn from,
+    None for all items. InputError if summaries of earlier blocks are missing.
     """
     if targets.most == 1:
         return Prompts.to_learn(recommender, examples, answers)
     summarized = recommender.paradigm in SUMMARIZED
     before = load_before(run, examples) if summarized else {}
-    return EveryPosition(recommender, examples, answers, targets, before)
+    return EveryPosition(recommender, examples, answers, targets, before, catalogue)

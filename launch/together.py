@@ -7,6 +7,9 @@ def check_together(settings, world: int) -> None:
     """Raise InputError for settings of train.py that contradict each other in `world` processes."""
     sharded = world > 1 and settings.shard != "replicate"
     wrong = {
+        "--negatives-past is for earlier positions; add --targets all, or their number": (
+            settings.negatives_past and settings.targets == 1
+        ),
         "--fp8 is for frozen matrices, and --lora-r 0 trains them; leave one of them out": (
             settings.fp8 and not settings.lora_r
         ),

@@ -6,7 +6,7 @@ items.jsonl {"id", "attributes"}; train, val and test.jsonl {"user", "history", 
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from files.atomic import atomic_write
@@ -36,6 +36,30 @@ def default_model(data: Path | str, model: str, flag: str = "--model") -> str:
         what = f"{model}, the default, knows only the synthetic shop, not {data}"
         raise InputError(f"{flag} is needed: {what}")
     return model
+
+
+# ---- What has to be known of how a dataset was made
+
+
+def drawn_in_training(
+    data: Path | str, items: Iterable[str], train: Sequence[Example]
+) -> list[str]:
+    """Return the items that training may draw negatives from.
+
+    After a split by time, these are the ones that train.jsonl names, because others may be younger.
+    """
+    meta = read_json(Path(data) / "meta.json")
+    if "moments" not in meta:
+        return list(items)
+    named = {i for e in train for i in (*e.history, e.positive, *e.negatives)}
+    return [item for item in items if item in named]
+
+
+def warn_of_cut_histories(data: Path | str, drawn: bool) -> None:
+    """Print what cut histories mean where more negatives are drawn than the dataset has."""
+    if drawn and read_json(Path(data) / "meta.json").get("settings", {}).get("long") == "cut":
+        what = "histories were cut (--long cut), and what was cut off is not known here"
+        print(f"note    {what}: a negative can be an item that the user once had")
 
 
 # ---- Reading

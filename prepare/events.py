@@ -1,5 +1,6 @@
 """A file of interactions in memory: four numbers for each, whatever the length of the ids."""
 
+import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -109,6 +110,12 @@ def read_events(
         row.append(number)
     if not row:
         raise InputError(f"{rows.path}: no interactions in it")
+    report_twins(rows, columns[0], users.names(), user, row)
+    if pair := times.other_unit():
+        (first, other), (place, where) = map(times.text, pair), (rows.place(row[n]) for n in pair)
+        what = f"{other} and {first} at {place} differ in unit"
+        way = "write all times in seconds, or all in milliseconds"
+        raise InputError(f"{where}: column {columns[2]!r}: {what}; {way}")
 
     arrays = [np.frombuffer(numbers, np.int32) for numbers in (user, item)]
     keys, lines = times.keys(), np.frombuffer(row, np.int32)
@@ -126,6 +133,27 @@ def report_missing(
     if not dropped[MISSING_VALUES]:
         print(f"{where}: column {column!r} has no value; such rows are left out")
     dropped[MISSING_VALUES] += 1
+
+
+def report_twins(
+    rows: Rows, column: str, names: Sequence[str], users: Sequence[int], numbers: Sequence[int]
+) -> None:
+    """Raise InputError if two user ids are spellings of one: blanks, `.0`, Unicode's forms.
+
+    users, numbers: the user and the row of each interaction.
+    """
+    known, spelled = set(names), {}
+    for name in names:
+        plain = unicodedata.normalize("NFC", name.strip())
+        plain = plain.removesuffix(".0") if plain.removesuffix(".0").isdecimal() else plain
+        if plain == name:
+            continue
+        other = plain if plain in known else spelled.setdefault(plain, name)
+        if other != name:
+            pair = [names.index(other), names.index(name)]
+            first, second = (rows.place(numbers[users.index(n)]) for n in pair)
+            what = f"user {name!r} is {names[pair[0]]!r} of {first} in another spelling"
+            raise InputError(f"{second}: column {column!r}: {what}; write both alike")
 
 
 class Codes:

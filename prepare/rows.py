@@ -105,6 +105,9 @@ class Separated(Rows):
                 expected = f"{width} ({', '.join(self.columns)})"
                 what = f"{len(texts)} columns, expected {expected}; is the file whole?"
                 raise InputError(f"{self.path}:{number}: {what}")
+            if texts == self.columns:
+                what = "the header again, as in files that were put together; remove this line"
+                raise InputError(f"{self.path}:{number}: {what}")
             self.rows += 1
             yield number, [texts[n] for n in wanted]
 

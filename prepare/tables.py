@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import html
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -109,6 +110,7 @@ class Table:
 
 
 MISSING = {"nan", "none", "null"}  # how programs write a value that is not there
+ENTITY = re.compile(r"&(?:#\d+|#[xX][0-9a-fA-F]+|\w+);")  # not R&D or Oven&microwave
 
 
 def attributes(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
@@ -118,7 +120,7 @@ def attributes(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
     """
     found = {}
     for name, raw in pairs:
-        text = html.unescape(raw)
+        text = ENTITY.sub(lambda found: html.unescape(found[0]), raw)
         if text.strip() and text.strip().lower() not in MISSING:
             found[name] = text
     return found

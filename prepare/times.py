@@ -15,6 +15,7 @@ from trsr import InputError
 
 UNIT = 10**18  # of the part after the point
 LARGEST = 2**63
+UNIX = 10**8  # seconds since 1970 have so many since 1973, and smaller numbers are no Unix times
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 NUMBER, ZONED, LOCAL = "a number", "ISO 8601 with a time zone", "ISO 8601 without a time zone"
 LONGEST = 60  # characters
@@ -115,6 +116,23 @@ class Times:
         keys[order] = np.concatenate([[0], np.cumsum(later)])
         return keys
 
+    def other_unit(self) -> tuple[int, int] | None:
+        """Return the first two rows whose numbers count in different units, if there are any.
+
+        The units of Unix times are a factor of 1000 apart. Numbers that count anything else lie
+        closer together, so what matters is a gap of 100 between two neighbors in size.
+        """
+        if self.kind is not NUMBER:
+            return None
+        whole = np.frombuffer(self.whole, np.int64)
+        rows = np.flatnonzero(whole >= UNIX)
+        large = np.unique(whole[rows])
+        gaps = np.flatnonzero(large[1:] // 100 > large[:-1])
+        if not len(gaps):
+            return None
+        unit = np.searchsorted(large[gaps + 1], whole[rows], side="right")
+        return int(rows[0]), int(rows[np.flatnonzero(unit != unit[0])[0]])
+
     def text(self, row: int) -> str:
         """Return the time of a row as text, as exact as it was."""
         whole, rest = self.whole[row], self.rests[row] if self.rests is not None else 0
@@ -128,9 +146,12 @@ class Times:
         """
         seconds = self.whole[row]
         if self.kind is NUMBER:
-            if seconds < 10**8:
+            if seconds < UNIX:
                 return None
             while seconds >= 10**11:
                 seconds //= 1000
-        moment = (EPOCH + timedelta(seconds=seconds)).isoformat()
+        try:
+            moment = (EPOCH + timedelta(seconds=seconds)).isoformat()
+        except OverflowError:  # a zone has moved it out of the years 1 to 9999
+            return None
         return moment.replace("+00:00", "" if self.kind is LOCAL else "Z")

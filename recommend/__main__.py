@@ -1,11 +1,11 @@
-"""Rank items for users who are in no dataset, with a trained run: one line a user.
+"""Rank items for users who are in no dataset, with a trained run: one line per user.
 
     python -m recommend --run runs/demo --users users.jsonl --out ranked.jsonl
     python -m recommend --run runs/demo --users users.jsonl --catalogue --top 20 --out ranked.jsonl
-    python -m recommend --run runs/demo --history P00012 P00345 --catalogue
+    python -m recommend --run runs/demo --history P0-00012 P0-00345 --catalogue
     torchrun --nproc_per_node 8 -m recommend --run-dir runs/demo --users users.jsonl --out r.jsonl
 
-A line of users.jsonl: {"user": "ann", "history": ["P00012", {"id": "new", "attributes": {"Title":
+A line of users.jsonl: {"user": "ann", "history": ["P0-00012", {"id": "new", "attributes": {"Title":
 "Blue lamp"}}], "candidates": [...]}, oldest item first. An item is an id of the run's dataset, or
 comes with its texts, which needs no training. A user without candidates gets those of --candidates
 or --catalogue that are not in the history.
@@ -17,6 +17,7 @@ to parts of --out, so the same command resumes; what has not changed is not rank
 
 import launch.waiting  # noqa: F401  # before torch
 import hashlib
+import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -101,6 +102,8 @@ class Settings:
             raise InputError("--out is missing: the file for what is ranked")
         if self.out and not self.users:
             raise InputError("--out goes with --users; one user's table is printed")
+        if self.out and (not self.out.name or self.out.is_dir()):
+            raise InputError(f"--out {self.out}: expected the name of a file")
         if self.catalogue and self.candidates:
             raise InputError("--catalogue and --candidates: give one of them")
         if self.history is not None and not (self.catalogue or self.candidates):
@@ -246,6 +249,8 @@ class Run:
         candidates: items; None means all of the dataset's that are not in the history. top: how
         many to return, None for all.
         """
+        if top is not None and top < 1:
+            raise InputError(f"top={top}: expected a whole number from 1, or None for all")
         items = Items(self.items.texts, self.domain, self.items.source)
         ids = items.read("history", history)
         own, shared = None, None
@@ -297,9 +302,15 @@ def best(ranked: Ranked, top: int | None) -> list[tuple[str, float]]:
 # ---- Many users
 
 
+def part_of(out: Path, rank: int) -> Path:
+    """Return what a process writes of a file; no file of the user's own has such a name."""
+    return out.with_name(f".{out.name}.recommend-part{rank}")
+
+
 def parts_of(out: Path) -> list[Path]:
     """Return what processes wrote of a file."""
-    return sorted(out.parent.glob(f"{out.stem}.part*{out.suffix}"))
+    own = re.compile(re.escape(part_of(out, 0).name.removesuffix("0")) + r"\d+")
+    return sorted(path for path in out.parent.iterdir() if own.fullmatch(path.name))
 
 
 def collect_lines(out: Path) -> dict[str, dict]:
@@ -344,11 +355,17 @@ def recommend(flags: Settings, run: Run) -> None:
             print(f"wrote   {flags.out} ({len(users)} users); peak {peak_memory(run.device)}")
 
 
+def trained(settings: evaluate.Settings) -> str:
+    """Return in words what training has made of the model so far."""
+    of = f", unfinished: the best of {settings.epochs}" if settings.epochs else ""
+    return f"trained ({settings.kind}{of})"
+
+
 def announce(run: Run, n_users: int, n_done: int) -> None:
     """Print what is about to be ranked."""
     s, world = run.settings, ranks()[1]
     print(f"users   {n_users}, {n_done} of them ranked before")
-    print(f"model   {s.model}, trained ({s.kind}), {s.dtype}, on {world} x {run.device.type}")
+    print(f"model   {s.model}, {trained(s)}, {s.dtype}, on {world} x {run.device.type}")
     print(
         f"prompt  {s.paradigm}, {s.history_items} recent items, {run.budget.tokens} tokens at most"
     )
@@ -363,7 +380,7 @@ def rank_and_write(flags: Settings, run: Run, users: list[User], keys: dict[str,
         histories = {user.name: [texts[i] for i in user.history] for user in users}
         summaries = run.summaries(histories, rank, show=rank == 0)
     said = {name: summary for name, (summary, _) in summaries.items()}
-    part = flags.out.with_name(f"{flags.out.stem}.part{rank}{flags.out.suffix}")
+    part = part_of(flags.out, rank)
     for user, ranked, trimmed in run.rankings(users, texts, said, show=rank == 0):
         pairs = best(ranked, flags.top)
         if user.name in summaries:
@@ -394,6 +411,8 @@ def print_one(flags: Settings, run: Run) -> None:
     """Rank for the user of the command line, and print a table."""
     history = parse_entries(flags.history)
     shared = shared_of(flags, run.items)
+    if run.settings.epochs:
+        print(f"model   {run.settings.model}, {trained(run.settings)}")
     if run.needs_summary:
         print(textwrap.fill(f"summary: {run.summarize(history)}", WIDTH))
     ids = run.items.read("--history", history)

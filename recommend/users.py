@@ -57,6 +57,8 @@ class Items:
             what = "'attributes' is no object with texts in it"
             raise InputError(f"{where}: item {item!r}: {what}")
         text = item_text(attributes, self.domain)
+        if text == item_text({}, self.domain):
+            raise InputError(f"{where}: item {item!r}: nothing is left of its text in a prompt")
         if self.texts.setdefault(item, text) != text:
             what = "has another text than before"
             raise InputError(f"{where}: item {item!r} {what} (here or in {self.source})")

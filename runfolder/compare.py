@@ -10,12 +10,15 @@ is whether they are told apart: Wilcoxon's signed-rank test on the users' NDCG a
 without the users who have no difference, corrected by Holm for the number of rows.
 """
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
+from batches.candidates import choice, name_of
 from files.jsonl import read_json, read_jsonl
 from files.sheet import TABLE, table_rows, write_csv
 from launch.command import Parser, run_main
-from runfolder.results import Question
+from runfolder.results import Question, same_question
 from runfolder.scores import paired_differences, tested_metric, told_apart
 from runfolder.told_apart import LEVEL
 from trsr import InputError
@@ -27,16 +30,24 @@ COLUMNS = 100  # of a printed table
 def question_of(run: Path, candidates: str = "") -> Question:
     """Return what the run's evaluation asked, of the untrained model if it was alone.
 
-    candidates: what the file names say of them, such as "all"; nothing for the dataset's own.
-    InputError if the run was not evaluated.
+    candidates: what the file names say, such as "all" or "val", or the value of evaluate.py's
+    flag; nothing for the dataset's own. InputError if the run was not evaluated.
     """
-    names = [candidates] if candidates else []
-    trained, untrained = Question(run, parts=names), Question(run, parts=["untrained", *names])
+    name, split = candidates, "test"
+    if candidates.isdecimal() or Path(candidates).is_file():
+        name = name_of(choice(candidates))
+    elif match := re.fullmatch("(train|val)(?:-(.*))?", candidates):  # as Question names them
+        split, name = match[1], match[2]
+    names = [name] if name else []
+    trained = Question(run, split, names)
+    untrained = Question(run, split, ["untrained", *names])
     found = [question for question in (trained, untrained) if question.results.is_file()]
     if not found:
         flag = f" --candidates {candidates}" if candidates else ""
-        first = f"first run python evaluate.py --run {run}{flag}"
-        raise InputError(f"{trained.results}: no results; {first}")
+        way = f"first run python evaluate.py --run {run}{flag}"
+        if Question(run, split, ["interim", *names]).results.is_file():
+            way = f"its training is unfinished; add --candidates {'-'.join(['interim', *names])}"
+        raise InputError(f"{trained.results}: no results; {way}")
     return found[0]
 
 
@@ -48,18 +59,23 @@ def rows_of(runs: list[Path], candidates: str = "") -> tuple[dict, dict[str, dic
     found = {run: read_json(question_of(run, candidates).results) for run in runs}
     first = found[runs[0]]
     for run, results in found.items():
-        names = ("data", "split", "users", "candidates", "mean_candidates")
-        same = all(results.get(name) == first.get(name) for name in names)
-        if not same or results["table"]["random"].keys() != first["table"]["random"].keys():
-            what = f"other users, candidates or --k than {runs[0]}; evaluate them alike"
-            raise InputError(f"{run}: {what}")
+        if not same_question(results, first):
+            what = f"other users, positives, candidates or --k than {runs[0]}"
+            raise InputError(f"{run}: {what}; evaluate them alike")
 
     rows = {"random": first["table"]["random"], "popularity": first["table"]["popularity"]}
     for run in runs:
-        path = Question(run, parts=["untrained", *filter(None, [candidates])]).results
+        question = question_of(run, candidates)
+        path = replace(question, parts=["untrained", *question.parts]).results
         if path.is_file() and found[run]["row"] != "untrained":
             untrained = read_json(path)
-            rows[f"untrained ({untrained['paradigm']})"] = untrained["table"]["untrained"]
+            if not same_question(untrained, first):
+                what = f"other users, positives, candidates or --k than {runs[0]}"
+                raise InputError(f"{path}: {what}; evaluate alike, or remove it")
+            name, row = f"untrained ({untrained['paradigm']})", untrained["table"]["untrained"]
+            if rows.get(name, row) != row:  # another base model's
+                name = f"untrained ({untrained['paradigm']}, {run})"
+            rows[name] = row
     for run, name in row_names(found).items():
         rows[name] = found[run]["table"][found[run]["row"]]
     return first, rows
@@ -180,6 +196,15 @@ def csv_rows(
     return [line + [None] * (len(COLUMNS_OF_CSV) - len(line)) for line in lines]
 
 
+def check_csv(path: Path | None) -> None:
+    """Raise InputError for a file that is there and that this command did not write."""
+    if path and path.is_file():
+        with open(path, errors="replace") as file:
+            if not file.readline().startswith(",".join(COLUMNS_OF_CSV[:2])):
+                what = "is no table of this command, and would be replaced"
+                raise InputError(f"--csv {path}: {what}; choose another file")
+
+
 def main() -> None:
     """Print the tables."""
     parser = Parser(__doc__)
@@ -190,9 +215,11 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the tables as CSV too")
     asked = parser.parse_args()
     runs, candidates = list(dict.fromkeys(asked.runs)), asked.candidates
+    check_csv(asked.csv)
     first, rows = rows_of(runs, candidates)
     users = f"{first['users']} users of {first['data']}/{first['split']}.jsonl"
-    among = f", {first['mean_candidates']:.10g} candidates each" if candidates else ""
+    mean = first.get("mean_candidates")  # None: the dataset's own
+    among = f", {mean:.10g} candidates each" if mean else ""
     print(f"{users}{among}; below each mean is its 95 % interval")
     print(format_table(rows))
     differences, tests = {}, {}

@@ -31,7 +31,7 @@ from launch.command import Parser, run_main
 from prepare.dataset import load_dataset
 from runfolder.plots import COLORS_AND_TEXT, bar_plot, histogram, line_plot, tag
 from runfolder.quality import read_quality
-from runfolder.results import Question
+from runfolder.results import Question, same_question
 from runfolder.show import records_of, steps
 from state.settings import read_config
 from trsr import SUMMARIZED, InputError, Node
@@ -109,10 +109,12 @@ def neighbors(question: Question, results: dict) -> dict[str, dict]:
     for path in sorted(run.parent.glob(f"*/{question.results.name}")):
         if path.parent == run:
             continue
-        other = read_json(path)
-        names = ("data", "split", "users", "candidates")
-        same = all(other.get(name) == results.get(name) for name in names)
-        if same and other["table"]["random"].keys() == results["table"]["random"].keys():
+        try:
+            other = read_json(path)
+        except InputError as error:
+            print(f"{error}; left out of the page")
+            continue
+        if same_question(other, results):
             found[path.parent.name] = other
     return found
 

@@ -14,11 +14,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from batches.candidates import Choice, name_of
-from files.jsonl import read_jsonl, write_json, write_jsonl
+from batches.candidates import Choice, name_of, ranked_hash
+from files.jsonl import read_json, read_jsonl, write_json, write_jsonl
 from files.sheet import TABLE, table_rows, write_csv
 from runfolder.tally import Ranked, answer_mass
-from trsr import Example
+from trsr import Example, InputError
 
 RANKING = ("user", "place", "candidate", "score", "positive")  # the columns of a CSV file of scores
 
@@ -59,6 +59,39 @@ def parts_of(
     return [part for part in parts if part]
 
 
+def check_replaced(question: Question, data: str, model: str | None, chosen: Choice) -> None:
+    """Raise InputError if files of these names are there that answer another question.
+
+    data, model, chosen: the dataset, the model or None for another system, and the candidates.
+    """
+    if not question.results.is_file():
+        return
+    found = read_json(question.results)
+    file = str(chosen) if isinstance(chosen, Path) else None
+    asked = {"data": data, "model": model, "candidates_file": file}
+    for name, value in asked.items():
+        if (before := found.get(name)) is None and name == "candidates_file":
+            continue
+        if before != value and not same_path(before, value):
+            what = f"is of {name} {before}, not of {value}"
+            way = "move or remove it, or choose another --run"
+            raise InputError(f"{question.results}: {what}, and would be replaced; {way}")
+
+
+def same_path(one: str | None, other: str | None) -> bool:
+    """Return whether two names are of the same file or folder."""
+    return None not in (one, other) and Path(one).resolve() == Path(other).resolve()
+
+
+def same_question(one: dict, other: dict) -> bool:
+    """Return whether two tables are of the same users, positives, candidates and metrics."""
+    names = ["data", "split", "users", "candidates", "mean_candidates"]
+    if "ranked" in one and "ranked" in other:  # older files lack the hash of who is ranked
+        names.append("ranked")
+    same = all(one.get(name) == other.get(name) for name in names)
+    return same and one["table"]["random"].keys() == other["table"]["random"].keys()
+
+
 # ---- What they hold
 
 
@@ -77,6 +110,7 @@ def write_results(
     write_jsonl(question.scores, (line_of(*pair) for pair in zip(examples, ranked, strict=True)))
     # Rounded, since the order of the packs may change the last digits.
     about |= {"users": len(examples), "answer_mass": round(answer_mass(ranked), 6)}
+    about["ranked"] = ranked_hash(examples)
     written = [*write_table(question, about, csv), question.scores]
     if csv:
         path = question.scores.with_suffix(".csv")

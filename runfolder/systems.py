@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import trsr
-from batches.candidates import about_candidates, name_of, with_candidates
+from batches.candidates import about_candidates, ranked_hash, with_candidates
 from files.jsonl import read_jsonl
 from launch.embedded import DATA
 from prepare.dataset import load_dataset
 from runfolder.compare import format_table
-from runfolder.results import Question, write_table
+from runfolder.results import Question, check_replaced, parts_of, write_table
 from runfolder.scores import table_of
 from state.settings import read_config
 from trsr import Example, InputError
@@ -24,9 +24,14 @@ def rank_by_file(settings) -> None:
 
     settings: evaluate.py's, of which only the run, the users and the metrics matter here.
     """
+    if settings.report:
+        raise InputError("--report shows a model's prompts; leave it out with --scores")
     data = settings.data or read_config(settings.run).get("train", {}).get("data", DATA)
     _, items, splits = load_dataset(data, ("train", settings.split))
     shown, name = splits[settings.split][: settings.users], settings.scores.stem
+    parts = [name, *parts_of(settings.candidates, settings.users, settings.seed)]
+    question = Question(settings.run, settings.split, parts)
+    check_replaced(question, data, None, settings.candidates)
     examples = with_candidates(settings.candidates, shown, items, settings.seed)
     ranks = ranks_of_file(settings.scores, examples)
     table = table_of(name, ranks, examples, splits["train"], settings.k, settings.seed)
@@ -34,8 +39,7 @@ def rank_by_file(settings) -> None:
     about = {"data": data, "split": settings.split, "users": len(examples), "row": name}
     about |= {"paradigm": name, "table": table}
     about |= about_candidates(settings.candidates, examples, settings.seed)
-    parts = [name, name_of(settings.candidates, settings.seed)]
-    question = Question(settings.run, settings.split, [part for part in parts if part])
+    about["ranked"] = ranked_hash(examples)
     print(f"wrote   {', '.join(map(str, write_table(question, about, settings.csv)))}")
 
 

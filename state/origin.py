@@ -1,11 +1,12 @@
 """What an adapter was trained on, in a file beside it, and how it differs from its run."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from files.jsonl import read_json, write_json
 from lora import LoRAConfig
 from state.settings import read_config
-from trsr import InputError
+from trsr import Example, InputError, content_hash
 
 ORIGIN = "trained_on.json"
 FIELDS = ("model", "fingerprint", "paradigm", "prompt")
@@ -36,6 +37,23 @@ def check_trained_on(run: Path, model: str, fingerprint: str, words: str) -> Non
     if origin.get("fingerprint") not in (None, fingerprint):
         what = f"the adapter was trained on another model ({origin.get('model')})"
         raise InputError(f"{path}: {what}; evaluate it with that one")
+
+
+def learned_from(examples: Sequence[Example]) -> str:
+    """Return a hash of the training users with their histories and targets."""
+    return content_hash([[e.user, e.history, e.positive] for e in examples])
+
+
+def check_learned(run: Path, data: str, examples: Sequence[Example]) -> None:
+    """Raise InputError if a dataset has other training users now than when the run learned them.
+
+    Its other splits may then have users whom the run was trained on. examples: data's train.jsonl.
+    """
+    trained = read_config(run)["train"]
+    known = trained.get("learned")  # None: an older run
+    if data == trained["data"] and known not in (None, learned_from(examples)):
+        what = f"the training users are not those that {run} was trained on"
+        raise InputError(f"{data}: {what}; it was prepared again, so train again in a new --run")
 
 
 def differences(run: Path, config: LoRAConfig) -> str:

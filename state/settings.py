@@ -81,11 +81,14 @@ def claim_config(run: Path, section: str, settings: dict, started: bool) -> None
     write_json(run / "config.json", config | {section: settings})
 
 
+_ADDED = {"learned"}  # which runs of earlier versions have not recorded
+
+
 def check_settings(run: Path, section: str, settings: dict) -> None:
     """Raise InputError, which names what differs, if the run's section has other settings."""
     settings = json.loads(json.dumps(settings))
     old = read_config(run).get(section, settings)
-    names = sorted({*old, *settings})
+    names = sorted({*old, *(settings.keys() - _ADDED)})
     differing = [name for name in names if old.get(name) != settings.get(name)]
     if differing:
         told = [_CHANGES[name] for name in differing if name in _CHANGES]

@@ -133,8 +133,76 @@ def test_evaluations_of_other_candidates_are_compared_by_name(evaluated_runs, tm
     assert list(compare.verdicts_of(runs, "all")) == ["recurrent (two)"]
     results = read_json(runs[1] / "results-all.json")
     write_json(runs[1] / "results-all.json", results | {"mean_candidates": 49.0})
-    with pytest.raises(InputError, match="other users, candidates or --k"):
+    with pytest.raises(InputError, match="other users, positives, candidates or --k"):
         compare.rows_of(runs, "all")
+
+
+def test_other_positives_or_candidates_of_the_same_users_are_not_compared(evaluated_runs, tmp_path):
+    for run in ("one", "two"):
+        shutil.copytree(evaluated_runs / run, tmp_path / run)
+    runs = [tmp_path / "one", tmp_path / "two"]
+    compare.rows_of(runs)
+    results = read_json(runs[1] / "results.json")
+    write_json(runs[1] / "results.json", results | {"ranked": "another"})
+    with pytest.raises(InputError, match="other users, positives, candidates or --k"):
+        compare.rows_of(runs)
+    del results["ranked"]  # of an older version
+    write_json(runs[1] / "results.json", results)
+    compare.rows_of(runs)
+
+
+@pytest.mark.parametrize("name", ["val", "5-users", "val-5-users", "untrained", "interim"])
+def test_any_evaluation_is_compared_by_what_its_files_are_named(
+    evaluated_runs, tmp_path, name, capsys, monkeypatch
+):
+    for run in ("one", "two"):
+        shutil.copytree(evaluated_runs / run, tmp_path / run)
+        scores = f"scores-{name}" if name.startswith("val") else f"scores-test-{name}"
+        (tmp_path / run / "results.json").rename(tmp_path / run / f"results-{name}.json")
+        (tmp_path / run / "scores-test.jsonl").rename(tmp_path / run / f"{scores}.jsonl")
+    runs = [str(tmp_path / "one"), str(tmp_path / "two")]
+    monkeypatch.setattr("sys.argv", ["compare", *runs, "--candidates", name])
+    compare.main()
+    assert "recurrent (two)" in capsys.readouterr().out
+
+
+def test_the_value_of_evaluate_s_flag_names_candidates_too(tmp_path):
+    (tmp_path / "pool.txt").write_text("i1\n")
+    for value, name in (("30", "30-drawn"), (str(tmp_path / "pool.txt"), "candidates-pool")):
+        write_json(tmp_path / f"results-{name}.json", {})
+        assert compare.question_of(tmp_path, value).results.name == f"results-{name}.json"
+    write_json(tmp_path / "results-interim.json", {})
+    with pytest.raises(InputError, match="unfinished; add --candidates interim"):
+        compare.question_of(tmp_path)
+
+
+def test_untrained_rows_are_of_the_same_question_and_of_their_own_models(evaluated_runs, tmp_path):
+    for run in ("one", "two"):
+        shutil.copytree(evaluated_runs / run, tmp_path / run)
+    runs = [tmp_path / "one", tmp_path / "two"]
+    results = read_json(runs[0] / "results.json")
+    for run, kept in zip(runs, (1, 0.5), strict=True):
+        table = {"untrained": {k: {"mean": kept} for k in results["table"]["random"]}}
+        own = results | {"row": "untrained", "table": results["table"] | table}
+        write_json(run / "results-untrained.json", own)
+    _, rows = compare.rows_of(runs)
+    names = ["untrained (recurrent)", f"untrained (recurrent, {runs[1]})"]
+    assert [rows[name]["Recall@3"]["mean"] for name in names] == [1, 0.5]
+    random = {k: v for k, v in results["table"]["random"].items() if k.endswith("@3")}
+    write_json(runs[0] / "results-untrained.json", own | {"table": {"random": random}})
+    with pytest.raises(InputError, match=r"results-untrained\.json: other users, positives"):
+        compare.rows_of(runs)
+
+
+def test_a_csv_file_replaces_only_its_own_kind(evaluated_runs, tmp_path, monkeypatch):
+    run, path = str(evaluated_runs / "one"), tmp_path / "own.csv"
+    monkeypatch.setattr("sys.argv", ["compare", run, "--csv", str(path)])
+    compare.main()
+    compare.main()
+    path.write_text("precious")
+    with pytest.raises(InputError, match=r"own\.csv: is no table of this command"):
+        compare.main()
+    assert path.read_text() == "precious"
 
 
 def test_a_run_without_a_training_is_a_row(evaluated_runs, tmp_path):

@@ -5,9 +5,18 @@ import json
 import pytest
 from helpers import meta, write_dataset
 
-from prepare.dataset import SHOP, default_model, load_dataset, popularity, save_dataset
+from files.jsonl import write_json
+from prepare.dataset import (
+    SHOP,
+    default_model,
+    drawn_in_training,
+    load_dataset,
+    popularity,
+    save_dataset,
+    warn_of_cut_histories,
+)
 from prepare.domains import DOMAINS
-from trsr import InputError
+from trsr import Example, InputError
 
 
 @pytest.fixture
@@ -175,3 +184,20 @@ def test_the_embedded_model_is_the_default_of_its_own_shop_alone(data, tmp_path)
     for folder in (data, tmp_path / "games"):
         with pytest.raises(InputError, match="--model is needed: models/tiny, the default, knows"):
             default_model(str(folder), "models/tiny")
+
+
+def test_training_draws_nothing_that_came_after_its_time(tmp_path, capsys):
+    items = {"a": "A", "b": "B", "c": "C", "d": "D", "later": "L"}
+    train = [Example("u", ["a", "b"], "c", ["d"])]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for more, expected in (({}, [*items]), ({"moments": []}, ["a", "b", "c", "d"])):
+        write_json(folder / "meta.json", {"domain": "products", **more})
+        assert drawn_in_training(folder, items, train) == expected
+    warn_of_cut_histories(folder, drawn=True)
+    assert capsys.readouterr().out == ""
+    write_json(folder / "meta.json", {"domain": "products", "settings": {"long": "cut"}})
+    warn_of_cut_histories(folder, drawn=False)
+    assert capsys.readouterr().out == ""
+    warn_of_cut_histories(folder, drawn=True)
+    assert "a negative can be an item that the user once had" in capsys.readouterr().out

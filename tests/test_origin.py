@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from helpers import change_json, read_lines, run, write_dataset, write_model
+from helpers import change_json, read_lines, run, write_dataset, write_lines, write_model
 
 import trsr
 from files.jsonl import read_json, write_json
@@ -93,3 +93,26 @@ def test_an_untouched_model_is_recognized(copied, model_folder, tmp_path):
     done = run("evaluate.py", run=copied, model=tmp_path / "other", check=False)
     assert done.returncode == 2
     assert "not the model that" in done.stderr
+
+
+def test_a_dataset_that_was_prepared_again_is_not_evaluated_with_the_run(copied, tmp_path):
+    config = read_json(copied / "config.json")
+    data = shutil.copytree(config["train"]["data"], tmp_path / "data")
+    config["train"]["data"] = str(data)
+    write_json(copied / "config.json", config)
+    for path in copied.glob("results*.json"):
+        path.unlink()
+    run("evaluate.py", run=copied)
+    for path in copied.glob("results*.json"):
+        path.unlink()
+
+    # A user less to train on, who is in another split now, perhaps.
+    lines = read_lines(data / "train.jsonl")
+    write_lines(data / "train.jsonl", lines[1:])
+    done = run("evaluate.py", run=copied, check=False)
+    assert done.returncode == 2
+    assert "the training users are not those that" in done.stderr
+    write_lines(data / "train.jsonl", lines)
+    del config["train"]["learned"]  # as in runs of earlier versions
+    write_json(copied / "config.json", config)
+    run("evaluate.py", run=copied)

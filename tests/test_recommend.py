@@ -12,6 +12,7 @@ from helpers import ROOT, count_lines, flags, read_lines, run, run_here, write_d
 from safetensors.torch import load_file, save_file
 
 import summarize
+from files.jsonl import read_json, write_json
 from recommend import load_run
 from recommend.__main__ import main
 from trsr import InputError
@@ -213,16 +214,33 @@ def test_an_interrupted_call_resumes(folder):
     shutil.copy(folder / "out.jsonl", folder / "whole.jsonl")
     (folder / "out.jsonl").unlink()
     marked = lines[1] | {"trimmed": {"kept": 1}}  # shows that a line was not made again
-    write_lines(folder / "out.part0.jsonl", [lines[2]])
-    write_lines(folder / "out.part1.jsonl", [marked])
-    with open(folder / "out.part1.jsonl", "a") as file:
+    write_lines(folder / ".out.jsonl.recommend-part0", [lines[2]])
+    write_lines(folder / ".out.jsonl.recommend-part1", [marked])
+    with open(folder / ".out.jsonl.recommend-part1", "a") as file:
         file.write('{"user": "torn')
     done = call(folder)
     assert "2 of them ranked before" in done.stdout
-    assert "out.part1.jsonl:2: dropped" in done.stderr
+    assert ".out.jsonl.recommend-part1:2: dropped" in done.stderr
     assert_same(folder / "out.jsonl", folder / "whole.jsonl")
     assert ranked(folder)[marked["user"]] == marked
-    assert not list(folder.glob("out.part*"))
+    assert not list(folder.glob(".out*"))
+
+
+def test_files_of_the_user_s_own_stay_whatever_their_names(folder):
+    own = [folder / name for name in ("out[1].part1.jsonl", "out1.jsonl", ".out[1].jsonl.part0")]
+    for path in own:
+        path.write_text("mine")
+    call(folder, out=folder / "out[1].jsonl")
+    assert len(read_lines(folder / "out[1].jsonl")) == len(read_lines(folder / "users.jsonl"))
+    assert [path.read_text() for path in own] == ["mine"] * 3
+
+
+def test_an_unfinished_training_is_announced(folder):
+    checkpoint = folder / "run/config.json"
+    config = read_json(checkpoint)
+    config["train"]["epochs"] += 1
+    write_json(checkpoint, config)
+    assert "trained (adapter, unfinished: the best of 1 of 2 epochs)" in call(folder).stdout
 
 
 def test_what_changed_is_ranked_again_and_nothing_else(made, folder):
@@ -245,7 +263,7 @@ def test_two_processes_write_the_same(folder):
     (folder / "run/answers.jsonl").unlink()
     call(folder, processes=2)
     assert_same(folder / "out.jsonl", folder / "alone.jsonl")
-    left = [path.name for path in (*folder.glob("*.part*"), *(folder / "run").glob("*.part*"))]
+    left = [path.name for path in (*folder.glob("*part*"), *(folder / "run").glob("*.part*"))]
     assert left == []
 
 

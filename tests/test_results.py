@@ -63,3 +63,30 @@ def test_an_unfinished_run_is_told_and_kept_apart(tmp_path, data_folder, model_f
     assert "unfinished: the best of 1 of 2 epochs" in out
     assert not (tmp_path / "results.json").exists()
     assert read_json(tmp_path / "results-interim.json")["epochs"] == "1 of 2 epochs"
+
+
+def test_files_that_answer_another_question_are_not_replaced(copied, tmp_path):
+    def message(**settings):
+        done = run("evaluate.py", run=copied, check=False, **settings)
+        return done.stderr.splitlines()[-1] if done.returncode else ""
+
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "pool.txt").write_text("i1\ni2\ni3\n")
+    assert message(candidates=tmp_path / "one/pool.txt") == ""
+    assert message(candidates=tmp_path / "one/../one/pool.txt") == ""
+    said = message(candidates=tmp_path / "two/pool.txt")
+    assert "results-candidates-pool.json: is of candidates_file" in said
+    assert "move or remove it, or choose another --run" in said
+
+    assert message() == ""
+    other = tmp_path / "untrained.jsonl"
+    shutil.copy(copied / "scores-test.jsonl", other)
+    assert message(untrained=True) == ""
+    assert "results-untrained.json: is of model" in message(scores=other)
+    other.rename(tmp_path / "mine.jsonl")
+    assert message(scores=tmp_path / "mine.jsonl") == ""
+    assert message(scores=tmp_path / "mine.jsonl", users=2) == ""
+    found = read_json(copied / "results-mine.json"), read_json(copied / "results-mine-2-users.json")
+    assert [results["users"] for results in found] == [4, 2]
+    assert "leave it out with --scores" in message(scores=tmp_path / "mine.jsonl", report=True)

@@ -413,6 +413,24 @@ SHORT_GZIP = gzip.compress(HEADER * 99, mtime=0)[:-9]
         ),
         (
             "r.csv",
+            HEADER + b"a,b,1700000000\na,c,1700000001\na,d,1700000002000\n",
+            r"r\.csv:4: column 'timestamp': 1700000002000 and 1700000000 at .*r\.csv:2 differ in u",
+        ),
+        ("r.csv", HEADER + b"a,b,1\n" + HEADER, r"r\.csv:3: the header again, as in files that"),
+        (
+            "r.csv",
+            HEADER + b"a,b,1\nc,b,1\na ,b,2\n",
+            r"r\.csv:4: column 'user_id': user 'a ' is 'a' of .*r\.csv:2 in another spelling",
+        ),
+        ("r.csv", HEADER + b"1.0,b,1\n1,b,2\n", r"r\.csv:2: .* user '1\.0' is '1' of .*csv:3 in"),
+        (
+            "r.csv",
+            HEADER + "Jose\u0301,b,1\nJos\u00e9,b,2\n".encode(),
+            r"r\.csv:2: .* is 'Jos\u00e9' of .*r\.csv:3 in another spelling",
+        ),
+        ("r.csv", HEADER + b" a,b,1\na ,b,2\n", r"r\.csv:3: .* user 'a ' is ' a' of .*csv:2 in"),
+        (
+            "r.csv",
             HEADER + b"a,b,3\na,b,2020-01-01\n",
             r"r\.csv:3: column 'timestamp': '2020-01-01' is ISO 8601 without a time zone, the ",
         ),

@@ -33,3 +33,9 @@ def test_missing_columns_and_cut_rows_are_named(tmp_path):
 def test_attributes_are_decoded_and_missing_values_left_out():
     pairs = [("A", "x &amp; y"), ("B", " "), ("C", "NaN"), ("D", "null"), ("E", "Nancy"), ("F", "")]
     assert attributes(pairs) == {"A": "x & y", "E": "Nancy"}
+    pairs = [
+        ("A", "Oven&microwave R&D"),
+        ("B", "&#39;&#x41;&eacute;&nosuch; &amp &"),
+        ("C", "a&b;"),
+    ]
+    assert attributes(pairs) == {"A": "Oven&microwave R&D", "B": "'Aé&nosuch; &amp &", "C": "a&b;"}

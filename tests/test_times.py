@@ -58,6 +58,30 @@ def test_kinds_are_not_mixed():
             times.add(second)
 
 
+@pytest.mark.parametrize(
+    ("column", "rows"),
+    [
+        ([5, 1700000000], None),  # a counter, perhaps
+        ([10**8 * n for n in range(1, 3000)], None),  # counts that pass from one unit to the next
+        ([1700000000, 950000000, 1600000000000], (0, 2)),
+        ([3, 1600000000000, 4, 1700000000], (1, 3)),
+        ([1600000000, 1600000000 * 10**6], (0, 1)),
+        (["2020-01-01", "0001-01-01"], None),
+    ],
+)
+def test_numbers_in_another_unit_are_found(column, rows):
+    times = Times()
+    for text in column:
+        times.add(str(text))
+    assert times.other_unit() == rows
+
+
+def test_a_moment_out_of_the_calendar_has_no_iso_form():
+    times = Times()
+    times.add("9999-12-31T23:59:59-05:00")
+    assert times.iso(0) is None
+
+
 def test_keys_order_as_the_times_do():
     rng = random.Random(1)
     texts = [f"{rng.randrange(-3, 3)}.{rng.randrange(4)}" for _ in range(200)] + ["1", "1.0"]

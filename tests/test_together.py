@@ -18,6 +18,8 @@ from trsr import InputError
         ({"fp8": True, "shard": "zero3"}, 2, "choose --shard zero2 or replicate"),
         ({"fp8": True, "shard": "zero3"}, 1, None),
         ({"fp8": True}, 2, None),
+        ({"negatives_past": True}, 1, "--negatives-past is for earlier positions; add --targets"),
+        ({"negatives_past": True, "targets": 2}, 1, None),
         ({"cuda_graphs": True}, 2, "choose --shard replicate"),
         ({"cuda_graphs": True, "shard": "replicate"}, 2, None),
         ({"cuda_graphs": True}, 1, None),
