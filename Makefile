@@ -62,7 +62,7 @@ demo-real: .venv/installed-real $(REAL_MODEL)/config.json
 	$(SAY) 6/6 "All rows in one table."
 	$(BIN)/python -m runfolder.compare runs/demo-real
 	@printf '\n%s\n' \
-		"The intervals are wide, since the users are few: this shows that the way works, not how well." \
+		"The intervals are wide, since the users are few: this shows that the pipeline works, not how well." \
 		"The report, for a browser:  $(CURDIR)/runs/demo-real/report.html"
 
 $(REAL_WHEEL): | .venv/installed-real

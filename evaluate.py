@@ -1,6 +1,6 @@
 """Rank every user's candidates by the probability of Yes (section 4.3): RUN/results.json
 
-    python evaluate.py --k 3 5 10                               # the embedded default
+    python evaluate.py --k 3 5 10                               # data/demo, models/tiny
     python evaluate.py --run runs/mind --split test             # data, model and prompt as trained
     torchrun --nproc_per_node 8 evaluate.py --run-dir runs/mind # users are shared out
 
@@ -81,7 +81,7 @@ class Settings(Shared):
     csv: bool = option(False, "write the table and the scores as CSV too")
 
     paradigm: str | None = option(
-        None, "what it shows", choices=tuple(trsr.PARADIGMS), group="prompt of what is not trained"
+        None, "what it shows", choices=tuple(trsr.PARADIGMS), group="prompt, with --untrained"
     )
     history_items: int = option(3, "recent items in the prompt", numbers.natural)
     max_length: int = option(2048, "longest prompt with its answer, in tokens", numbers.positive)

@@ -1,4 +1,4 @@
-"""Llama in PyTorch: token ids in, logits out. It knows no recommendation, adapters or processes.
+"""Llama in PyTorch: token ids in, logits out. Independent of adapters and distribution.
 
 It reads any checkpoint of the Llama architecture in Hugging Face layout (Llama 1, 2, 3.x,
 TinyLlama, SmolLM2, ...). Modules and tensors have the checkpoint's own names, so loading renames
@@ -9,7 +9,7 @@ and permutes nothing. From top to bottom:
     layers          Attention, MLP, Layer, Decoder, Llama with its loss
     loading         load_model, from safetensors
 
-Two ideas come from below and are worth a look first: packs, many texts in one row of tokens
+Two ideas come from ops/; read them first: packs, many texts in one row of tokens
 (ops/packs.py), and caches, the keys and values of earlier tokens (ops/cache.py).
 
 Shapes: B rows, T tokens of a row, S cache slots of a row, H heads, K key-value heads, D head size,

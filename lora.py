@@ -1,7 +1,8 @@
 """LoRA (Hu et al., 2021): low-rank adapters on frozen linear layers, in PEFT's file format.
 
-It knows no model, only the `nn.Linear` modules that it wraps. A checkpoint's `q_proj` becomes
-`q_proj.base_layer`, `q_proj.lora_A` and `q_proj.lora_B`, so an adapter's tensors have PEFT's names.
+It is independent of the model: it needs only the `nn.Linear` modules that it wraps. A checkpoint's
+`q_proj` becomes `q_proj.base_layer`, `q_proj.lora_A` and `q_proj.lora_B`, so an adapter's tensors
+have PEFT's names.
 """
 
 import json

@@ -1,11 +1,11 @@
 """Summarize every user's history with a frozen model (sections 4.1, 4.2): RUN/summaries.jsonl
 
-    python summarize.py                                         # the embedded default
+    python summarize.py                                         # data/demo, models/tiny
     python summarize.py --data data/mind --model owner/llama --run runs/mind --paradigm recurrent
     torchrun --nproc_per_node 8 summarize.py --model owner/llama --run-dir runs/mind
 
-Finished users are appended to RUN/summaries.part*.jsonl, and answers to RUN/answers.part*.jsonl: no
-prompt is asked twice, after an interruption or of a grown history. torchrun shares the users out.
+Finished users are appended to RUN/summaries.part*.jsonl, and answers to RUN/answers.part*.jsonl, so
+no prompt is answered twice, even after an interruption or when a history has grown.
 
 Most of this file is greedy generation: first the obvious way, then a Generator that keeps the
 model's keys and values, reads prompts in packs, and refills each row of its cache as soon as the
@@ -67,10 +67,10 @@ class Settings(Shared):
     max_length: int = option(2048, "longest prompt with its summary", numbers.positive)
     no_chat: bool = option(False, "ask in the plain form, though the model has a chat template")
     repetition_penalty: float = option(
-        1.0, "divides the odds of tokens that are there; 1: off", numbers.positive_real
+        1.0, "of logits of tokens that are there; 1: off", numbers.positive_real
     )
     no_repeat_ngram_size: int | None = option(
-        None, "no so many tokens twice; 0: off (unset: 8 in the chat form)", numbers.natural
+        None, "n-grams that may not repeat; 0: off (unset: 8 in the chat form)", numbers.natural
     )
     int8: str | None = option(
         None, "8-bit weights, ours or the paper's", nargs="?", choices=WAYS, const="weights"
@@ -330,7 +330,7 @@ def decode(
 
 @dataclass(frozen=True)
 class Summarizer:
-    """The settings with all that they lead to, but for the weights."""
+    """Everything that the settings determine, except the weights."""
 
     settings: Settings
     folder: Path
@@ -423,7 +423,7 @@ def main() -> None:
 def conclude(
     settings: Settings, texts: dict[str, list[str]], trimmed: Counter, prompts: Counter, peak: str
 ) -> None:
-    """Merge what the processes wrote, in the order of users; print its worth, and what is next."""
+    """Merge what the processes wrote, in the order of users; print its quality and what is next."""
     collect_answers(settings.run)
     found, path = collect_records(settings.run), settings.run / "summaries.jsonl"
     found = {user: found[user] for user in texts}

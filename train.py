@@ -1,12 +1,12 @@
 """Fine-tune a model to answer whether the user takes the candidate (section 4.3): RUN/adapter/
 
-    python train.py                                             # the embedded default
+    python train.py                                             # data/demo, models/tiny
     python train.py --data data/mind --model owner/llama --run runs/mind
     torchrun --nproc_per_node 8 train.py --model owner/llama --run-dir runs/mind    # FSDP2
 
 The loss is the next-token loss over the whole prompt (equation 1), averaged over the tokens of an
 optimizer step on all processes, so 1 and 8 processes train the same model up to rounding. A user's
-positive and negative are in the same step, where their shared prefix is computed once. The epoch
+positive and negatives are in the same step, where their shared prefix is computed once. The epoch
 with the best validation recall is kept. After an interruption the same command resumes from
 RUN/checkpoint/.
 """
@@ -94,9 +94,9 @@ class Settings(Shared):
     max_length: int = option(2048, "longest prompt with its answer, in tokens", numbers.positive)
 
     targets: int = option(
-        1, "of a user: last, all positions, or so many", partial(numbers.count_or, last=1, all=ALL)
+        1, "per user: last, all, or the last so many", partial(numbers.count_or, last=1, all=ALL)
     )
-    negatives: int | None = option(None, "of a target (unset: the dataset's)", numbers.positive)
+    negatives: int | None = option(None, "per target (unset: the dataset's)", numbers.positive)
     negatives_past: bool = option(False, "negatives of a position may come later in the history")
 
     epochs: int = option(8, "passes over the training users", numbers.positive, "optimization")
@@ -106,7 +106,7 @@ class Settings(Shared):
     weight_decay: float = option(5e-4, "AdamW's weight decay", numbers.real)
     max_grad_norm: float = option(1.0, "larger gradients are scaled to it; 0: none", numbers.real)
     loss: str = option("prompt", "of every token, or of Yes and No alone", choices=LOSSES)
-    seed: int = option(0, "of users' order, adapter and dropout", numbers.seed_number)
+    seed: int = option(0, "seed of users' order, adapter, dropout", numbers.seed_number)
 
     lora_r: int = option(8, "rank; 0 trains the whole model", numbers.natural, "adapter")
     lora_alpha: float = option(16.0, "the adapter is scaled by alpha / r", numbers.positive_real)
@@ -117,7 +117,7 @@ class Settings(Shared):
         None, "tokens per pass (unset: 8192, on CPUs 4096)", numbers.positive, "running"
     )
     fp8: bool = option(False, "frozen matrices in 8-bit floating point; GPUs from Ada on")
-    shard: str = option("zero2", "gradients, zero3: weights too; or nothing", choices=SHARDS)
+    shard: str = option("zero2", "zero2: gradients; zero3: weights too", choices=SHARDS)
     activation_checkpointing: bool = option(False, "less memory, a third more time")
     cuda_graphs: bool | None = option(None, "on a GPU, launch passes whole (unset: if it pays)")
     deterministic: bool = option(False, "on a GPU, the same bits each time; slower")
@@ -474,7 +474,7 @@ def claim(
 
 
 def conclude(settings: Settings, what: str) -> None:
-    """Print what has come out, and the next command."""
+    """Print the outcome and the next command."""
     if ranks()[0] == 0:
         print(what)
         tell_next(f"python evaluate.py --run {settings.run}")

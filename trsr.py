@@ -167,11 +167,11 @@ def group_summaries(layer: list[Node], domain: "Domain", budget: "Budget") -> li
 # ---- Paradigms: what the prompt that recommends shows of a history; docs/extending.md adds one
 
 PARADIGMS: dict[str, str] = {}  # which items the prompt lists: the last --history-items, all, none
-SUMMARIZED: dict[str, Callable[..., Summarization]] = {}  # what a prompt with a summary has it from
+SUMMARIZED: dict[str, Callable[..., Summarization]] = {}  # the generators that make the summaries
 
 
 def register(name: str, summarize: Callable | None = None, recent: str = "last") -> None:
-    """Make a paradigm known to all scripts; ValueError for a name or value that cannot be."""
+    """Make a paradigm known to all scripts; ValueError for a taken name or unknown `recent`."""
     if name in PARADIGMS or recent not in ("last", "all", "none"):
         raise ValueError(f"paradigm {name!r}: the name is taken, or recent={recent!r} is unknown")
     PARADIGMS[name] = recent

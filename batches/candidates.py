@@ -43,12 +43,13 @@ def name_of(chosen: Choice, seed: int = 0) -> str:
 
 
 def about_candidates(chosen: Choice, examples: Sequence[Example], seed: int = 0) -> dict:
-    """Return what a table's file says of the candidates; nothing of the dataset's own."""
+    """Return what a table's file says of the candidates: of the dataset's own a hash alone."""
+    ranked = {"ranked": ranked_hash(examples)}
     if chosen is None:
-        return {}
+        return ranked
     mean = sum(1 + len(example.negatives) for example in examples) / len(examples)
     file = {"candidates_file": str(chosen)} if isinstance(chosen, Path) else {}
-    return {"candidates": name_of(chosen, seed), "mean_candidates": mean} | file
+    return ranked | {"candidates": name_of(chosen, seed), "mean_candidates": mean} | file
 
 
 def ranked_hash(examples: Sequence[Example]) -> str:

@@ -1,6 +1,6 @@
 """Do summaries help, when, and how much? Every kind of prompt within budgets of tokens.
 
-    python -m experiments.budgets                               # the demo, with the embedded model
+    python -m experiments.budgets                               # the demo, with models/tiny
     python -m experiments.budgets --data data/office --budgets 256 512 1024 2048 --jobs 8 \\
         --summarizer OWNER/MODEL --recommender OWNER/MODEL --seeds 0 1 2
 

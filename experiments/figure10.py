@@ -1,6 +1,6 @@
 """Figure 10 of the paper: recommenders of several sizes, with the same summaries.
 
-    python -m experiments.figure10                              # the demo, with the embedded model
+    python -m experiments.figure10                              # the demo, with models/tiny
     python -m experiments.figure10 --data data/amazon-m2 --summarizer OWNER/MODEL \\
         --recommenders SMALL MIDDLE LARGE
 """

@@ -1,6 +1,6 @@
 """Figure 11 of the paper: summarizers of several sizes, judged by prompts without recent items.
 
-    python -m experiments.figure11                              # the demo, with the embedded model
+    python -m experiments.figure11                              # the demo, with models/tiny
     python -m experiments.figure11 --data data/mind --summarizers SMALL LARGE \\
         --recommender OWNER/MODEL
 """

@@ -1,6 +1,6 @@
 """Figure 9 of the paper: from 0 to 10 recent items in the prompt, in both paradigms.
 
-    python -m experiments.figure9                               # the demo, with the embedded model
+    python -m experiments.figure9                               # the demo, with models/tiny
     python -m experiments.figure9 --data data/mind --nproc 8 --summarizer OWNER/MODEL \\
         --recommender OWNER/MODEL
 

@@ -1,6 +1,6 @@
 """The order of the methods, with the dataset's candidates and among all items; not in the paper.
 
-    python -m experiments.rankings                              # the demo, with the embedded model
+    python -m experiments.rankings                              # the demo, with models/tiny
     python -m experiments.rankings --data data/games --users 200 --rows untrained recent-only \\
         hierarchical ncf core --summarizer OWNER/MODEL --recommender OWNER/MODEL
 
@@ -133,7 +133,7 @@ class Rankings(Experiment):
         seeds = ", ".join(map(str, self.settings.seeds))
         users = f"{self.n_users} test users of {self.settings.data}, seeds {seeds}"
         what = f"the first three columns {SAMPLED}, the others among {self.among_what()}"
-        how = "= not told apart from the first place, by Wilcoxon's test on the metric before it"
+        how = "= no significant difference from the first place, by Wilcoxon's test on that metric"
         marks = f"Rankings: {users}; {what}. {how}, with Holm's correction (p above {LEVEL})."
         return [table, marks, *self.choices_of(rows), order_of(columns)]
 
@@ -165,7 +165,7 @@ class Rankings(Experiment):
 
 
 class Column:
-    """One ranking of the rows: their metrics, places, and which are told apart from the first."""
+    """One ranking of the rows: their metrics, places, and which differ from the first."""
 
     def __init__(self, rows: Sequence[Row], ks: Sequence[int]):
         self.rows, self.ks, self.tested = rows, ks, tested_metric(ks)
@@ -185,7 +185,7 @@ class Column:
         return [*means, f"{self.places[i]}{' =' if i in self.near else ''}"]
 
     def apart(self, pairs: Sequence[tuple[int, int]]) -> list[bool]:
-        """Return which pairs of rows are told apart, by Holm over all pairs."""
+        """Return which pairs of rows differ significantly, by Holm over all pairs."""
         places = {place for pair in pairs for place in pair}
         values = {i: user_metrics(self.rows[i].ranks, self.ks)[self.tested] for i in places}
         return [p <= LEVEL for p in holm([wilcoxon(values[a] - values[b]) for a, b in pairs])]
@@ -204,7 +204,7 @@ def order_of(columns: Sequence[Column]) -> str:
     known = zip(turned, one.apart(pairs), other.apart(pairs), strict=True)
     sure = sum(all(each) for each in known)
     what = f"{sum(turned)} of {len(pairs)} pairs of rows are in another order"
-    return f"The two rankings: {what}; {sure} of these are told apart in both."
+    return f"The two rankings: {what}; {sure} of these differ significantly in both."
 
 
 def experiment_of(settings: Settings) -> Rankings:

@@ -1,6 +1,6 @@
 """Table 2 of the paper: every method on one dataset, with the paper's own values.
 
-    python -m experiments.table2                                # the demo, with the embedded model
+    python -m experiments.table2                                # the demo, with models/tiny
     python -m experiments.table2 --data data/mind --seeds 0 1 2 --nproc 8 \\
         --summarizer upstage/llama-30b-instruct-2048 --summarize=--int8 \\
         --recommender meta-llama/Llama-2-7b-hf --encoder google-bert/bert-base-uncased

@@ -1,6 +1,6 @@
 """What every position as a target is worth, at equal examples and at equal time; not in the paper.
 
-    python -m experiments.targets --trainings last all:1        # the demo, with the embedded model
+    python -m experiments.targets --trainings last all:1        # the demo, with models/tiny
     python -m experiments.targets --data data/games --trainings last all:1 last:4 last:14 \\
         --summarizer OWNER/MODEL --recommender OWNER/MODEL --seeds 0 1 2
 

@@ -6,7 +6,7 @@
 The rows are a random order, popularity, the untrained model if it was evaluated, and the runs. A
 run is named after its paradigm, and after its folder too if another run has the same paradigm. A
 second table has the differences between the first run and each other one, user by user. Below it
-is whether they are told apart: Wilcoxon's signed-rank test on the users' NDCG at the largest k,
+is whether they are significant: by Wilcoxon's signed-rank test on the users' NDCG at the largest k,
 without the users who have no difference, corrected by Holm for the number of rows.
 """
 
@@ -36,8 +36,8 @@ def question_of(run: Path, candidates: str = "") -> Question:
     name, split = candidates, "test"
     if candidates.isdecimal() or Path(candidates).is_file():
         name = name_of(choice(candidates))
-    elif match := re.fullmatch("(train|val)(?:-(.*))?", candidates):  # as Question names them
-        split, name = match[1], match[2]
+    elif match := re.fullmatch("val(?:-(.*))?", candidates):  # as Question names them
+        split, name = "val", match[1]
     names = [name] if name else []
     trained = Question(run, split, names)
     untrained = Question(run, split, ["untrained", *names])
@@ -57,11 +57,10 @@ def rows_of(runs: list[Path], candidates: str = "") -> tuple[dict, dict[str, dic
     Raises InputError if the runs differ in users, candidates or metrics.
     """
     found = {run: read_json(question_of(run, candidates).results) for run in runs}
-    first = found[runs[0]]
+    first, unlike = found[runs[0]], f"other users, positives, candidates or --k than {runs[0]}"
     for run, results in found.items():
         if not same_question(results, first):
-            what = f"other users, positives, candidates or --k than {runs[0]}"
-            raise InputError(f"{run}: {what}; evaluate them alike")
+            raise InputError(f"{run}: {unlike}; evaluate them alike")
 
     rows = {"random": first["table"]["random"], "popularity": first["table"]["popularity"]}
     for run in runs:
@@ -70,8 +69,7 @@ def rows_of(runs: list[Path], candidates: str = "") -> tuple[dict, dict[str, dic
         if path.is_file() and found[run]["row"] != "untrained":
             untrained = read_json(path)
             if not same_question(untrained, first):
-                what = f"other users, positives, candidates or --k than {runs[0]}"
-                raise InputError(f"{path}: {what}; evaluate alike, or remove it")
+                raise InputError(f"{path}: {unlike}; evaluate alike, or remove it")
             name, row = f"untrained ({untrained['paradigm']})", untrained["table"]["untrained"]
             if rows.get(name, row) != row:  # another base model's
                 name = f"untrained ({untrained['paradigm']}, {run})"
@@ -136,7 +134,7 @@ def differences_of(runs: list[Path], candidates: str = "") -> dict[str, dict]:
 
 
 def verdicts_of(runs: list[Path], candidates: str = "") -> dict[str, dict[str, float]]:
-    """Return whether each other run is told apart from the first, as {"p", "holm"} by its row."""
+    """Return the test of each other run against the first, as {"p", "holm"} by its row."""
     ks = cutoffs(read_json(question_of(runs[0], candidates).results))
     (_, first), *others = ranks_of(runs, candidates).items()
     found = told_apart(first, [ranks for _, ranks in others], ks)
@@ -176,13 +174,13 @@ def table_block(rows: dict[str, dict], names: list[str], width: int, wide: int) 
 
 
 def format_tests(tests: dict[str, dict], first: str, metric: str) -> str:
-    """Return a line per row: p, corrected, and whether the row is told apart from the first."""
+    """Return a line per row: p, corrected, and whether the row differs from the first."""
     width = 2 + max(map(len, tests))
     lines = [f"Wilcoxon's signed-rank test on {metric}, by Holm for {len(tests)} rows together"]
     for name, test in tests.items():
-        verdict = "told apart" if test["holm"] <= LEVEL else "not told apart"
+        verdict = "significant" if test["holm"] <= LEVEL else "not significant"
         p = f"p {test['p']:.3g}, corrected {test['holm']:.3g}"
-        lines.append(f"{name:<{width}}{p}: {verdict} from {first}")
+        lines.append(f"{name:<{width}}{p}: difference from {first} {verdict}")
     return "\n".join(lines)
 
 

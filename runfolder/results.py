@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from batches.candidates import Choice, name_of, ranked_hash
+from batches.candidates import Choice, name_of
 from files.jsonl import read_json, read_jsonl, write_json, write_jsonl
 from files.sheet import TABLE, table_rows, write_csv
 from runfolder.tally import Ranked, answer_mass
@@ -110,7 +110,6 @@ def write_results(
     write_jsonl(question.scores, (line_of(*pair) for pair in zip(examples, ranked, strict=True)))
     # Rounded, since the order of the packs may change the last digits.
     about |= {"users": len(examples), "answer_mass": round(answer_mass(ranked), 6)}
-    about["ranked"] = ranked_hash(examples)
     written = [*write_table(question, about, csv), question.scores]
     if csv:
         path = question.scores.with_suffix(".csv")

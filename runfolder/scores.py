@@ -96,12 +96,12 @@ def paired_differences(
 
 
 def tested_metric(ks: Sequence[int]) -> str:
-    """Return the metric by whose per-user values two systems are told apart."""
+    """Return the metric on whose per-user values two systems are tested."""
     return f"NDCG@{max(ks)}"
 
 
 def told_apart(ranks: list, others: Sequence[list], ks: Sequence[int]) -> list[dict[str, float]]:
-    """Return whether a system is told apart from each of others, as {"p", "holm"}.
+    """Return the test of a system against each of others, as {"p", "holm"}.
 
     p: of Wilcoxon's signed-rank test on the users' differences in tested_metric; holm: corrected
     over the others. ranks and each of others: as for paired_differences.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import trsr
-from batches.candidates import about_candidates, ranked_hash, with_candidates
+from batches.candidates import about_candidates, with_candidates
 from files.jsonl import read_jsonl
 from launch.embedded import DATA
 from prepare.dataset import load_dataset
@@ -39,7 +39,6 @@ def rank_by_file(settings) -> None:
     about = {"data": data, "split": settings.split, "users": len(examples), "row": name}
     about |= {"paradigm": name, "table": table}
     about |= about_candidates(settings.candidates, examples, settings.seed)
-    about["ranked"] = ranked_hash(examples)
     print(f"wrote   {', '.join(map(str, write_table(question, about, settings.csv)))}")
 
 

@@ -91,7 +91,9 @@ def test_rows_are_told_apart_or_not_and_all_is_in_the_csv_file(
     assert [test["holm"] for test in found.values()] == holm(list(p.values()))
     for line, (name, test) in zip(told[1:3], found.items(), strict=True):
         assert line.startswith(f"{name}  ")
-        assert line.endswith(f"corrected {test['holm']:.3g}: not told apart from recent-only")
+        assert line.endswith(
+            f"corrected {test['holm']:.3g}: difference from recent-only not significant"
+        )
 
     with open(path, newline="") as file:
         lines = list(csv.DictReader(file))
