@@ -291,9 +291,9 @@ class Llama(nn.Module):
 
 
 def compile_layers(model: Llama) -> None:
-    """Compile the layers for batches of fixed shape on a GPU; all of them share a compilation."""
-    config = torch._dynamo.config
-    config.recompile_limit = max(64, config.recompile_limit)  # one for each shape that occurs
+    """Compile the layers on a GPU: once for each shape that occurs, shared by all layers."""
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    torch._inductor.config.fallback_random = True  # dropout draws as uncompiled, and faster
     for layer in model.model.layers:
         layer.compile(dynamic=False)
 

@@ -224,7 +224,7 @@ def list_prompt(
     def build(limit: int) -> list[str]:
         return [build_prompt(instruction, (header, numbered(cut(texts, limit))))]
 
-    return budget.fit(build, {trimmed: longest(texts)})[0][0]
+    return budget.fit(build, {trimmed: (0, longest(texts))})[0][0]
 
 
 def block_prompt(items: list[str], domain: Domain, budget: "Budget") -> str:
@@ -245,8 +245,8 @@ def update_prompt(summary: str, items: list[str], domain: Domain, budget: "Budge
         return [build_prompt(domain.update, previous, (domain.recent, numbered(cut(items, limit))))]
 
     limits = {
-        "updates with items cut": longest(items),
-        "updates with the summary cut": len(summary),
+        "updates with items cut": (0, longest(items)),
+        "updates with the summary cut": (0, len(summary)),
     }
     return budget.fit(build, limits)[0][0]
 
@@ -292,9 +292,9 @@ class Recommender:
         """Return each candidate's message, and the token ids of its prompt within the budget.
 
         They agree up to the candidate. The instruction and the form are never cut. What is too long
-        loses, in this order: the oldest recent items; the end of the summary; and if the candidate
-        alone exceeds the context, the end of the candidates' texts. A user's longest candidate
-        decides for all of them, so that they keep one prefix.
+        loses, in this order: the ends of texts that fill about a quarter of the context each, so
+        that no long text costs the history; the oldest recent items; the end of the summary; the
+        ends of the candidates. A user's longest candidate decides for all, which share a prefix.
         """
         history, summary = example.history, self.summaries.get(example.user, "")
         most = {"last": self.history_items, "all": len(history), "none": 0}
@@ -302,15 +302,17 @@ class Recommender:
         recent = [self.items[i] for i in history[len(history) - shown :]]
         texts = [self.items[i] for i in candidates]
 
-        def build(kept: int, end: int, limit: int) -> list[str]:
-            beginning = cut([summary], end)[0], recent[len(recent) - kept :]
-            candidate_texts = cut(texts, limit)
-            return recommendation_prompts(self.paradigm, self.domain, *beginning, candidate_texts)
+        def build(each: int, kept: int, end: int, limit: int) -> list[str]:
+            beginning = cut([summary], end)[0], cut(recent[len(recent) - kept :], each)
+            ends = cut(texts, min(each, limit))
+            return recommendation_prompts(self.paradigm, self.domain, *beginning, ends)
 
+        quarter = self.budget.tokens  # in characters, of which a token has about four
         limits = {
-            "prompts without the oldest recent items": shown,
-            "prompts with the summary cut": len(summary),
-            "prompts with candidates cut": longest(texts),
+            "prompts with long texts cut": (quarter, longest([*recent, *texts])),
+            "prompts without the oldest recent items": (0, shown),
+            "prompts with the summary cut": (0, len(summary)),
+            "prompts with candidates cut": (0, longest(texts)),
         }
         return self.budget.fit(build, limits)
 
@@ -405,23 +407,24 @@ class Budget:
         """Return whether every encoded prompt keeps to the budget."""
         return all(len(prompt) <= self.tokens for prompt in ids)
 
-    def fit(self, build: Callable[..., list[str]], limits: dict[str, int]) -> tuple[list, list]:
+    def fit(self, build: Callable, limits: dict[str, tuple[int, int]]) -> tuple[list, list]:
         """Return the prompts of build(*values) and their ids, with values as high as they fit.
 
-        limits: the highest of each value, by the name under which lowering it is counted. Values
-        are lowered in this order, the next one only if the prompts are still too long.
+        limits: the least and most of each value, by the name under which lowering it is counted.
+        Values are lowered in this order, the next one only if the prompts are still too long.
         """
-        values = list(limits.values())
-        for i, (name, most) in enumerate(limits.items()):
+        values = [most for _, most in limits.values()]
+        for i, (name, (least, most)) in enumerate(limits.items()):
+            if most <= least:
+                continue  # there is nothing to cut
             ids = self.encode(prompts := build(*values))
             if self.fits(ids):
                 return prompts, ids
 
             def fits_with(value: int, i: int = i) -> bool:
-                tried = [*values[:i], value, *values[i + 1 :]]
-                return self.fits(self.encode(build(*tried)))
+                return self.fits(self.encode(build(*values[:i], value, *values[i + 1 :])))
 
-            values[i] = greatest(most, fits_with)
+            values[i] = greatest(most, fits_with) if fits_with(least) else least
             self.trimmed[name] += 1  # what is cut is reported at the end
 
         ids = self.encode(prompts := build(*values))

@@ -3,11 +3,13 @@
 import gzip
 import io
 import json
+import shutil
 import tarfile
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from experiments.stages import MARKS
 from files.atomic import atomic_write
 from files.jsonl import read_json, read_jsonl
 from trsr import InputError
@@ -15,7 +17,7 @@ from trsr import InputError
 RANKS, RESULTS, TEXTS = "scores-test*.jsonl", "results*.json", "summaries.jsonl"
 DATA = "data.json"  # in the folder of a dataset: which one its runs were made with
 SMALL = (
-    *("stages.json", "seconds.json", "tokens.json", "trimmed.json", DATA, "config.json"),
+    *(MARKS, "seconds.json", "tokens.json", "trimmed.json", DATA, "config.json"),
     *("forecast.json", "metrics.jsonl", "*.md", "*.svg", "*.csv"),
 )
 
@@ -63,7 +65,9 @@ def ranks_alone(path: Path) -> bytes:
 def unpack(archives: Sequence[Path], out: Path) -> None:
     """Write the files of archives into out; those that are there already stay as they are.
 
-    InputError, before anything is written, for an archive that is damaged or of another dataset.
+    But a run of which the archives have all finished stages and more replaces the one in out: what
+    was begun there must not pass for what they finished. InputError, before anything is written,
+    for an archive that is damaged or of another dataset.
     """
     found = [(path, contents(path, out)) for path in archives]
     known: dict[Path, bytes] = {}
@@ -77,13 +81,33 @@ def unpack(archives: Sequence[Path], out: Path) -> None:
                 what = f"its runs are of another dataset than those in {target.parent}"
                 raise InputError(f"{path}: {what}; choose another --out")
 
+    ahead = {folder for _, files in found for folder in runs_ahead(files)}
+    for folder in ahead:
+        if folder.is_dir() and not (folder / MARKS).is_file():
+            shutil.rmtree(folder)  # with half an adapter, which no archive has
     for path, files in found:
-        new = {target: content for target, content in files.items() if not target.exists()}
+        new = {
+            target: content
+            for target, content in files.items()
+            if not target.exists() or target.parent in ahead
+        }
         for target, content in new.items():
             target.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(target, "wb") as file:
                 file.write(content)
         print(f"unpacked {len(new)} files from {path} into {out}")
+
+
+def runs_ahead(files: dict[Path, bytes]) -> list[Path]:
+    """Return the run folders of which these files have every finished stage, and one more."""
+    found = []
+    for path, content in files.items():
+        if path.name != MARKS:
+            continue
+        theirs, ours = json.loads(content), read_json(path) if path.is_file() else {}
+        if theirs != ours and ours.items() <= theirs.items():
+            found.append(path.parent)
+    return found
 
 
 def contents(path: Path, out: Path) -> dict[Path, bytes]:

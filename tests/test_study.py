@@ -202,6 +202,29 @@ def test_a_study_resumes_from_its_archives_in_another_folder(plan, scripts, tmp_
     assert {mark for _, mark in scripts.ran[before:]} == {"train", "evaluate"}
     unpack(archives, two)
     assert (two / "data" / "table2.md").read_text() == "mine"
+
+    # What was begun here does not pass for what the archive has finished.
+    trained, texts = next(two.glob("data/recent*seed1")), next(two.glob("data/summaries-*"))
+    marks = read_json(trained / "stages.json")
+    write_json(trained / "stages.json", {"train.py": marks["train.py"]})
+    (trained / "adapter.safetensors").write_text("whole")
+    (trained / "results.json").write_text("old")
+    (texts / "stages.json").unlink()
+    (texts / "summaries.jsonl").write_text("begun")
+    (texts / "more").write_text("begun")
+    unpack(archives, two)
+    assert read_json(trained / "stages.json") == marks
+    assert (trained / "adapter.safetensors").read_text() == "whole"
+    assert (trained / "results.json").read_text() != "old"
+    assert (texts / "summaries.jsonl").read_bytes() == (
+        one / "data" / texts.name / "summaries.jsonl"
+    ).read_bytes()
+    assert not (texts / "more").exists()
+    write_json(trained / "stages.json", marks | {"train.py": "another command"})
+    (trained / "results.json").write_text("mine")
+    unpack(archives, two)
+    assert (trained / "results.json").read_text() == "mine"
+
     bad = tmp_path / "bad.tar.gz"
     bad.write_text("nothing")
     with pytest.raises(InputError, match=r"bad\.tar\.gz: no archive of a study"):

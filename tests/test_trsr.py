@@ -304,7 +304,7 @@ def test_overflow_drops_the_oldest_recent_items_first_then_the_end_of_the_summar
         assert "prompts with candidates cut" not in r.budget.trimmed
 
 
-def test_a_candidate_longer_than_the_context_is_cut_last_and_counted():
+def test_a_long_candidate_is_cut_before_the_history_and_counted():
     items = ITEMS | {"i22": "Title: " + "endless " * 4000}
     r = recommender(tokens=200, items=items)
     prompts = prompts_of(r)
@@ -312,6 +312,41 @@ def test_a_candidate_longer_than_the_context_is_cut_last_and_counted():
     assert all("[Next Item]\nTitle: " in p and "### Assistant:" in p for p in prompts)
     assert "Title: thing number 20\n" in prompts[0]  # the others' texts are shorter than the cut
     assert len({p.split("[Next Item]")[0] for p in prompts}) == 1
+    assert all("1. Title: thing number 9\n" in p for p in prompts)  # no item of the history is lost
+    assert r.budget.trimmed == {"prompts with long texts cut": 1}
+
+
+def test_long_texts_keep_a_quarter_of_the_context_and_as_much_as_fits():
+    """Of two thousand characters each, the least is the budget's number, in characters."""
+    endless = {f"i{n}": f"Title: {n} " + "endless " * 250 for n in (9, 10, 11, 22)}
+    for tokens, kept in ((400, 3), (200, 3), (140, 2), (100, 1)):
+        r = recommender(tokens=tokens, items=ITEMS | endless)
+        prompts = prompts_of(r)
+        shown = re.findall(r"^\d+\. (Title: .*)$", prompts[0], re.MULTILINE)
+        assert len(shown) == kept, tokens
+        texts = [*shown, *(p.split("[Next Item]\n")[1].split("\n")[0] for p in prompts)]
+        assert tokens - 8 <= max(map(len, texts)), "no text loses more than down to a quarter"
+        longest_prompt = max(len(split(p)) for p in prompts)
+        assert longest_prompt <= tokens
+        if tokens == 400:  # there is room for more than a quarter each, and it is used
+            assert longest_prompt >= tokens - 4
+            assert r.budget.trimmed == {"prompts with long texts cut": 1}
+
+
+def test_what_is_not_there_is_not_counted_as_cut():
+    items = {i: text + " endless" * 60 for i, text in ITEMS.items()}
+    r = recommender(paradigm="whole-history", tokens=150, items=items, summary="")
+    prompts_of(r)
+    assert "prompts with the summary cut" not in r.budget.trimmed
+    assert "prompts without the oldest recent items" in r.budget.trimmed
+
+
+def test_a_candidate_longer_than_the_context_is_cut_last_and_counted():
+    r = recommender(tokens=60, items=ITEMS | {"i22": "Title: " + "a b " * 4000})
+    prompts = prompts_of(r)
+    assert all(len(split(p)) <= 60 for p in prompts)
+    assert all("[Next Item]\nTitle: " in p and "### Assistant:" in p for p in prompts)
+    assert r.budget.trimmed["prompts without the oldest recent items"] == 1
     assert r.budget.trimmed["prompts with candidates cut"] == 1
 
 
