@@ -106,7 +106,7 @@ def resolve(flags: Settings, device: torch.device) -> Settings:
     trained = read_config(flags.run).get("train", {})
     kind = "" if not trained else "adapter" if trained["lora_r"] else "model"
     if not flags.untrained and not (kind and (flags.run / kind).is_dir()):
-        first = f"first run python train.py --run {flags.run}, or add --untrained"
+        first = f"first run python train.py --run {flags.run}, or evaluate.py with --untrained"
         raise InputError(f"{flags.run}: nothing trained here yet; {first}")
 
     asked = {name: getattr(flags, name) for name in PROMPT if name in flags.given}

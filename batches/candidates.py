@@ -7,6 +7,7 @@ so the metrics, popularity and chance need not know where they come from.
 import argparse
 import hashlib
 import random
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -172,7 +173,7 @@ def read_candidates(path: Path, users: Sequence[str], known: set[str]) -> dict[s
 def read_lines(path: Path) -> Iterator[tuple[str, object]]:
     """Yield (`file:line`, text or JSON object) of each line that is not empty."""
     try:
-        lines = path.read_bytes().splitlines()
+        lines = path.read_bytes().removeprefix(BOM_UTF8).splitlines()
     except OSError as error:
         raise InputError(f"{path}: not read ({error.strerror})") from None
     for number, line in enumerate(lines, 1):

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -42,6 +43,7 @@ def read_jsonl(
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             where = f"{path}:{number}"
+            line = line.removeprefix(BOM_UTF8) if number == 1 else line
             if torn and not line.endswith(b"\n"):
                 print(f"{where}: dropped, an interruption cut this line short", file=sys.stderr)
                 return

@@ -155,11 +155,12 @@ class Run:
     @cached_property
     def key(self) -> str:
         """A hash of what determines a ranking besides the user: the settings and the weights."""
-        weights = []
-        for file in sorted((self.path / self.settings.kind).glob("*.safetensors")):
-            with open(file, "rb") as opened:
-                weights.append(hashlib.file_digest(opened, "sha256").hexdigest())
-        return trsr.content_hash([read_config(self.path), weights])
+        trained = []  # an adapter's own settings too, such as its alpha
+        for file in sorted((self.path / self.settings.kind).iterdir()):
+            if file.suffix in (".safetensors", ".json"):
+                with open(file, "rb") as opened:
+                    trained.append(hashlib.file_digest(opened, "sha256").hexdigest())
+        return trsr.content_hash([read_config(self.path), trained])
 
     @cached_property
     def model(self):

@@ -45,6 +45,7 @@ def test_drawing_is_uniform():
     "text",
     [
         "i2\ni1\n\ni9\ni6\n",
+        "\ufeffi2\ni1\n\ni9\ni6\n",
         '"i2"\n"i1"\n"i9"\n"i6"\n',
         '{"id": "i2", "attributes": {}}\n{"id": "i1"}\n{"id": "i9"}\n{"id": "i6"}',
     ],

@@ -23,6 +23,15 @@ def test_lines_are_read_as_they_were_written_and_appended(tmp_path):
     assert found == [(f"{path}:{n}", r) for n, r in enumerate([*records, {"text": "last"}], 1)]
 
 
+def test_a_mark_at_the_beginning_is_no_text(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('\ufeff{"n": 1}\n\ufeff{"n": 2}\n', "utf-8")
+    lines = read_jsonl(path, {"n": int})
+    assert next(lines) == (f"{path}:1", {"n": 1})
+    with pytest.raises(InputError, match=r"x\.jsonl:2: not JSON"):
+        next(lines)
+
+
 def test_a_line_cut_short_is_dropped_only_where_that_can_happen(tmp_path, capsys):
     path = tmp_path / "x.jsonl"
     path.write_text('{"n": 1}\n{"n": 2')

@@ -253,6 +253,10 @@ def test_what_changed_is_ranked_again_and_nothing_else(made, folder):
     (path,) = (folder / "run/adapter").glob("*.safetensors")
     save_file({name: 2 * tensor for name, tensor in load_file(path).items()}, path)
     assert "users   3, 0 of them ranked before" in call(folder).stdout
+    config = folder / "run/adapter/adapter_config.json"
+    write_json(config, read_json(config) | {"lora_alpha": 99})
+    assert "users   3, 0 of them ranked before" in call(folder).stdout
+    assert "users   3, 3 of them ranked before" in call(folder).stdout
 
 
 def test_two_processes_write_the_same(folder):

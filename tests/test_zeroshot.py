@@ -55,7 +55,9 @@ def test_what_contradicts_a_training_is_refused(trained_run, tmp_path, data_fold
     assert "--history-items 2: " in refused(run=trained_run, history_items=2)
     assert "--chat True: " in refused(run=trained_run, chat=True)
     run("evaluate.py", run=trained_run, users=1, history_items=3)  # as it was trained
-    assert "or add --untrained" in refused(run=tmp_path, data=data_folder, model=model_folder)
+    assert "or evaluate.py with --untrained" in refused(
+        run=tmp_path, data=data_folder, model=model_folder
+    )
     message = refused(
         run=tmp_path, data=data_folder, model=model_folder, untrained=True, paradigm="hierarchical"
     )
