@@ -293,7 +293,7 @@ def main() -> None:
     words = wording(settings.paradigm, domain, form.show)["recommend"]
     if settings.kind:
         check_trained_on(settings.run, settings.model, fingerprint(folder), words)
-        check_learned(settings.run, settings.data, splits["train"])
+        check_learned(settings.run, settings.data, splits["train"], items)
     check_replaced(settings.question, settings.data, settings.model, settings.candidates)
     recommender, answers = make_recommender(settings, folder, form, domain, items, shown)
     if rank == 0:

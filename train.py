@@ -463,7 +463,7 @@ def claim(
     run, texts = settings.run, [recommender.items, recommender.summaries]
     content = trsr.content_hash([*texts, [vars(example) for example in train + val]])
     recorded = settings.recorded() | {"fingerprint": fingerprint(folder), "content": content}
-    recorded["learned"] = learned_from(train)
+    recorded |= learned_from(train, recommender.items)
     words = wording(settings.paradigm, recommender.domain, form.show)
     recorded["prompt"] = words["recommend"]
     started = any((run / kind).is_dir() for kind in ("checkpoint", "adapter", "model"))

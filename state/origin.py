@@ -39,21 +39,29 @@ def check_trained_on(run: Path, model: str, fingerprint: str, words: str) -> Non
         raise InputError(f"{path}: {what}; evaluate it with that one")
 
 
-def learned_from(examples: Sequence[Example]) -> str:
-    """Return a hash of the training users with their histories and targets."""
-    return content_hash([[e.user, e.history, e.positive] for e in examples])
+def learned_from(examples: Sequence[Example], items: dict[str, str]) -> dict[str, str]:
+    """Return hashes of the training users, histories and targets, and of their items' texts."""
+    shown = sorted({item for e in examples for item in (*e.history, e.positive)})
+    return {
+        "learned": content_hash([[e.user, e.history, e.positive] for e in examples]),
+        "learned_texts": content_hash([[item, items[item]] for item in shown]),
+    }
 
 
-def check_learned(run: Path, data: str, examples: Sequence[Example]) -> None:
-    """Raise InputError if a dataset has other training users now than when the run learned them.
+def check_learned(run: Path, data: str, examples: Sequence[Example], items: dict[str, str]) -> None:
+    """Raise InputError if a dataset has other training users, or texts, than the run learned.
 
-    Its other splits may then have users whom the run was trained on. examples: data's train.jsonl.
+    Its other splits may then have users whom the run was trained on, or prompts of another kind.
+    examples: data's train.jsonl. items: their texts; those of other items may change.
     """
     trained = read_config(run)["train"]
-    known = trained.get("learned")  # None: an older run
-    if data == trained["data"] and known not in (None, learned_from(examples)):
-        what = f"the training users are not those that {run} was trained on"
-        raise InputError(f"{data}: {what}; it was prepared again, so train again in a new --run")
+    if data != trained["data"]:
+        return
+    names = {"learned": "the training users are", "learned_texts": "the texts of their items are"}
+    for name, found in learned_from(examples, items).items():
+        if trained.get(name) not in (None, found):  # None: an older run
+            what = f"{names[name]} not those that {run} was trained on"
+            raise InputError(f"{data}: {what}; it was prepared again, so train in a new --run")
 
 
 def differences(run: Path, config: LoRAConfig) -> str:

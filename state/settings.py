@@ -81,7 +81,7 @@ def claim_config(run: Path, section: str, settings: dict, started: bool) -> None
     write_json(run / "config.json", config | {section: settings})
 
 
-_ADDED = {"learned"}  # which runs of earlier versions have not recorded
+_ADDED = {"learned", "learned_texts"}  # which runs of earlier versions have not recorded
 
 
 def check_settings(run: Path, section: str, settings: dict) -> None:

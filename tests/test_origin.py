@@ -113,6 +113,22 @@ def test_a_dataset_that_was_prepared_again_is_not_evaluated_with_the_run(copied,
     assert done.returncode == 2
     assert "the training users are not those that" in done.stderr
     write_lines(data / "train.jsonl", lines)
-    del config["train"]["learned"]  # as in runs of earlier versions
+
+    # The text of an item that no training user has is nobody's concern, that of another one is.
+    items = read_lines(data / "items.jsonl")
+    users = read_lines(data / "train.jsonl")
+    learned = {item for user in users for item in (*user["history"], user["positive"])}
+    changed = [next(i for i in items if (i["id"] in learned) == known) for known in (False, True)]
+    for item, code in zip(changed, (0, 2), strict=True):
+        item["attributes"]["Title"] += " again"
+        write_lines(data / "items.jsonl", items)
+        done = run("evaluate.py", run=copied, check=False)
+        assert done.returncode == code, done.stderr
+        for path in copied.glob("results*.json"):
+            path.unlink()
+    assert "the texts of their items are not those that" in done.stderr
+
+    write_lines(data / "train.jsonl", lines[1:])
+    del config["train"]["learned"], config["train"]["learned_texts"]  # as in earlier runs
     write_json(copied / "config.json", config)
     run("evaluate.py", run=copied)
