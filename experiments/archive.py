@@ -83,7 +83,9 @@ def unpack(archives: Sequence[Path], out: Path) -> None:
 
     ahead = {folder for _, files in found for folder in runs_ahead(files)}
     for folder in ahead:
-        if folder.is_dir() and not (folder / MARKS).is_file():
+        # A folder with runs in it, such as that of the baselines, is more than what was begun.
+        runs = [run for each in (MARKS, RESULTS) for run in folder.glob(f"*/{each}")]
+        if folder.is_dir() and not runs and not (folder / MARKS).is_file():
             shutil.rmtree(folder)  # with half an adapter, which no archive has
     for path, files in found:
         new = {

@@ -220,6 +220,15 @@ def test_a_study_resumes_from_its_archives_in_another_folder(plan, scripts, tmp_
         one / "data" / texts.name / "summaries.jsonl"
     ).read_bytes()
     assert not (texts / "more").exists()
+
+    # But a folder with runs in it stays.
+    (texts / "stages.json").unlink()
+    (texts / "ncf").mkdir()
+    (texts / "ncf" / "results.json").write_text("mine")
+    unpack(archives, two)
+    assert (texts / "ncf" / "results.json").read_text() == "mine"
+    assert (texts / "stages.json").is_file()
+    shutil.rmtree(texts / "ncf")
     write_json(trained / "stages.json", marks | {"train.py": "another command"})
     (trained / "results.json").write_text("mine")
     unpack(archives, two)
