@@ -20,9 +20,10 @@ the history / its frequency in all histories): rare words count more, and since 
 relative to the history's length, a long history has no advantage. Ties count against the user, so
 summaries that know nothing of the user come first in 1 of 24 cases.
 
-Advice is given if more than a tenth of the texts hit the limit, unless they go in circles, or begin
-another turn; if loop is more than a tenth, or loop_users, another or empty more than a twentieth;
-and if own_first is less than three times its chance, but in no case if it is a half or more.
+Advice is given if the share that hits the limit is more than a tenth above loop_users, since loops
+reach any limit, or if more than a tenth begin another turn; if loop is more than a tenth, or
+loop_users, another or empty more than a twentieth; and if own_first is less than three times its
+chance, but in no case if it is a half or more.
 """
 
 import random
@@ -102,7 +103,7 @@ class Quality:
             return
         loops = self.loop > 0.1 or self.loop_users > 0.05
         # A text that goes in circles reaches any limit.
-        if (self.limit or 0) > 0.1 and not loops:
+        if (self.limit or 0) - self.loop_users > 0.1:
             yield "many texts are cut at the limit: raise --max-new-tokens"
         if (self.turn or 0) > 0.1:
             yield "other turns begin: drop --no-chat, or the base model needs one with a chat form"
