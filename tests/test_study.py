@@ -362,7 +362,7 @@ def test_a_wrong_plan_is_named(plan, old, new, message):
     with pytest.raises(InputError) as error:
         Plan.read(str(plan))
     assert message in str(error.value)
-    with pytest.raises(InputError, match="--plan nosuch: no such file, and no plan of sizes, smollm2"):
+    with pytest.raises(InputError, match="nosuch: no such file, and no plan of sizes, smollm2"):
         Plan.read("nosuch")
 
 
