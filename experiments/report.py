@@ -63,7 +63,8 @@ def results(found: dict) -> list[str]:
         lines.append([row["name"] + mark, *cells, seeds])
     parts = [table(["", *columns, "seeds"], lines), *differences(rows, columns[0])]
     if above := next((row["above"] for row in rows if row["above"]), None):
-        parts.append(f"{MARK} above {above['best']}, the best baseline, in {above['metric']}.")
+        which = MARK if any(row["above"].get("is") for row in rows) else "No row is"
+        parts.append(f"{which} above {above['best']}, the best baseline, in {above['metric']}.")
     for flag, what in NAMES.items():
         values = {row["name"]: row["chosen"].get(flag) for row in rows if "chosen" in row}
         chosen = [f"{name} {value:g}" for name, value in values.items() if value is not None]

@@ -7,8 +7,10 @@
 A plan is a file of experiments/plans/, or any such file: one experiment after the other, the most
 important first. Its stages run in this order, each once. A stage starts only if it is expected to
 end in time. The estimate comes from its tokens and the plan's speeds, corrected by the times of
-finished stages. If the next stage is too long, a shorter one of those after it is run. Every call
-ends with the tables of what has finished so far, and with two archives:
+finished stages. If the next stage is too long, a shorter one of those after it is run; but with
+--carry-on trainings start anyway, and the next call on this machine continues what they have saved
+when the time was up. Every call ends with the tables of what has finished so far, and with two
+archives:
 
     OUT/study.tar.gz     tables, figures, settings, metrics, the users' ranks; no texts
     OUT/texts.tar.gz     the summaries, so that no other machine has to write them again
@@ -62,6 +64,7 @@ class Settings:
     out: Path = option(Path("runs/study"), "folder for a folder per dataset", Path)
     minutes: float = option(60.0, "that this call may take", positive_real)
     reserve: float = option(0.5, "of these minutes for tables and archives", positive_real)
+    carry_on: bool = option(False, "also start trainings that only the next call will finish")
     unpack: tuple[Path, ...] = option((), "archives to unpack into --out first", Path, nargs="+")
     jobs: int = option(1, "stages that run at once on the GPUs", positive, "machine")
     cpu_jobs: int = option(0, "baselines that run at once on the CPU (0: on the GPUs)", natural)
@@ -278,7 +281,9 @@ class Study:
         machine = Machine(settings.jobs, cpu_jobs=settings.cpu_jobs)
 
         def fits(stage: Stage) -> bool:
-            return time.monotonic() + self.pace.seconds(stage) <= until
+            goes_on = settings.carry_on and stage.script == "train.py"
+            seconds = self.pace.speeds["stage"] if goes_on else self.pace.seconds(stage)
+            return time.monotonic() + seconds <= until
 
         jobs = Jobs(self.plan, machine, len(left), fits, until, self.pace.observe)
         try:

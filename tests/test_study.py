@@ -95,9 +95,9 @@ class Scripts:
         return 0, ""
 
 
-def call(plan, out, scripts, seconds=60.0, cpu_jobs=0):
+def call(plan, out, scripts, seconds=60.0, **flags):
     """Run a study for so many seconds; return it."""
-    made = Study(Settings(plan=str(plan), out=out, cpu_jobs=cpu_jobs), Plan.read(str(plan)))
+    made = Study(Settings(plan=str(plan), out=out, **flags), Plan.read(str(plan)))
     scripts.items = made.experiments[0].items
     for each in made.experiments:
         each.claim_data()
@@ -150,6 +150,19 @@ class Children:
 
     def close(self):
         pass
+
+
+def test_trainings_that_another_call_will_finish_start_if_they_may(
+    plan, scripts, tmp_path, monkeypatch
+):
+    long = {"train.py": 1e6, "evaluate.py": 1e6}
+    monkeypatch.setattr(Pace, "work", lambda self, s: Work(learned=long.get(s.script, 1000.0)))
+    call(plan, tmp_path / "a", scripts)
+    assert not any(mark == "train" for _, mark in scripts.ran)
+    scripts.ran.clear()
+    call(plan, tmp_path / "b", scripts, carry_on=True)
+    assert any(mark == "train" for _, mark in scripts.ran)
+    assert not any(mark.startswith("evaluate") for _, mark in scripts.ran)
 
 
 def test_when_time_is_up_the_running_stage_is_told_to_stop(
