@@ -76,7 +76,7 @@ test: .venv/installed-test lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-faults: .venv/installed-test
-	$(BIN)/python -m pytest tests/test_faults_*.py tests/test_embedded.py --long -s
+	$(BIN)/python -m pytest tests/test_faults_*.py tests/test_embedded.py tests/test_train_processes.py --long -s
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

@@ -106,19 +106,23 @@ def test_threads_change_no_bit(tmp_path, shop):
     assert losses(folders[0]) == losses(folders[1]) == losses(folders[2])
 
 
-def test_eight_processes_train_the_embedded_model_as_one_does(tmp_path, shop, fit, monkeypatch):
+def test_many_processes_train_the_embedded_model_as_one_does(
+    tmp_path, shop, fit, times, monkeypatch
+):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     settings = {"lora_dropout": 0, "epochs": 1, "shard": "zero2", "batch_size": 16}
-    # 26 users in 4 steps, the last of which leaves six processes without a user.
-    for n in (1, 8):
-        fit(tmp_path / str(n), data=shop, model=TINY_MODEL, **settings, processes=n)
-    one, eight = (losses(tmp_path / name) for name in ("1", "8"))
-    assert [step for step, _, _ in one] == [step for step, _, _ in eight] == [1, 2, 3, 4]
+    # 26 users in 4 steps, the last of which leaves all but two processes without a user.
+    n = times(4, 8)
+    for processes in (1, n):
+        run = tmp_path / str(processes)
+        fit(run, data=shop, model=TINY_MODEL, **settings, processes=processes)
+    one, many = losses(tmp_path / "1"), losses(tmp_path / str(n))
+    assert [step for step, _, _ in one] == [step for step, _, _ in many] == [1, 2, 3, 4]
     assert one[0][1] - one[-1][1] > 0.01
-    for (_, loss, norm), (_, expected, norm1) in zip(eight, one, strict=True):
+    for (_, loss, norm), (_, expected, norm1) in zip(many, one, strict=True):
         assert loss == pytest.approx(expected, rel=1e-5)
         assert norm == pytest.approx(norm1, rel=1e-4)
-    assert metrics(tmp_path / "1")[-1] == metrics(tmp_path / "8")[-1]  # the validation
+    assert metrics(tmp_path / "1")[-1] == metrics(tmp_path / str(n))[-1]  # the validation
 
 
 def test_full_fine_tuning_trains_and_saves_the_whole_model(tmp_path, model_folder, fit):
