@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from experiments.jobs import untrimmed
 from experiments.stages import Stage, missing, missing_of
-from experiments.tuning import Choice, best_of, recall_of
+from experiments.tuning import Choice, choose, recall_of
 
 Run = list[Stage]  # from the data to the ranks, which the last stage makes
 
@@ -54,10 +54,22 @@ class Row:
         """The runs that the table will show, or as many others."""
         return self.runs or next(iter(self.choices.values()), [])
 
+    def trial(self, choice: Choice) -> Run:
+        """Return the first seed's run of a choice, up to its training."""
+        return up_to_training(self.choices[choice][0])
+
+    def recall(self, choice: Choice) -> float | None:
+        """Return the validation recalls of a choice's trial; None until it has finished."""
+        training = self.trial(choice)[-1]
+        return recall_of(training) if training.finished() else None
+
     @property
     def trials(self) -> list[Run]:
-        """The first seed's runs of all choices, up to their training."""
-        return [up_to_training(runs[0]) for runs in self.choices.values()]
+        """Until the choice is made, the runs that it takes; if yet unknown, as many others."""
+        if not self.choices or self.reused or self.chosen:
+            return []
+        to_try, _ = choose(list(self.choices), lambda choice: self.recall(choice) or 0.0)
+        return [self.trial(choice) for choice in to_try]
 
     def wanted(self) -> list[Run]:
         """Return the runs to make, as far as they are known; choose, once that is possible."""
@@ -70,19 +82,17 @@ class Row:
                 self.reused = self.smaller.reused or self.smaller
                 return []
         if self.chosen is None:
-            trials = self.trials
-            best = best_of([trial[-1] for trial in trials])
-            if best is None:
-                return [trial for trial in trials if not trial[-1].finished()]
-            self.chosen = list(self.choices)[best]
+            to_try, self.chosen = choose(list(self.choices), self.recall)
+            if self.chosen is None:
+                return [self.trial(c) for c in to_try if self.recall(c) is None]
         return self.runs
 
     def tried(self) -> list[dict]:
         """Return each choice's values and its sum of validation recalls, if there are several."""
         if self.chosen is None or len(self.choices) < 2 or self.reused or self.is_untrained:
             return []
-        pairs = zip(self.choices, self.trials, strict=True)
-        return [dict(choice.values) | {"validation": recall_of(t[-1])} for choice, t in pairs]
+        to_try, _ = choose(list(self.choices), self.recall)
+        return [dict(choice.values) | {"validation": self.recall(choice)} for choice in to_try]
 
     def record(self) -> dict:
         """Return what results.json says of it."""
@@ -114,6 +124,6 @@ def plan_of(rows: Sequence[Row]) -> list[Stage]:
 
 def stages_of(rows: Sequence[Row]) -> tuple[list[Stage], list[Stage]]:
     """Return all stages of the rows, and those of them that are left."""
-    runs = [run for row in rows for run in (*row.wanted(), *row.expected)]
+    runs = [run for row in rows for run in (*row.wanted(), *row.trials, *row.expected)]
     left = dict.fromkeys(stage for run in runs for stage in missing(run))
     return list(dict.fromkeys(stage for run in runs for stage in run)), list(left)

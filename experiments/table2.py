@@ -30,7 +30,7 @@ from experiments.runs import (
 )
 from experiments.tuning import Choice, combinations
 from launch.command import option, parse_settings
-from launch.numbers import positive_real
+from launch.numbers import positive, positive_real
 from trsr import PARADIGMS, SUMMARIZED
 
 POSITIONS, ALONE, UNTRAINED = "+positions", "-alone", "untrained"  # endings and names of rows
@@ -74,6 +74,9 @@ class Settings(TunedSettings):
         positive_real,
         nargs="+",
     )
+    positions_ranks: tuple[int, ...] = option(
+        (), "ranks to choose from for these rows (unset: --ranks)", positive, nargs="+"
+    )
     summarizer: str | None = option(None, SUMMARIZER, group="rows")
     recommender: str | None = option(None, MODEL)
     rows: tuple[str, ...] = option(
@@ -94,7 +97,8 @@ class Settings(TunedSettings):
 
     def positions_grid(self) -> Sequence[Choice]:
         """Return what is chosen from for a language model that learns from every position."""
-        return replace(self, lrs=self.positions_lrs or self.lrs).grid()
+        lrs, ranks = self.positions_lrs or self.lrs, self.positions_ranks or self.ranks
+        return replace(self, lrs=lrs, ranks=ranks).grid()
 
     def baseline_grid(self) -> Sequence[Choice]:
         """Return what is chosen from for a baseline, in order."""

@@ -1,12 +1,13 @@
 """Learning rates and ranks, chosen on the validation split by one rule for all methods.
 
-Every choice is trained with the first seed. The one with the highest sum of validation recalls is
-taken, of equal ones the first in the order of the grid. The sum is over the cut-offs that the
-trainer validates with, at the epoch that it keeps. All seeds are run with what was chosen, and the
-table shows only those runs.
+One flag is chosen after the other, in the order of the grid: first a learning rate with the first
+rank, then a rank with that learning rate. All values of a flag are trained with the first seed. The
+one with the highest sum of validation recalls is taken, of equal ones the first. The sum is over
+the cut-offs that the trainer validates with, at the epoch that it keeps. All seeds are run with
+what was chosen, and the table shows only those runs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -33,6 +34,10 @@ class Choice:
     def names(self) -> list[str]:
         """The flags alone."""
         return [name for name, _ in self.values]
+
+    def without(self, i: int) -> tuple[tuple[str, float], ...]:
+        """Return all values but the one at index i."""
+        return self.values[:i] + self.values[i + 1 :]
 
     @property
     def label(self) -> str:
@@ -74,11 +79,24 @@ def recall_sum(where: str | Path, record: dict) -> float:
     return sum(values)
 
 
-def best_of(trainings: Sequence[Stage]) -> int | None:
-    """Return the index of the best training; None until all of them have finished."""
-    if len(trainings) == 1:
-        return 0
-    if not all(training.finished() for training in trainings):
-        return None
-    recalls = [recall_of(training) for training in trainings]
-    return recalls.index(max(recalls))
+def choose(
+    choices: Sequence[Choice], recall: Callable[[Choice], float | None]
+) -> tuple[list[Choice], Choice | None]:
+    """Return the choices to try, as far as they are known, and the best one; None until it is.
+
+    recall: the validation recalls of a choice; None until it has been tried.
+    """
+    best = choices[0]
+    tried = [best]
+    for i in range(len(best.values)):
+        fixed = best.without(i)
+        line = [choice for choice in choices if choice.without(i) == fixed]
+        if len(line) == 1:
+            continue  # nothing to choose
+
+        tried += [choice for choice in line if choice not in tried]
+        recalls = [recall(choice) for choice in line]
+        if None in recalls:
+            return tried, None
+        best = line[recalls.index(max(recalls))]
+    return tried, best

@@ -6,7 +6,7 @@ from helpers import write_lines
 from experiments import runs
 from experiments.rows import Row, plan_of
 from experiments.stages import MARKS
-from experiments.tuning import Choice, best_of, combinations
+from experiments.tuning import Choice, choose, combinations
 from files.jsonl import write_json
 from trsr import InputError
 
@@ -46,26 +46,40 @@ def test_a_grid_has_all_combinations_in_order():
     assert [dict(c.values) for c in defaults] == [{"--lr": x, "--lora-r": 4} for x in runs.LRS]
 
 
-def test_first_all_are_trained_with_the_first_seed_then_the_best_with_all(tuned):
+def test_first_learning_rates_are_trained_then_ranks_then_all_seeds(tuned):
     _, row = tuned
     first = plan_of([row])
-    assert [stage.script for stage in first] == ["train.py"] * 4
+    assert [stage.script for stage in first] == ["train.py"] * 2
     assert {stage.flags[stage.flags.index("--seed") + 1] for stage in first} == {"4"}
-    finish(first[0], [(1, 0.5), (2, 0.1)])
-    finish(first[1], [(1, 0.2), (2, 0.7)])  # the best of its epochs counts
-    finish(first[2], [(1, 0.7), (2, 0.6)])  # a tie: the first in the grid is taken
-    assert plan_of([row]) == [first[3]]
+    assert {stage.flags[stage.flags.index("--lora-r") + 1] for stage in first} == {"2"}
+    finish(first[0], [(1, 0.5), (2, 0.1)], made=False)  # of others their recalls are enough
+    assert plan_of([row]) == [first[1]]
     assert row.tried() == []  # nothing is chosen yet
-    finish(first[3], [(1, 0.3)], made=False)  # of the others nothing but their recalls is needed
+    finish(first[1], [(1, 0.2), (2, 0.7)])  # the best of its epochs counts
+
+    (second,) = plan_of([row])
+    assert "lr0.01-r4" in second.run.name
+    finish(second, [(1, 0.7), (2, 0.6)])  # a tie: the first in the grid is taken
     left = plan_of([row])
-    assert row.chosen.label == "lr0.001-r4"
-    assert row.chosen.label in left[0].run.name
+    assert row.chosen.label == "lr0.01-r2"
     assert [stage.script for stage in left] == ["evaluate.py", "train.py", "evaluate.py"]
     assert left[0].run == first[1].run  # the first seed's training is not made again
     assert left[1].run.name == left[0].run.name.replace("seed4", "seed1")
     record = row.record()
-    assert record["chosen"] == {"--lr": 1e-3, "--lora-r": 4}
-    assert [t["validation"] for t in record["tried"]] == pytest.approx([1.0, 1.4, 1.4, 0.6])
+    assert record["chosen"] == {"--lr": 1e-2, "--lora-r": 2}
+    assert [t["validation"] for t in record["tried"]] == pytest.approx([1.0, 1.4, 1.4])
+    assert [t["--lora-r"] for t in record["tried"]] == [2, 2, 4]
+
+
+def test_a_flag_is_chosen_with_the_best_value_of_the_one_before():
+    grid = combinations({"--lr": (1, 2, 3), "--lora-r": (8, 32)})
+    recalls = {"lr1-r8": 0.3, "lr2-r8": 0.5, "lr3-r8": 0.5, "lr2-r32": 0.6, "lr3-r32": 0.9}
+    tried, best = choose(grid, lambda choice: recalls.get(choice.label))
+    assert [choice.label for choice in tried] == ["lr1-r8", "lr2-r8", "lr3-r8", "lr2-r32"]
+    assert best.label == "lr2-r32"
+    del recalls["lr2-r32"]
+    assert choose(grid, lambda choice: recalls.get(choice.label)) == (tried, None)
+    assert choose([Choice()], lambda choice: None) == ([Choice()], Choice())
 
 
 def test_one_choice_is_not_tried_first(tuned):
@@ -78,15 +92,14 @@ def test_one_choice_is_not_tried_first(tuned):
 def test_a_training_without_validation_is_named(tuned):
     _, row = tuned
     trainings = plan_of([row])
-    for training in trainings:
-        finish(training, [(1, 0.5)])
-    finish(trainings[2], [])
+    finish(trainings[0], [(1, 0.5)])
+    finish(trainings[1], [])
     with pytest.raises(InputError, match=r"metrics\.jsonl: no line with field 'validation'"):
-        best_of(trainings)
-    path = trainings[2].run / "metrics.jsonl"
+        plan_of([row])
+    path = trainings[1].run / "metrics.jsonl"
     path.write_text('{"validation": {"Recall@3": "much"}}\n')
     with pytest.raises(InputError, match=r"metrics\.jsonl:1: field 'validation'"):
-        best_of(trainings)
+        plan_of([row])
 
 
 def test_what_is_chosen_from_cannot_be_set_too(tuned, model_folder):
