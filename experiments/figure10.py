@@ -28,10 +28,12 @@ def experiment_of(settings: Settings) -> Experiment:
     summarizer = model_of(settings, "summarizer")
     names = settings.recommenders or (model_of(settings, "recommenders"),)
     for paradigm in settings.paradigms:
+        against = {f"the same with {names[0]}": f"{paradigm}, {names[0]}"}
         for name in dict.fromkeys(names):
             model = LanguageModel(paradigm, summarizer, name, settings.history_items)
             runs = experiment.runs(language_model_run, model)
-            experiment.rows.append(Row(f"{paradigm}, {name}", name, paradigm, runs))
+            row = Row(f"{paradigm}, {name}", name, paradigm, runs, against=against)
+            experiment.rows.append(row)
 
         theirs, known = paper.RECOMMENDER, experiment.paper_row(paradigm)
         if known["paper"]:

@@ -29,10 +29,12 @@ def experiment_of(settings: Settings) -> Experiment:
     recommender = model_of(settings, "recommender")
     names = settings.summarizers or (model_of(settings, "summarizers"),)
     for paradigm in settings.paradigms:
+        against = {f"the same with {names[0]}": f"{paradigm}, {names[0]}"}
         for name in dict.fromkeys(names):
             model = LanguageModel(paradigm, name, recommender, settings.history_items)
             runs = experiment.runs(language_model_run, model)
-            experiment.rows.append(Row(f"{paradigm}, {name}", name, paradigm, runs))
+            row = Row(f"{paradigm}, {name}", name, paradigm, runs, against=against)
+            experiment.rows.append(row)
     return experiment
 
 

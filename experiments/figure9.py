@@ -8,7 +8,7 @@ Each paradigm's summaries are made once. With another experiment's --out, summar
 are shared.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from experiments import paper
 from experiments.common import (
@@ -38,7 +38,9 @@ class Settings(FigureSettings):
 def experiment_of(settings: Settings) -> Experiment:
     """Return the experiment with its rows."""
     experiment = Experiment("figure9", settings, x_name="recent items in the prompt")
+    fewest = min(settings.history_items)
     for paradigm in settings.paradigms:
+        against = {f"the same with {fewest}": f"{paradigm}, {fewest} items"}
         known = experiment.paper_row(paradigm)
         of_paper = {paper.HISTORY_ITEMS} if known["paper"] else set()
         for items in sorted({*settings.history_items, *of_paper}):
@@ -46,8 +48,8 @@ def experiment_of(settings: Settings) -> Experiment:
             if items in settings.history_items:
                 model = LanguageModel.of(settings, paradigm, items)
                 runs = experiment.runs(language_model_run, model)
-            row = Row(f"{paradigm}, {items} items", items, paradigm, runs, **theirs)
-            experiment.rows.append(row)
+            row = Row(f"{paradigm}, {items} items", items, paradigm, runs, against=against)
+            experiment.rows.append(replace(row, **theirs))
     return experiment
 
 
