@@ -6,8 +6,8 @@
 
 A prompt that is longer than the budget is cut by train.py --max-length: the whole history loses its
 oldest items. A run that had to cut no prompt is shown for larger budgets too, where it would be the
-same. Below the table is each row's difference from the whole history within the same budget, user
-by user. Writes OUT/budgets.md, OUT/budgets.svg and OUT/results.json.
+same. Below the table are each row's differences from the whole history and from the recent items
+within the same budget, user by user. Writes OUT/budgets.md, OUT/budgets.svg and OUT/results.json.
 """
 
 from dataclasses import dataclass, replace
@@ -20,14 +20,15 @@ from launch.command import option, parse_settings
 from launch.numbers import positive
 from train import Settings as Training
 
-WHOLE = "whole-history"
+WHOLE, RECENT = "whole-history", "recent-only"
 ROWS = {
     WHOLE: "whole history",
-    "recent-only": "recent items only",
+    RECENT: "recent items only",
     "hierarchical": "hierarchical summary + recent",
     "recurrent": "recurrent summary + recent",
     "rule": "summary by rule + recent",
 }
+OTHERS = (ROWS[WHOLE], ROWS[RECENT])  # what all are compared with
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,7 @@ def rows_of(experiment: Experiment, settings: Settings, key: str) -> list[Row]:
         limit = None if budget == Training.max_length else budget
         model = LanguageModel.of(settings, paradigm, settings.history_items, budget=limit)
         found = experiment.runs(language_model_run, model)
-        column = f"{ROWS[WHOLE]} within the same budget"
-        against = {column: f"{ROWS[WHOLE]}, {budget} tokens"}
+        against = {f"{what} within the same budget": f"{what}, {budget} tokens" for what in OTHERS}
         smaller = rows[-1] if rows else None
         name = f"{ROWS[key]}, {budget} tokens"
         rows.append(Row(name, budget, ROWS[key], found, smaller, against))

@@ -6,8 +6,9 @@
 Reads OUT/DATASET/results.json and the .md files beside it, which study.tar.gz has too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from experiments.above import MARK
@@ -95,24 +96,29 @@ def difference(metric: dict) -> str:
     return f"{f'**{text}**' if low > 0 or high < 0 else text} ({low:+.3f} to {high:+.3f})"
 
 
+def difference_from(row: dict, other: str, name: str) -> str:
+    """Return a row's difference in a metric from another row; empty if it has none."""
+    metrics = row["differences"].get(other)
+    return difference(metrics[name]) if metrics else ""
+
+
 def budgets(found: dict) -> list[str]:
-    """Return the paragraphs of the budgets: a column for each, with the difference below it."""
+    """Return the paragraphs of the budgets, a column for each: the metric and its differences."""
     rows, name = [row for row in found["rows"] if row["measured"]], columns_of(found)[0]
-    by_place = {(row["series"], row["group"]): row for row in rows}
     groups = sorted({row["group"] for row in rows})
-    lines = []
-    for series in dict.fromkeys(row["series"] for row in rows):
-        cells = []
-        for group in groups:
-            row = by_place.get((series, group))
-            text = cell(row["measured"][name]) if row else ""
-            for metrics in (row or {}).get("differences", {}).values():
-                text += f"; {difference(metrics[name])}"
-            cells.append(text)
-        lines.append([series, *cells])
-    head = ["", *(f"{group} tokens" for group in groups)]
-    what = f"{name}, and the difference from the whole history within the same budget"
-    return [table(head, lines), f"{what}. Bold: the interval is on one side of zero."]
+    kinds = list(dict.fromkeys(row["series"] for row in rows))
+    others = list(dict.fromkeys(other for row in rows for other in row["differences"]))
+
+    def by_budget(title: str, cell_of: Callable[[dict], str]) -> str:
+        cells = {(row["series"], row["group"]): cell_of(row) for row in rows}
+        lines = [[kind, *(cells.get((kind, group), "") for group in groups)] for kind in kinds]
+        return table([title, *(f"{group} tokens" for group in groups)], lines)
+
+    parts = [by_budget(name, lambda row: cell(row["measured"][name]))]
+    for other in others:
+        less = partial(difference_from, other=other, name=name)
+        parts.append(by_budget(f"{name}, less that of {other}", less))
+    return [*parts, "Bold: the interval is on one side of zero."]
 
 
 def report(folder: Path, only: Sequence[str]) -> list[str]:

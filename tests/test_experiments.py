@@ -446,12 +446,12 @@ def test_budgets_compare_each_kind_of_prompt_within_them(world, launched, tmp_pa
     own = found["summary by rule + recent, 900 tokens"]["runs"][0]
     lines = read_lines(Path(own) / "summaries.jsonl")
     assert len({line["user"] for line in lines}) == 20
-    column = "whole history within the same budget"
-    for budget in budgets:
-        recent = found[f"recent items only, {budget} tokens"]
-        difference = recent["differences"][column]["Recall@3"]["mean"]
-        theirs = found[f"whole history, {budget} tokens"]["measured"]["Recall@3"]["mean"]
-        assert difference == pytest.approx(recent["measured"]["Recall@3"]["mean"] - theirs)
+    for other in ("whole history", "recent items only"):
+        for budget in budgets:
+            row = found[f"summary by rule + recent, {budget} tokens"]
+            difference = row["differences"][f"{other} within the same budget"]["Recall@3"]["mean"]
+            theirs = found[f"{other}, {budget} tokens"]["measured"]["Recall@3"]["mean"]
+            assert difference == pytest.approx(row["measured"]["Recall@3"]["mean"] - theirs)
     root = ET.parse(tmp_path / "budgets.svg").getroot()
     texts = ["".join(node.itertext()) for node in root.iter(f"{SVG}text")]
     assert {"whole history", "recent items only", "summary by rule + recent"} < set(texts)
