@@ -8,7 +8,7 @@ Each paradigm's summaries are made once. With another experiment's --out, summar
 are shared.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from experiments import paper
 from experiments.common import (
@@ -48,8 +48,8 @@ def experiment_of(settings: Settings) -> Experiment:
             if items in settings.history_items:
                 model = LanguageModel.of(settings, paradigm, items)
                 runs = experiment.runs(language_model_run, model)
-            row = Row(f"{paradigm}, {items} items", items, paradigm, runs, against=against)
-            experiment.rows.append(replace(row, **theirs))
+            more = theirs | {"against": against}
+            experiment.rows.append(Row(f"{paradigm}, {items} items", items, paradigm, runs, **more))
     return experiment
 
 

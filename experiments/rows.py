@@ -65,7 +65,10 @@ class Row:
 
     @property
     def trials(self) -> list[Run]:
-        """Until the choice is made, the runs that it takes; if yet unknown, as many others."""
+        """Until the choice is made, the runs that it takes, as a forecast needs them.
+
+        What follows an unfinished one is unknown: it counts as the worst.
+        """
         if not self.choices or self.reused or self.chosen:
             return []
         to_try, _ = choose(list(self.choices), lambda choice: self.recall(choice) or 0.0)
@@ -88,7 +91,7 @@ class Row:
         return self.runs
 
     def tried(self) -> list[dict]:
-        """Return each choice's values and its sum of validation recalls, if there are several."""
+        """Return the choices that were tried, with their sums of validation recalls."""
         if self.chosen is None or len(self.choices) < 2 or self.reused or self.is_untrained:
             return []
         to_try, _ = choose(list(self.choices), self.recall)

@@ -232,12 +232,19 @@ class Study:
         for folder in self.folders:
             folder.mkdir(parents=True, exist_ok=True)
         self.pace = Pace(plan.speeds, settings.out / "forecast.json", self.experiments)
-        known: dict[tuple[Path, str], str] = {}
         for stage in self.pace.stages:
+            self.pace.observe(stage)
+        self.check_flags()
+
+    def check_flags(self) -> None:
+        """Raise InputError if two experiments want other flags for the same run, chosen or not."""
+        rows = [row for each in self.experiments for row in each.planned]
+        runs = [run for row in rows for choice in row.choices.values() for run in choice]
+        known: dict[tuple[Path, str], str] = {}
+        for stage in (stage for run in runs for stage in run):
             if known.setdefault((stage.run, stage.mark), stage.key) != stage.key:
                 what = f"two experiments want {stage.mark} here with different flags"
                 raise InputError(f"{stage.run}: {what}; give one of them another --out in the plan")
-            self.pace.observe(stage)
 
     def plan(self) -> list[Stage]:
         """Return the stages that are left, as far as they are known, the most important first."""

@@ -126,7 +126,7 @@ def language_model_row(experiment: Experiment, settings: Settings, key: str) -> 
     if key == UNTRAINED:
         # It is the same for all seeds, unless each has a model of its own.
         seeds = None if "{seed}" in model.recommender else experiment.settings.seeds[:1]
-        found = experiment.runs(untrained_run, model, seeds=seeds)
+        found = experiment.runs(untrained_run, model, settings.grid()[:1], seeds)
     else:
         grid = settings.positions_grid() if every else settings.grid()
         found = experiment.runs(language_model_run, model, grid)

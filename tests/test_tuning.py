@@ -81,6 +81,12 @@ def test_a_flag_is_chosen_with_the_best_value_of_the_one_before():
     assert choose(grid, lambda choice: recalls.get(choice.label)) == (tried, None)
     assert choose([Choice()], lambda choice: None) == ([Choice()], Choice())
 
+    # With one learning rate, ranks are tried at once; with one of both, nothing is.
+    grid = combinations({"--lr": (1,), "--lora-r": (8, 32)})
+    assert choose(grid, lambda choice: None) == (grid, None)
+    assert choose(grid, lambda choice: 0.5) == (grid, grid[0])
+    assert choose(grid[:1], lambda choice: None) == (grid[:1], grid[0])
+
 
 def test_one_choice_is_not_tried_first(tuned):
     _, row = tuned
