@@ -24,7 +24,7 @@ from runfolder.told_apart import LEVEL
 from trsr import InputError
 
 COLUMNS_OF_CSV = ("table", *TABLE, "p", "holm")
-COLUMNS = 100  # of a printed table
+COLUMNS, TITLE = 100, 40  # of a printed table, and of a row's name in it
 
 
 def question_of(run: Path, candidates: str = "") -> Question:
@@ -147,7 +147,7 @@ def format_table(rows: dict[str, dict], signed: bool = False) -> str:
     A row is a line of means, with a line of intervals below it. Metrics that find no room in one
     line follow in another block. signed: for differences.
     """
-    names, width = list(next(iter(rows.values()))), 2 + max(map(len, rows))
+    names, width = list(next(iter(rows.values()))), first_column(rows)
     wide = 18 if signed else 12
     size, lines = max(1, (COLUMNS - width) // wide), []
     kinds = len({name.split("@")[0] for name in names})
@@ -159,13 +159,24 @@ def format_table(rows: dict[str, dict], signed: bool = False) -> str:
     return "\n".join(lines)
 
 
+def first_column(rows: dict[str, dict]) -> int:
+    """Return the width of the names' column; a name that is longer has a line of its own."""
+    return 2 + min(TITLE, max(map(len, rows)))
+
+
+def titled(title: str, width: int) -> tuple[list[str], str]:
+    """Return the lines before a row, and what the row begins with."""
+    return ([title], " " * width) if len(title) > width - 2 else ([], f"{title:<{width}}")
+
+
 def table_block(rows: dict[str, dict], names: list[str], width: int, wide: int) -> list[str]:
     """Return the lines of some metrics; width and wide: of the first column and the others."""
     sign, between = ("+", " to ") if wide > 12 else ("", "-")
     lines = [" " * width + "".join(f"{name:>{wide}}" for name in names)]
     for title, metrics in rows.items():
         means = "".join(f"{metrics[name]['mean']:>{sign}{wide}.4f}" for name in names)
-        lines.append(f"{title:<{width}}{means}")
+        above, begin = titled(title, width)
+        lines += [*above, begin + means]
         if "interval" in metrics[names[0]]:
             pairs = (metrics[name]["interval"] for name in names)
             intervals = (f"{low:{sign}.3f}{between}{high:{sign}.3f}" for low, high in pairs)
@@ -175,12 +186,15 @@ def table_block(rows: dict[str, dict], names: list[str], width: int, wide: int) 
 
 def format_tests(tests: dict[str, dict], first: str, metric: str) -> str:
     """Return a line per row: p, corrected, and whether the row differs from the first."""
-    width = 2 + max(map(len, tests))
-    lines = [f"Wilcoxon's signed-rank test on {metric}, by Holm for {len(tests)} rows together"]
+    width = first_column(tests)
+    lines = [
+        f"Wilcoxon's signed-rank test on {metric}, by Holm for {len(tests)} rows together;",
+        f"the difference from {first}:",
+    ]
     for name, test in tests.items():
         verdict = "significant" if test["holm"] <= LEVEL else "not significant"
-        p = f"p {test['p']:.3g}, corrected {test['holm']:.3g}"
-        lines.append(f"{name:<{width}}{p}: difference from {first} {verdict}")
+        above, begin = titled(name, width)
+        lines += [*above, f"{begin}p {test['p']:.3g}, corrected {test['holm']:.3g}: {verdict}"]
     return "\n".join(lines)
 
 

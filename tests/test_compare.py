@@ -59,6 +59,22 @@ def test_differences_are_from_the_first_run_user_by_user(evaluated_runs, capsys,
         assert f"{metrics['Recall@3']['mean']:+.4f}" in differences
 
 
+def test_a_long_name_has_a_line_of_its_own(evaluated_runs, tmp_path, capsys, monkeypatch):
+    runs = [evaluated_runs / "three"]
+    for name in ("one", "two"):
+        runs.append(tmp_path / f"{name}-{'long' * 18}")
+        shutil.copytree(evaluated_runs / name, runs[-1])
+    monkeypatch.setattr("sys.argv", ["compare", *map(str, runs)])
+    compare.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines[1:])) <= 100  # the first one names a path
+    title = f"recurrent ({runs[1].name})"
+    assert lines.count(title) >= 3  # of the metrics, the differences and the tests
+    for i, line in enumerate(lines):
+        if line == title:
+            assert lines[i + 1].startswith(" " * 42)
+
+
 def test_scores_of_other_users_are_not_compared(evaluated_runs, tmp_path):
     for name in ("results.json", "scores-test.jsonl"):
         (tmp_path / name).write_bytes((evaluated_runs / "one" / name).read_bytes())
@@ -79,7 +95,8 @@ def test_rows_are_told_apart_or_not_and_all_is_in_the_csv_file(
     monkeypatch.setattr("sys.argv", ["compare", *map(str, runs), "--csv", str(path)])
     compare.main()
     told = capsys.readouterr().out.split("\n\n")[2].splitlines()
-    assert told[0] == "Wilcoxon's signed-rank test on NDCG@3, by Holm for 2 rows together"
+    assert told[0] == "Wilcoxon's signed-rank test on NDCG@3, by Holm for 2 rows together;"
+    assert told[1] == "the difference from recent-only:"
     found = compare.verdicts_of(runs)
     ranks = compare.ranks_of(runs)
     gains = {
@@ -89,11 +106,9 @@ def test_rows_are_told_apart_or_not_and_all_is_in_the_csv_file(
     p = {name: wilcoxon(np.array(gains[name]) - first) for name in found}
     assert {name: test["p"] for name, test in found.items()} == p
     assert [test["holm"] for test in found.values()] == holm(list(p.values()))
-    for line, (name, test) in zip(told[1:3], found.items(), strict=True):
+    for line, (name, test) in zip(told[2:4], found.items(), strict=True):
         assert line.startswith(f"{name}  ")
-        assert line.endswith(
-            f"corrected {test['holm']:.3g}: difference from recent-only not significant"
-        )
+        assert line.endswith(f"corrected {test['holm']:.3g}: not significant")
 
     with open(path, newline="") as file:
         lines = list(csv.DictReader(file))
