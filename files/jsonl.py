@@ -16,9 +16,18 @@ from trsr import InputError
 def read_json(path: Path) -> dict:
     """Return the JSON object in path; InputError if there is none."""
     try:
-        return dict(json.loads(Path(path).read_text("utf-8")))
+        return dict(json.loads(Path(path).read_text("utf-8"), object_pairs_hook=unique))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path}: no JSON object here ({error})") from None
+
+
+def unique(pairs: list[tuple[str, object]]) -> dict:
+    """Return an object of JSON; ValueError if it has a field twice, of which one would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"field {next(n for n in names if names.count(n) > 1)!r} is there twice")
+    return found
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -55,7 +64,7 @@ def read_jsonl(
 def parse_line(where: str, line: bytes) -> object:
     """Return the JSON value of a line; InputError if it is not JSON or not valid text."""
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = json.loads(line.decode("utf-8"), object_pairs_hook=unique)
     except UnicodeDecodeError:
         raise InputError(f"{where}: not UTF-8 text") from None
     except ValueError as error:

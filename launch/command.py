@@ -54,6 +54,13 @@ def typed() -> str:
 # ---- Settings: a frozen dataclass whose fields are flags
 
 
+def path(text: str) -> Path:
+    """Return a flag's file or folder; an empty text would mean the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a file or folder, not an empty text")
+    return Path(text)
+
+
 def option(default: object, help: str, type: Callable | None = None, group: str = "", **more):
     """Return a dataclass field that is a flag of that default, help and type.
 
@@ -61,6 +68,7 @@ def option(default: object, help: str, type: Callable | None = None, group: str 
     form too. group: the heading in --help, for this field and those after it. more: as for
     argparse's add_argument.
     """
+    type = path if type is Path else type
     flag = more | {"help": help} | ({"type": type} if type else {})
     return field(default=default, metadata={"flag": flag, "group": group})
 
@@ -107,6 +115,12 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str, **options):
         options = {"formatter_class": Help, "usage": argparse.SUPPRESS} | options
         super().__init__(description=description, **options)
+
+    def add_argument(self, *names, **more) -> argparse.Action:
+        """Add a flag; one that is a path is not empty."""
+        return super().add_argument(
+            *names, **more | ({"type": path} if more.get("type") is Path else {})
+        )
 
     def format_help(self) -> str:
         """Return the help: how to call the command, what it does, and its flags in groups."""
@@ -197,6 +211,14 @@ def interrupted(error: BaseException | None) -> bool:
     return False
 
 
+def said(error: Exception) -> str:
+    """Return what to say of a user's error; of the system's own, the file and a way out first."""
+    if not isinstance(error, OSError) or not error.filename or not error.strerror:
+        return str(error)
+    way = "; choose another folder, or change its permissions"
+    return f"{error.filename}: {error.strerror}{way if isinstance(error, PermissionError) else ''}"
+
+
 def run_main(
     main: Callable[[], None], *errors: type[Exception], reports: Callable[[], bool] = lambda: True
 ) -> None:
@@ -210,7 +232,7 @@ def run_main(
         main()
     except (InputError, OSError, *errors) as error:
         if reports():
-            print(f"{name}: {error}", file=sys.stderr)
+            print(f"{name}: {said(error)}", file=sys.stderr)
         sys.exit(2)
     except (Exception, KeyboardInterrupt) as error:
         if not interrupted(error):

@@ -151,6 +151,9 @@ def export(model: Llama, base: Path, folder: Path, limit: int = SHARD) -> int:
     adapter = lora.adapter_tensors(model).keys()
     named = {n.replace(".base_layer.", "."): p for n, p in model.named_parameters()}
     tensors = {name: p.detach() for name, p in named.items() if name not in adapter}
+    if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        what = f"{bad[0]} holds something that is not a finite number"
+        raise InputError(f"the merged weights: {what}; train the run again")
     shards = list(in_shards(tensors, limit))
     files = {}
     for i, names in enumerate(Bar(shards, "write", unit="file"), 1):

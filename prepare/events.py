@@ -1,5 +1,6 @@
 """A file of interactions in memory: four numbers for each, whatever the length of the ids."""
 
+import re
 import unicodedata
 from array import array
 from collections import Counter
@@ -67,6 +68,14 @@ class Events:
             yield Session(places, user, history, None, periods=of_items)
 
 
+FLOAT = re.compile(r"-?\d+(\.\d+)?e\+\d+|-?\d+\.0")  # how programs write large floats
+
+
+def is_rounded(name: str) -> bool:
+    """Return whether an id is written as a float that stands for several whole numbers."""
+    return bool(FLOAT.fullmatch(name)) and ("e" in name or abs(float(name)) >= 2**53)
+
+
 class Places(Sequence):
     """The `file:line` of rows, made when asked for."""
 
@@ -81,7 +90,7 @@ class Places(Sequence):
 
 
 def is_missing(text: str) -> bool:
-    """Return whether a value is empty, or nothing but NaN, None or NULL."""
+    """Return whether a value is empty, or nothing but NaN, NaT, <NA>, None or NULL."""
     text = text.strip().lower()
     return not text or text in MISSING
 
@@ -110,6 +119,8 @@ def read_events(
         row.append(number)
     if not row:
         raise InputError(f"{rows.path}: no interactions in it")
+    report_inexact(rows, columns[0], users.names(), user, row)
+    report_inexact(rows, columns[1], items.names(), item, row)
     report_twins(rows, columns[0], users.names(), user, row)
     if pair := times.other_unit():
         (first, other), (place, where) = map(times.text, pair), (rows.place(row[n]) for n in pair)
@@ -133,6 +144,20 @@ def report_missing(
     if not dropped[MISSING_VALUES]:
         print(f"{where}: column {column!r} has no value; such rows are left out")
     dropped[MISSING_VALUES] += 1
+
+
+def report_inexact(
+    rows: Rows, column: str, names: Sequence[str], codes: Sequence[int], numbers: Sequence[int]
+) -> None:
+    """Raise InputError for an id that is a float for several whole numbers, like 1.5e+17.
+
+    codes, numbers: the id and the row of each interaction.
+    """
+    for code, name in enumerate(names):
+        if is_rounded(name):
+            what = f"{name} is a rounded number, so several ids may have become one"
+            place = rows.place(numbers[codes.index(code)])
+            raise InputError(f"{place}: column {column!r}: {what}; write ids as whole numbers")
 
 
 def report_twins(

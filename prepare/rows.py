@@ -14,6 +14,7 @@ from io import BufferedReader
 from itertools import islice
 from pathlib import Path
 
+from files.jsonl import unique
 from launch.bars import Bar
 from prepare.tables import split_csv, split_tabs
 from trsr import InputError
@@ -125,7 +126,8 @@ def as_text(value: object) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
-        return str(int(value)) if value.is_integer() else repr(value)
+        # From 2^53 on, a float stands for several whole numbers: its point says so.
+        return str(int(value)) if value.is_integer() and abs(value) < 2**53 else repr(value)
     if isinstance(value, list | tuple):
         return ", ".join(filter(None, map(as_text, value)))
     if isinstance(value, dict | bytes):
@@ -148,7 +150,7 @@ class JsonLines(Rows):
     """One JSON object per line; a field that a line does not have is an empty text."""
 
     # Numbers with a point stay as they are written, since a float may not hold all their digits.
-    decode = json.JSONDecoder(parse_float=str, parse_constant=str).decode
+    decode = json.JSONDecoder(parse_float=str, parse_constant=str, object_pairs_hook=unique).decode
 
     def __init__(self, path: Path, start: bytes):
         self.path, self.start = path, start

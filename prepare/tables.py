@@ -109,14 +109,14 @@ class Table:
         return {"file": self.path.name, "sha256": digest, "rows": self.rows}
 
 
-MISSING = {"nan", "none", "null"}  # how programs write a value that is not there
+MISSING = {"nan", "nat", "<na>", "none", "null"}  # how programs write a value that is not there
 ENTITY = re.compile(r"&(?:#\d+|#[xX][0-9a-fA-F]+|\w+);")  # not R&D or Oven&microwave
 
 
 def attributes(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
     """Return the (name, raw text) pairs that have a text, with HTML entities decoded.
 
-    A text that is nothing but NaN, None or NULL, in any case, is a missing value.
+    A text that is nothing but NaN, NaT, <NA>, None or NULL, in any case, is a missing value.
     """
     found = {}
     for name, raw in pairs:

@@ -5,7 +5,8 @@
 Writes NAME.train.inter, NAME.valid.inter and NAME.test.inter (one session per line: its items,
 oldest first, and the next item), NAME.item (ids and texts) and NAME.candidates.jsonl. The last has
 the items to score for each validation and test user. With a list of scores added to each line, it
-is what evaluate.py --scores reads. In RecBole, set benchmark_filename: [train, valid, test].
+is what evaluate.py --scores reads. In RecBole, set benchmark_filename: [train, valid, test]. A file
+to_recbole.json says that the folder may be replaced; one that holds other files is refused.
 """
 
 from argparse import SUPPRESS
@@ -13,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from files.atomic import atomic_write
-from files.jsonl import write_jsonl
+from files.jsonl import read_json, write_json, write_jsonl
 from launch.command import option, parse_settings, run_main
 from prepare.dataset import load_dataset
 from trsr import Example, InputError, shuffled_candidates
 
 SPLITS = {"train": "train", "val": "valid", "test": "test"}  # ours and RecBole's
+COMMAND, ORIGIN = "prepare.to_recbole", "to_recbole.json"
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,17 @@ def check_ids(splits: dict[str, list[Example]]) -> None:
                 raise InputError(f"user {example.user!r}: the id {what}")
 
 
+def check_out(out: Path) -> None:
+    """Raise InputError if a folder holds files that this command did not write."""
+    found = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    own = read_json(out / ORIGIN).get("made_by") == COMMAND if ORIGIN in found else False
+    if found and not own:
+        what = f"holds files that python -m {COMMAND} did not write ({', '.join(found[:3])})"
+        raise InputError(f"{out}: {what}; choose another --out")
+    if found:
+        print(f"{out}: replacing the files that python -m {COMMAND} wrote there")
+
+
 def write_sessions(path: Path, examples: list[Example]) -> None:
     """Write a split's .inter file."""
     with atomic_write(path) as file:
@@ -63,7 +76,9 @@ def main() -> None:
     out = settings.out
     _, items, splits = load_dataset(settings.data, SPLITS)
     check_ids(splits)
+    check_out(out)
     out.mkdir(parents=True, exist_ok=True)
+    write_json(out / ORIGIN, {"made_by": COMMAND, "data": str(settings.data)})
     for split, theirs in SPLITS.items():
         write_sessions(out / f"{out.name}.{theirs}.inter", splits[split])
     write_items(out / f"{out.name}.item", items)

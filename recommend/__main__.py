@@ -54,7 +54,7 @@ from prepare.domains import wording
 from recommend.users import Items, Shared, User, make_user, parse_entries, read_shared, read_users
 from runfolder.tally import Ranked, Tally
 from state.answers import Answers, collect_answers
-from state.origin import check_trained_on
+from state.origin import check_learned, check_trained_on
 from state.settings import check_settings, locked, read_config
 from state.summaries import known_summaries
 from trsr import InputError
@@ -144,8 +144,12 @@ class Run:
         self.settings = evaluate.resolve(evaluate.Settings(**given, **ranking), self.device)
         self.folder = find_model(self.settings.model, self.settings.revision)
         self.form = load_form(self.folder, self.settings.chat)
-        self.domain, texts, _ = load_dataset(self.settings.data, ())
-        self.items = Items(texts, self.domain, Path(self.settings.data) / "items.jsonl")
+        data = Path(self.settings.data)
+        learned = ("train",) if (data / "train.jsonl").is_file() else ()
+        self.domain, texts, splits = load_dataset(data, learned)
+        if learned:
+            check_learned(path, self.settings.data, splits["train"], texts)
+        self.items = Items(texts, self.domain, data / "items.jsonl")
         words = wording(self.settings.paradigm, self.domain, self.form.show)["recommend"]
         check_trained_on(path, self.settings.model, fingerprint(self.folder), words)
         self.budget = evaluate.prompt_budget(self.folder, self.form, self.settings.max_length)

@@ -104,27 +104,28 @@ def write_results(
 ) -> list[Path]:
     """Write a line per user, and the table; return the paths.
 
-    about: what the table's file says, the table itself under "table". csv: both as CSV too.
+    about: what the table's file says, the table itself under "table". csv: both as CSV too, as
+    is done anyway if they are there: older values beside the new ones would mislead.
     """
     question.run.mkdir(parents=True, exist_ok=True)  # not there yet if nothing was trained
     write_jsonl(question.scores, (line_of(*pair) for pair in zip(examples, ranked, strict=True)))
     # Rounded, since the order of the packs may change the last digits.
     about |= {"users": len(examples), "answer_mass": round(answer_mass(ranked), 6)}
     written = [*write_table(question, about, csv), question.scores]
-    if csv:
-        path = question.scores.with_suffix(".csv")
+    path = question.scores.with_suffix(".csv")
+    if csv or path.is_file():
         write_csv(path, RANKING, ranking_rows(question.scores))
         written.append(path)
     return written
 
 
 def write_table(question: Question, about: dict, csv: bool = False) -> list[Path]:
-    """Write the table, under "table" of about, and as CSV too if csv; return the paths."""
+    """Write the table, under "table" of about, and as CSV too if csv or there; return the paths."""
     question.run.mkdir(parents=True, exist_ok=True)
     write_json(question.results, about)
-    if not csv:
-        return [question.results]
     path = question.results.with_suffix(".csv")
+    if not csv and not path.is_file():
+        return [question.results]
     write_csv(path, TABLE, table_rows(about["table"]))
     return [question.results, path]
 

@@ -27,6 +27,8 @@ def check_trained_on(run: Path, model: str, fingerprint: str, words: str) -> Non
     trained = read_config(run)["train"]
     if fingerprint != trained["fingerprint"]:
         what = f"not the model that {run} was trained on ({trained['model']})"
+        if model == trained["model"]:
+            what = f"its files are other ones than those that {run} was trained on; restore them"
         raise InputError(f"{model}: {what}")
     if trained.get("prompt") not in (None, words):
         what = "the prompt has other words than in training"

@@ -219,6 +219,13 @@ def spoil_adapter(run, _):
     (run / "adapter" / "adapter_model.safetensors").write_bytes(b"x")
 
 
+def spoil_weights(run, _):
+    path = run / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, path)
+
+
 def spoil_training(run, _):
     shutil.rmtree(run / "adapter")
 
@@ -238,10 +245,11 @@ def spoiled(run, **changes):
     [
         (spoil_training, "nothing trained here yet; first run python train.py --run"),
         (spoil_base, "models/absent/folder: "),
-        (spoil_fingerprint, "not the model that"),
+        (spoil_fingerprint, "its files are other ones than those that"),
         (spoil_prompt, "other words than in training"),
         (spoil_paradigm, "other words than in training"),
         (forget_prompt, "field 'prompt' of 'train' is missing"),
+        (spoil_weights, "holds something that is not a finite number; train the run again"),
         (spoil_adapter, "adapter_model.safetensors: not a safetensors file"),
     ],
 )

@@ -41,6 +41,16 @@ def test_a_line_cut_short_is_dropped_only_where_that_can_happen(tmp_path, capsys
         list(read_jsonl(path, {"n": int}))
 
 
+def test_a_field_that_is_there_twice_is_named(tmp_path):
+    path = tmp_path / "twice.jsonl"
+    path.write_text('{"a": 1}\n{"a": {"b": 1, "b": 2}}\n')
+    with pytest.raises(InputError, match=r"twice\.jsonl:2: not JSON \(field 'b' is there twice\)"):
+        list(read_jsonl(path, {}))
+    path.write_text('{"a": 1, "a": 1}')
+    with pytest.raises(InputError, match=r"no JSON object here \(field 'a' is there twice\)"):
+        read_json(path)
+
+
 def test_half_a_character_is_named(tmp_path):
     data = write_dataset(tmp_path)
     ends = (("x", "\\udfae"), ("y", ""))

@@ -328,6 +328,7 @@ def test_wrong_files_flags_and_runs_are_named(made, folder):
     assert "out.jsonl:1: field 'key' is missing" in message()
     assert read_lines(folder / "out.jsonl") == [{"user": "a", "mine": 1}]
     assert "nothing trained here yet" in message(run=folder / "empty")
+    assert "argument --out: expected a file or folder, not an empty text" in message(out="")
     shutil.rmtree(folder / "run/adapter")
     assert "nothing trained here yet" in message()
 
@@ -338,6 +339,13 @@ def test_a_summarizer_that_is_another_now_is_refused(made, folder):
     (folder / "run/config.json").write_text(json.dumps(config))
     message = only_line(call(folder, check=False))
     assert "the model's files are other ones now" in message
+
+
+def test_a_dataset_that_was_prepared_again_is_refused(made, folder):
+    config = json.loads((folder / "run/config.json").read_text())
+    config["train"]["learned_texts"] = "others"
+    (folder / "run/config.json").write_text(json.dumps(config))
+    assert "the texts of their items are not those that" in only_line(call(folder, check=False))
 
 
 # ---- The documented example

@@ -65,6 +65,16 @@ def test_an_unfinished_run_is_told_and_kept_apart(tmp_path, data_folder, model_f
     assert read_json(tmp_path / "results-interim.json")["epochs"] == "1 of 2 epochs"
 
 
+def test_tables_for_a_spreadsheet_do_not_stay_behind(copied):
+    run("evaluate.py", run=copied, csv=True)
+    before = (copied / "results.csv").read_text()
+    out = run("evaluate.py", run=copied, k=(2,)).stdout
+    assert "results.csv" in out
+    after = (copied / "results.csv").read_text()
+    assert "Recall@2" in after
+    assert "Recall@2" not in before
+
+
 def test_files_that_answer_another_question_are_not_replaced(copied, tmp_path):
     def message(**settings):
         done = run("evaluate.py", run=copied, check=False, **settings)

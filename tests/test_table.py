@@ -170,14 +170,15 @@ def test_parquet_times_and_whole_floats_are_exact(tmp_path):
     columns = {
         "t": arrow.array(nanoseconds, arrow.timestamp("ns", "UTC")),
         "f": arrow.array([12.0, None]),
+        "i": arrow.array([2.0**53 - 1, 2.0**53]),
         "s": arrow.array(["a", None]).dictionary_encode(),
         "l": arrow.array([["x", "y"], []]),
     }
     parquet.write_table(arrow.table(columns), tmp_path / "x.parquet")
-    rows = list(open_rows(tmp_path / "x.parquet").read(["l", "t", "f", "s"]))
+    rows = list(open_rows(tmp_path / "x.parquet").read(["l", "t", "f", "s", "i"]))
     assert rows == [
-        (1, ["x, y", "2017-07-14 02:40:00.000000001Z", "12", "a"]),
-        (2, ["", "", "", ""]),
+        (1, ["x, y", "2017-07-14 02:40:00.000000001Z", "12", "a", "9007199254740991"]),
+        (2, ["", "", "", "", "9007199254740992.0"]),  # of several whole numbers
     ]
 
 
@@ -428,6 +429,12 @@ SHORT_GZIP = gzip.compress(HEADER * 99, mtime=0)[:-9]
             HEADER + "Jose\u0301,b,1\nJos\u00e9,b,2\n".encode(),
             r"r\.csv:2: .* is 'Jos\u00e9' of .*r\.csv:3 in another spelling",
         ),
+        ("r.csv", HEADER + b"a,b,1\n1.5e+17,b,2\n", r"r\.csv:3: .* 1\.5e\+17 is a rounded number"),
+        (
+            "r.csv",
+            HEADER + b"a,9007199254740992.0,1\n",
+            r"r\.csv:2: column 'item_id': 9007.* round",
+        ),
         ("r.csv", HEADER + b" a,b,1\na ,b,2\n", r"r\.csv:3: .* user 'a ' is ' a' of .*csv:2 in"),
         (
             "r.csv",
@@ -442,6 +449,11 @@ SHORT_GZIP = gzip.compress(HEADER * 99, mtime=0)[:-9]
         pytest.param("r.csv.gz", SHORT_GZIP, r"r\.csv\.gz:\d+: the gzip file is br", id="cut.gz"),
         ("r.dat", HEADER, r"r\.dat: the name does not tell the form; known are \.csv, \.tsv, "),
         ("r.jsonl", b'{"user_id": 1\n', r"r\.jsonl:1: not JSON"),
+        (
+            "r.jsonl",
+            b'{"user_id": 1, "user_id": 2}\n',
+            r"r\.jsonl:1: .*field 'user_id' is there twice",
+        ),
         ("r.jsonl", b"[1]\n", r"r\.jsonl:1: a list, expected one JSON object per line"),
         ("r.jsonl", b"{}\n", r"r\.jsonl:1: no JSON object with fields in the file"),
         (

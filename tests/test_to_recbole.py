@@ -29,3 +29,17 @@ def test_ids_that_recbole_s_files_cannot_hold_are_refused(tmp_path, old, new):
     with pytest.raises(InputError, match=r"(item 'i 1' of|user 'test\\t0': the id has a tab)"):
         prepared(to_recbole, data=data, out=tmp_path / "rec")
     assert not (tmp_path / "rec").exists()
+
+
+def test_only_a_folder_of_its_own_is_replaced(tmp_path, data_folder, capsys):
+    raw = tmp_path / "games"
+    raw.mkdir()
+    (raw / "games.item").write_text("item_id:token\n")
+    with pytest.raises(InputError, match=r"did not write \(games\.item\); choose another --out"):
+        prepared(to_recbole, data=data_folder, out=raw)
+    assert (raw / "games.item").read_text() == "item_id:token\n"
+    (raw / "games.item").unlink()
+    prepared(to_recbole, data=data_folder, out=raw)
+    capsys.readouterr()
+    prepared(to_recbole, data=data_folder, out=raw)
+    assert f"{raw}: replacing the files" in capsys.readouterr().out
