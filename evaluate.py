@@ -330,7 +330,7 @@ def report(
     about |= {name: getattr(settings, name) for name in names} | {"table": table}
     about |= about_candidates(settings.candidates, examples, settings.seed)
     written = write_results(settings.question, about, examples, ranked, settings.csv)
-    if settings.report:
+    if settings.report or settings.question.report.is_file():  # no older one stays behind
         written.append(write_report(settings.question))
     print(f"wrote   {', '.join(map(str, written))}")
 

@@ -77,12 +77,17 @@ def parse_line(where: str, line: bytes) -> object:
     return record
 
 
+def article(name: str) -> str:
+    """Return a name of a type with its article: a str, an int."""
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
 def check_fields(where: object, record: object, fields: dict[str, type]) -> None:
     """Raise InputError, starting with where, unless record is an object with these fields."""
     for name, kind in fields.items():
         value = record.get(name) if isinstance(record, dict) else None
         if not isinstance(value, kind):
-            found = "is missing" if value is None else f"is a {type(value).__name__}"
+            found = "is missing" if value is None else f"is {article(type(value).__name__)}"
             raise InputError(f"{where}: field {name!r} {found}, expected {kind.__name__}")
         if kind is list and not all(isinstance(entry, str) for entry in value):
             raise InputError(f"{where}: field {name!r} holds something that is not a text")

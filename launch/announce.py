@@ -29,6 +29,12 @@ def summarization(settings, n_users: int, n_done: int, generator) -> None:
         print(f"ends    {what} ({own}): a summary ends at any of {ends or 'none, only the limit'}")
 
 
+def items_shown(settings) -> str:
+    """Return which items of a history the prompt shows."""
+    shown = trsr.PARADIGMS[settings.paradigm]
+    return f"{settings.history_items} recent items" if shown == "last" else f"{shown} of the items"
+
+
 def training(settings, model: Llama, n_train: int, n_val: int, tokens: int) -> None:
     """Print what is about to be trained; tokens: the longest prompt's."""
     n = sum(p.numel() for p in model.parameters()) / 1e6
@@ -38,7 +44,7 @@ def training(settings, model: Llama, n_train: int, n_val: int, tokens: int) -> N
     print(f"data    {settings.data}: {n_train} users to train on, {n_val} to validate on")
     size, held = f"{n:.1f}M parameters, {trained:.2f}M trained", settings.dtype + told(model)
     print(f"model   {settings.model}: {size}, {held}")
-    print(f"prompt  {settings.paradigm}, {settings.history_items} recent items, {tokens} tokens")
+    print(f"prompt  {settings.paradigm}, {items_shown(settings)}, {tokens} tokens")
     print(f"steps   {steps}, on {where}")
 
 
@@ -56,7 +62,7 @@ def cost_of_training(
 
 def evaluation(settings, examples: Sequence[trsr.Example], tokens: int, where: str) -> None:
     """Print what is about to be evaluated; tokens: the longest prompt's."""
-    row, recent = f"trained ({settings.kind})", f"{settings.history_items} recent items"
+    row, recent = f"trained ({settings.kind})", items_shown(settings)
     if settings.untrained:
         row = "untrained"
     elif settings.epochs:

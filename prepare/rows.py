@@ -14,7 +14,7 @@ from io import BufferedReader
 from itertools import islice
 from pathlib import Path
 
-from files.jsonl import unique
+from files.jsonl import article, unique
 from launch.bars import Bar
 from prepare.tables import split_csv, split_tabs
 from trsr import InputError
@@ -180,7 +180,7 @@ class JsonLines(Rows):
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{where}: not JSON ({error}); one object per line") from None
             if not isinstance(record, dict):
-                what = f"a {type(record).__name__}, expected one JSON object per line"
+                what = f"{article(type(record).__name__)}, expected one JSON object per line"
                 raise InputError(f"{where}: {what}")
             if "\\u" in line and HALF.search(json.dumps(record, ensure_ascii=False)):
                 what = "a text holds half of a character (\\ud800 to \\udfff)"

@@ -41,8 +41,8 @@ class Items:
         known = isinstance(entry, dict) and entry.keys() <= {"id", "attributes"}
         item = entry.get("id") if known else entry
         if not isinstance(item, str):
-            what = 'is neither an id nor {"id": ..., "attributes": {...}}'
-            raise InputError(f"{where}: {str(entry)[:80]!r} {what}")
+            what = 'is neither an id in quotes nor {"id": ..., "attributes": {...}}'
+            raise InputError(f"{where}: {repr(entry)[:80]} {what}")
         if not known or "attributes" not in entry:
             if item not in self.texts:
                 what = f"is not in {self.source}; give it with its attributes"

@@ -55,6 +55,19 @@ def films(tmp_path_factory, model_folder):
     return folder
 
 
+def test_a_paradigm_whose_name_is_taken_is_told_in_one_line(tmp_path):
+    (tmp_path / "paradigms").mkdir()
+    shutil.copy(ROOT / "paradigms/__init__.py", tmp_path / "paradigms")
+    code = "from trsr import register\n\nregister('none', recent='all')\n"
+    (tmp_path / "paradigms/mine.py").write_text(code)
+    path = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, "-c", "import launch.command"]
+    done = subprocess.run(command, capture_output=True, text=True, env=path, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("paradigms/mine.py: paradigm 'none': the name is taken")
+    assert done.stderr.count("\n") == 1
+
+
 def test_each_half_is_a_page():
     halves = PAGE.split("\n## ")[1:]
     assert [half.split(":")[0] for half in halves] == ["A domain", "A paradigm"]

@@ -1,6 +1,7 @@
 """runfolder/results.py: the answer to one question never replaces another's."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 from helpers import run, scores, write_dataset
@@ -66,10 +67,12 @@ def test_an_unfinished_run_is_told_and_kept_apart(tmp_path, data_folder, model_f
 
 
 def test_tables_for_a_spreadsheet_do_not_stay_behind(copied):
-    run("evaluate.py", run=copied, csv=True)
+    run("evaluate.py", run=copied, csv=True, report=True)
     before = (copied / "results.csv").read_text()
     out = run("evaluate.py", run=copied, k=(2,)).stdout
-    assert "results.csv" in out
+    assert {"results.csv", "scores-test.csv", "report.html"} <= {
+        Path(w.strip(",")).name for w in out.split()
+    }
     after = (copied / "results.csv").read_text()
     assert "Recall@2" in after
     assert "Recall@2" not in before
