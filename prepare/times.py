@@ -16,6 +16,7 @@ from trsr import InputError
 UNIT = 10**18  # of the part after the point
 LARGEST = 2**63
 UNIX = 10**8  # seconds since 1970 have so many since 1973, and smaller numbers are no Unix times
+DATES = 19000101, 21001231  # as numbers
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 NUMBER, ZONED, LOCAL = "a number", "ISO 8601 with a time zone", "ISO 8601 without a time zone"
 LONGEST = 60  # characters
@@ -120,13 +121,18 @@ class Times:
         """Return the first two rows whose numbers count in different units, if there are any.
 
         The units of Unix times are a factor of 1000 apart. Numbers that count anything else lie
-        closer together, so what matters is a gap of 100 between two neighbors in size.
+        closer together, so what matters is a gap of 100 between two neighbors in size. Beside
+        Unix times, 20260131 is a date, and 0 or -1 a time that is missing.
         """
         if self.kind is not NUMBER:
             return None
         whole = np.frombuffer(self.whole, np.int64)
         rows = np.flatnonzero(whole >= UNIX)
         large = np.unique(whole[rows])
+        odd = np.flatnonzero(whole < UNIX)
+        dates = (whole[odd] >= DATES[0]) & (whole[odd] <= DATES[1])
+        if len(odd) and len(large) and (dates | np.isin(whole[odd], (0, -1))).all():
+            return int(rows[0]), int(odd[0])
         gaps = np.flatnonzero(large[1:] // 100 > large[:-1])
         if not len(gaps):
             return None

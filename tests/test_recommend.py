@@ -281,7 +281,10 @@ def test_two_processes_write_the_same(folder):
         ({"history": ["i1"]}, "users.jsonl:1: field 'user' is missing"),
         ({"user": "a", "history": "i1"}, "field 'history' is a str, expected a list"),
         ({"user": "a", "history": ["zz"]}, "field 'history': item 'zz' is not in"),
-        ({"user": "a", "history": [3]}, "users.jsonl:1: field 'history': 3 is neither an id in quotes"),
+        (
+            {"user": "a", "history": [3]},
+            "users.jsonl:1: field 'history': 3 is neither an id in quotes",
+        ),
         ({"user": "a", "history": [{"id": "n", "text": "x"}]}, "is neither an id in quotes nor"),
         ({"user": "a", "history": [{"id": "n", "attributes": {}}]}, "no object with texts"),
         ({"user": "a", "history": [{"id": "n", "attributes": {"T": 3}}]}, "no object with texts"),

@@ -417,6 +417,16 @@ SHORT_GZIP = gzip.compress(HEADER * 99, mtime=0)[:-9]
             HEADER + b"a,b,1700000000\na,c,1700000001\na,d,1700000002000\n",
             r"r\.csv:4: column 'timestamp': 1700000002000 and 1700000000 at .*r\.csv:2 differ in u",
         ),
+        (
+            "r.csv",
+            HEADER + b"a,b,1500000000\na,c,1500000001\na,d,20170714\n",
+            r"r\.csv:4: column 'timestamp': 20170714 and 1500000000 at .*r\.csv:2 differ in u",
+        ),
+        (
+            "r.csv",
+            HEADER + b"a,b,0\na,c,1500000001\n",
+            r"r\.csv:2: column 'timestamp': 0 and 1500000001 at .*r\.csv:3 differ in unit",
+        ),
         ("r.csv", HEADER + b"a,b,1\n" + HEADER, r"r\.csv:3: the header again, as in files that"),
         (
             "r.csv",
