@@ -30,10 +30,11 @@ def check_batch_size(batch_size: int, train: list[Example], targets: int) -> Non
         return
     n = 1 + len(train[0].negatives)
     if odd := [example.user for example in train if 1 + len(example.negatives) != n]:
-        what = f"user {odd[0]!r} has other than {n} examples, which user {train[0].user!r} has"
-        raise InputError(f"train.jsonl: {what}; give all users equally many negatives")
+        what = f"users {train[0].user!r} and {odd[0]!r} differ in their number of negatives"
+        raise InputError(f"train.jsonl: {what}; give all users equally many")
     if batch_size % n:
-        raise InputError(f"--batch-size is no multiple of the {n} examples of a user")
+        what = f"not a multiple of the {n} examples of a user; choose {max(1, batch_size // n) * n}"
+        raise InputError(f"--batch-size {batch_size}: {what}")
 
 
 def target_count(tree: Tree, loss: str) -> int:

@@ -106,7 +106,10 @@ def read_examples(path: Path, items: dict[str, str], users: set[str]) -> Iterato
     for where, record in read_jsonl(path, EXAMPLE_FIELDS):
         example = Example(*(record[name] for name in EXAMPLE_FIELDS))
         if example.user in users:
-            raise InputError(f"{where}: field 'user': {example.user!r} is there twice")
+            what = f"{example.user!r} is there twice, in this file or another split's"
+            raise InputError(f"{where}: field 'user': {what}; a user is in one split, once")
+        if not example.user:
+            raise InputError(f"{where}: field 'user' is empty")
         users.add(example.user)
 
         candidates = [example.positive, *example.negatives]

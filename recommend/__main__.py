@@ -322,8 +322,12 @@ def collect_lines(out: Path) -> dict[str, dict]:
     """Return the finished lines by user, and merge what each process wrote into one file."""
     parts, found = parts_of(out), {}
     for source in [out, *parts] if out.is_file() else parts:
-        for _, record in read_jsonl(source, OUT_FIELDS, torn=source in parts):
-            found[record["user"]] = record
+        try:
+            for _, record in read_jsonl(source, OUT_FIELDS, torn=source in parts):
+                found[record["user"]] = record
+        except InputError as error:
+            what = f"{error}; not a file that recommend wrote, so it is not replaced"
+            raise InputError(f"--out {what}: choose another") from None
     if parts:
         write_jsonl(out, found.values())
     for part in parts:

@@ -83,7 +83,7 @@ def test_parts_are_merged_and_a_torn_line_is_dropped(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"key": "k", "answer": 3, "ended": "end"}', "answers.jsonl:1: field 'answer' is a int"),
+        ('{"key": "k", "answer": 3, "ended": "end"}', "answers.jsonl:1: field 'answer' is an int"),
         ('{"key": "k", "answer": "a", "ended": "x"}', "answers.jsonl:1: field 'ended' is 'x'"),
         ("not JSON", "answers.jsonl:1: not JSON"),
     ],

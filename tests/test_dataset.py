@@ -64,7 +64,7 @@ def field(name, value):
             field("history", [1]),
             "field 'history' holds something that is not a text",
         ),
-        ("train.jsonl", field("user", 7), "field 'user' is a int, expected str"),
+        ("train.jsonl", field("user", 7), "field 'user' is an int, expected str"),
         ("train.jsonl", field("user", "train0"), "field 'user': 'train0' is there twice"),
         (
             "train.jsonl",

@@ -60,9 +60,9 @@ def test_the_shares_of_all_processes_make_the_step(monkeypatch, world, loss):
 
 def test_users_with_unequal_examples_are_refused_by_name():
     users = [Example(f"u{n}", ["a"], "b", ["c"] * (2 if n == 2 else 1)) for n in range(4)]
-    with pytest.raises(InputError, match="user 'u2' has other than 2 examples"):
+    with pytest.raises(InputError, match="users 'u0' and 'u2' differ in their number of negatives"):
         check_batch_size(8, users, 1)
-    with pytest.raises(InputError, match="--batch-size is no multiple of the 2 examples"):
+    with pytest.raises(InputError, match=r"--batch-size 7: not a multiple of the 2 .* choose 6"):
         check_batch_size(7, users[:2], 1)
     check_batch_size(8, users[:2], 1)
     check_batch_size(8, users, 2)

@@ -192,7 +192,7 @@ def test_what_train_needs_is_named(tmp_path, fit):
         return done.stderr.strip().splitlines()[-1]
 
     assert "run python summarize.py --run" in message(paradigm="hierarchical")
-    assert "no multiple of the 2 examples" in message(batch_size=7)
+    assert "7: not a multiple of the 2 examples of a user; choose 6" in message(batch_size=7)
     assert "'nothing' names no linear layer" in message(lora_targets=["nothing"])
     assert "no room for the instruction" in message(max_length=30)
 
