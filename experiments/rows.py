@@ -87,7 +87,7 @@ class Row:
         if self.chosen is None:
             to_try, self.chosen = choose(list(self.choices), self.recall)
             if self.chosen is None:
-                return [self.trial(c) for c in to_try if self.recall(c) is None]
+                return [trial for trial in map(self.trial, to_try) if not trial[-1].finished()]
         return self.runs
 
     def tried(self) -> list[dict]:

@@ -68,7 +68,6 @@ def option(default: object, help: str, type: Callable | None = None, group: str 
     form too. group: the heading in --help, for this field and those after it. more: as for
     argparse's add_argument.
     """
-    type = path if type is Path else type
     flag = more | {"help": help} | ({"type": type} if type else {})
     return field(default=default, metadata={"flag": flag, "group": group})
 
@@ -115,12 +114,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str, **options):
         options = {"formatter_class": Help, "usage": argparse.SUPPRESS} | options
         super().__init__(description=description, **options)
-
-    def add_argument(self, *names, **more) -> argparse.Action:
-        """Add a flag; one that is a path is not empty."""
-        return super().add_argument(
-            *names, **more | ({"type": path} if more.get("type") is Path else {})
-        )
+        self.register("type", Path, path)  # so that no path is empty
 
     def format_help(self) -> str:
         """Return the help: how to call the command, what it does, and its flags in groups."""

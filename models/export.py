@@ -19,12 +19,13 @@ from torch import Tensor
 
 import lora
 import trsr
+from files.folders import check_out
 from files.jsonl import write_json
 from launch.bars import Bar
 from launch.command import Help, Parser, run_main
 from llama import CheckpointError, Llama
 from models.chat import Form
-from models.folders import check_out, replacement
+from models.folders import replacement
 from models.hub import DTYPES, build_model, find_model, load_config, load_form, load_model
 from ops.checkpoint import fingerprint, read_json_file, weight_files
 from prepare.domains import wording

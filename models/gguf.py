@@ -18,11 +18,12 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 import llama
+from files.folders import check_out
 from launch.bars import Bar
 from launch.command import Help, Parser, run_main
 from llama import CheckpointError
 from models.chat import Chat, has_template
-from models.folders import check_out, replacement
+from models.folders import replacement
 from models.gguf_file import (
     File,
     check_tensors,

@@ -13,6 +13,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import trsr
+from files.jsonl import unique
 from launch.command import option
 from trsr import Domain, InputError
 
@@ -24,19 +25,14 @@ HEADERS = ("history", "recent")  # the fields that stand in brackets above a lis
 
 def read_domain(path: Path) -> Domain:
     """Return the domain whose words are in a JSON file; InputError that names a bad field."""
-
-    def unique(pairs: list[tuple[str, object]]) -> dict:
-        names = Counter(name for name, _ in pairs)
-        if twice := [name for name, n in names.items() if n > 1]:
-            raise InputError(f"{path}: field {twice[0]!r} is there twice")
-        return dict(pairs)
-
     try:
         words = json.loads(Path(path).read_text("utf-8-sig"), object_pairs_hook=unique)
     except UnicodeDecodeError:
         raise InputError(f"{path}: not UTF-8 text") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
+    except ValueError as error:  # of unique
+        raise InputError(f"{path}: {error}") from None
     return make_domain(words, str(path))
 
 

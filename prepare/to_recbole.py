@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from files.atomic import atomic_write
-from files.jsonl import read_json, write_json, write_jsonl
+from files.folders import check_out
+from files.jsonl import write_json, write_jsonl
 from launch.command import option, parse_settings, run_main
 from prepare.dataset import load_dataset
 from trsr import Example, InputError, shuffled_candidates
@@ -44,17 +45,6 @@ def check_ids(splits: dict[str, list[Example]]) -> None:
                 raise InputError(f"user {example.user!r}: the id {what}")
 
 
-def check_out(out: Path) -> None:
-    """Raise InputError if a folder holds files that this command did not write."""
-    found = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
-    own = read_json(out / ORIGIN).get("made_by") == COMMAND if ORIGIN in found else False
-    if found and not own:
-        what = f"holds files that python -m {COMMAND} did not write ({', '.join(found[:3])})"
-        raise InputError(f"{out}: {what}; choose another --out")
-    if found:
-        print(f"{out}: replacing the files that python -m {COMMAND} wrote there")
-
-
 def write_sessions(path: Path, examples: list[Example]) -> None:
     """Write a split's .inter file."""
     with atomic_write(path) as file:
@@ -76,9 +66,11 @@ def main() -> None:
     out = settings.out
     _, items, splits = load_dataset(settings.data, SPLITS)
     check_ids(splits)
-    check_out(out)
+    names = [f"{out.name}.{theirs}.inter" for theirs in SPLITS.values()]
+    names += [f"{out.name}.item", f"{out.name}.candidates.jsonl"]
+    check_out(out, COMMAND, ORIGIN, set(names), "files")
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / ORIGIN, {"made_by": COMMAND, "data": str(settings.data)})
+    write_json(out / ORIGIN, {"made_by": COMMAND, "data": str(settings.data), "files": names})
     for split, theirs in SPLITS.items():
         write_sessions(out / f"{out.name}.{theirs}.inter", splits[split])
     write_items(out / f"{out.name}.item", items)
